@@ -1,0 +1,106 @@
+"""What a layer's experts compute: neuron activations, expert outputs and their routed sum.
+
+The router's choice comes in as the tensors that the model itself hands to its experts (indices and weights per
+token), so every router of every family is covered.  Work goes expert by expert and in chunks of tokens; no
+(experts x tokens x width) tensor ever exists.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .segments import Segments
+
+
+__all__ = ["Activation", "Routing", "expert_batches", "neuron_activations", "routed_output"]
+
+Activation = Callable[[Tensor | None, Tensor], Tensor]  # (gate, up) pre-activations (n, f) -> neurons (n, f)
+CHUNK_TOKENS = 16384
+
+
+class Routing(NamedTuple):
+    """What the experts of a layer receive for T tokens (padding already removed)."""
+
+    hidden: Tensor  # (T, d)
+    index: Tensor  # (T, k) expert of each slot, all different for one token
+    weight: Tensor  # (T, k) weight that the model applies to its output
+
+    def select(self, tokens: Tensor) -> "Routing":
+        """Some of the tokens, by index or mask."""
+        return Routing(self.hidden[tokens], self.index[tokens], self.weight[tokens])
+
+
+class ExpertBatch(NamedTuple):
+    """Up to `CHUNK_TOKENS` tokens that one expert processes."""
+
+    expert: int
+    token: Tensor  # (n,) row in the routing
+    slot: Tensor  # (n,) which of the k choices
+    weight: Tensor  # (n, 1)
+    neurons: Tensor  # (n, f) activations, before the weight
+
+
+def neuron_activations(segments: Segments, expert: int, hidden: Tensor, activation: Activation) -> Tensor:
+    """h(x) = act(G x) * (U x) of one expert.
+
+    Args:
+        segments: the layer's experts.
+        expert: which one.
+        hidden: (n, d) inputs.
+        activation: the model's own rule from gate and up pre-activations to neurons.
+
+    Returns:
+        (n, f).
+    """
+    if segments.biased:
+        hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)  # (n, d + 1)
+    gate = None if segments.gate is None else hidden @ segments.gate[expert].T  # (n, f)
+    return activation(gate, hidden @ segments.up[expert].T)
+
+
+def expert_batches(
+    segments: Segments, routing: Routing, activation: Activation, experts: list[int] | None = None
+) -> Iterator[ExpertBatch]:
+    """Walk over the tokens of each expert, a chunk at a time.
+
+    Args:
+        segments: N experts.
+        routing: T tokens, indices below N.
+        activation: as in `neuron_activations`.
+        experts: only these; all by default.
+
+    Yields:
+        One `ExpertBatch` per chunk, in the dtype of the segments; experts without tokens yield nothing.
+    """
+    dtype = segments.up.dtype
+    for expert in range(len(segments.up)) if experts is None else experts:
+        tokens, slots = torch.where(routing.index == expert)  # (n,), (n,)
+        for token, slot in zip(tokens.split(CHUNK_TOKENS), slots.split(CHUNK_TOKENS), strict=True):
+            if len(token):
+                neurons = neuron_activations(segments, expert, routing.hidden[token].to(dtype), activation)
+                yield ExpertBatch(expert, token, slot, routing.weight[token, slot, None].to(dtype), neurons)
+
+
+def expert_output(segments: Segments, batch: ExpertBatch) -> Tensor:
+    """e(x) = D h(x) (+ bias) of the batch's expert, before the routing weight: (n, o)."""
+    output = batch.neurons @ segments.down[batch.expert]
+    return output if segments.output_bias is None else output + segments.output_bias[batch.expert]
+
+
+def routed_output(segments: Segments, routing: Routing, activation: Activation) -> Tensor:
+    """y(x) = sum over the chosen experts of weight times output.
+
+    Args:
+        segments: N experts.
+        routing: T tokens.
+        activation: as in `neuron_activations`.
+
+    Returns:
+        (T, o) in the dtype of the segments.
+    """
+    total = segments.down.new_zeros(len(routing.hidden), segments.down.shape[-1])
+    for batch in expert_batches(segments, routing, activation):
+        total.index_add_(0, batch.token, batch.weight * expert_output(segments, batch))
+    return total

@@ -1,0 +1,86 @@
+"""One layer of DERN: segments of dropped experts move to retained ones, which merge them back to the old width."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .assignment import assign_segments
+from .clustering import initial_centroids, spherical_kmeans
+from .segments import Segments, similarity_vectors
+
+
+__all__ = ["Recombination", "recombine_layer"]
+
+
+class Recombination(NamedTuple):
+    """A recombined layer and how it came about; E experts before, N after, f neurons each."""
+
+    segments: Segments  # N experts of width f
+    destination: Tensor  # (E - N, f) position among the retained experts, or -1 for a discarded segment
+    similarity: Tensor  # (E - N, f) best cosine
+
+
+def recombine_layer(
+    segments: Segments,
+    retained: Tensor,
+    saliency: Tensor,
+    *,
+    threshold: float,
+    similarity_weights: Sequence[float] = (0.0, 1.0, 1.0),
+    init: str = "own",
+    iterations: int = 30,
+    tolerance: float = 1e-4,
+    importance_weighting: bool = True,
+    seed: int = 0,
+) -> Recombination:
+    """Steps 2 and 3 of DERN (arXiv 2509.10377) on one layer.
+
+    Args:
+        segments: E experts, in a dtype to compute in (float32 or float64).
+        retained: (N,) experts that stay, ascending.
+        saliency: (E,) scores; a segment weighs as much as its source expert.
+        threshold: alpha, see `assign_segments`.
+        similarity_weights: of the gate, up and down projections, see `similarity_vectors`.
+        init: initial centroids, see `initial_centroids`.
+        iterations: k-means iterations.
+        tolerance: k-means stopping rule, see `spherical_kmeans`.
+        importance_weighting: weigh segments by saliency instead of evenly.
+        seed: for random initial centroids.
+
+    Returns:
+        The recombined layer.  An expert that received nothing is returned bit for bit.
+    """
+    dropped = torch.ones(len(segments.up), dtype=torch.bool, device=retained.device)
+    dropped[retained] = False
+    dropped = dropped.nonzero().squeeze(1)  # (E - N,)
+    vectors = similarity_vectors(segments, similarity_weights)  # (E, f, D)
+    destination, similarity = assign_segments(vectors[dropped].flatten(0, 1), vectors[retained], threshold)
+    destination = destination.view(len(dropped), segments.up.shape[1])  # (E - N, f)
+
+    importance = saliency.double() if importance_weighting else torch.ones(len(segments.up), dtype=torch.float64)
+    importance = (importance / importance.max().clamp(min=1e-300)).to(segments.up)  # only ratios count: no underflow
+    result = segments.select(retained)  # indexing copies: the input stays as it was
+    for position, expert in enumerate(retained.tolist()):
+        source, neuron = torch.where(destination == position)
+        if not len(source):
+            continue
+        source = dropped[source]
+        pool, response = _pool(segments, expert, source, neuron)
+        width = segments.up.shape[1]
+        weights = torch.cat([importance[expert].expand(width), importance[source]])  # (f + m,)
+        start = initial_centroids(pool, response, width, init, seed + position)
+        centroids, _ = spherical_kmeans(pool, weights, start, iterations, tolerance)
+        for part, value in zip(result[:3], segments.split(centroids), strict=True):
+            if part is not None:
+                part[position] = value
+    return Recombination(result, destination, similarity.view_as(destination))
+
+
+def _pool(segments: Segments, expert: int, source: Tensor, neuron: Tensor) -> tuple[Tensor, Tensor]:
+    """The expert's own segments followed by the received ones: (f + m, D), and their largest |gate| (f + m,)."""
+    parts = [part for part in segments[:3] if part is not None]
+    pool = torch.cat([torch.cat([part[expert], part[source, neuron]]) for part in parts], dim=1)  # (f + m, D)
+    first = parts[0].shape[-1]  # the gate, or the up projection where there is none
+    return pool, pool[:, :first].abs().amax(dim=1)

@@ -1,0 +1,106 @@
+"""Closed-form refit of the retained experts' down projections.
+
+With the new routing weights g' and neurons h', and y the original layer's routed output on the same inputs, solve
+
+    min  sum_x | y(x) - sum_i g'_i(x) D_i h'_i(x) |^2  +  sum_i lambda_i |D_i - D_i0|^2
+
+expert by expert (block coordinate descent).  With A_i = sum_x g'_i^2 h'_i h'_i^T, lambda_i = ridge * tr(A_i) / f and
+r the current residual, one exact step is
+
+    D_i <- D_i + (sum_x g'_i r h'_i^T - lambda_i (D_i - D_i0)) (A_i + lambda_i I)^-1
+
+Experts that few tokens reach stay near their old weights, because the ridge dominates where A_i has low rank.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from .mixture import Activation, ExpertBatch, Routing, expert_batches, expert_output
+from .segments import Segments
+
+
+__all__ = ["refit_down"]
+
+logger = logging.getLogger(__name__)
+MAX_ELEMENTS = 1 << 28  # neurons kept in memory between sweeps: 1 GiB in float32
+
+
+def refit_down(
+    segments: Segments, routing: Routing, target: Tensor, activation: Activation, ridge: float, sweeps: int = 3
+) -> Segments:
+    """Refit the down projections of one layer to a target output.
+
+    Args:
+        segments: N retained experts, in a dtype to compute in; their down projections are the D_i0.
+        routing: T tokens with the new weights.
+        target: (T, o) output to reproduce.
+        activation: the model's rule from pre-activations to neurons.
+        ridge: relative to the mean eigenvalue of A_i; 0.01 is mild.
+        sweeps: passes over the experts.
+
+    Returns:
+        Segments with new down projections; an expert without tokens, or whose system is singular, keeps its own.
+
+    Raises:
+        ValueError: a ridge or a number of sweeps that is not positive.
+    """
+    if not ridge > 0 or sweeps < 1:
+        raise ValueError(f"refit needs ridge > 0 and sweeps >= 1, got ridge={ridge}, sweeps={sweeps}")
+    original = segments.down
+    down = original.clone()  # (N, f, o)
+    batches = _batch_source(segments, routing, activation)
+    residual = target.to(down.dtype, copy=True)  # (T, o)
+    for expert in range(len(down)):
+        for batch in batches(expert):
+            residual[batch.token] -= batch.weight * expert_output(segments, batch)
+    factors = [_factorise(batches(expert), down[expert], expert, ridge) for expert in range(len(down))]
+    for _ in range(sweeps):
+        for expert, factorised in enumerate(factors):
+            if factorised is None:
+                continue
+            factor, penalty = factorised
+            correlation = torch.zeros_like(down[expert])  # (f, o)
+            for batch in batches(expert):
+                correlation += (batch.weight * batch.neurons).T @ residual[batch.token]
+            step = torch.cholesky_solve(correlation - penalty * (down[expert] - original[expert]), factor)
+            down[expert] += step
+            for batch in batches(expert):
+                residual[batch.token] -= (batch.weight * batch.neurons) @ step
+    return segments._replace(down=down)
+
+
+def _batch_source(
+    segments: Segments, routing: Routing, activation: Activation
+) -> Callable[[int], Iterable[ExpertBatch]]:
+    """Batches of one expert: kept in memory where all experts' neurons fit, computed anew each time where not."""
+
+    def compute(expert: int) -> Iterable[ExpertBatch]:
+        return expert_batches(segments, routing, activation, [expert])
+
+    if routing.index.numel() * segments.down.shape[1] > MAX_ELEMENTS:
+        return compute
+    kept = [list(compute(expert)) for expert in range(len(segments.down))]
+    return kept.__getitem__
+
+
+def _factorise(
+    batches: Iterable[ExpertBatch], down: Tensor, expert: int, ridge: float
+) -> tuple[Tensor, Tensor] | None:
+    """Cholesky factor of A + lambda I and lambda itself; None where there is nothing to solve."""
+    width = len(down)
+    gram = down.new_zeros(width, width)  # (f, f)
+    for batch in batches:
+        features = batch.weight * batch.neurons  # (n, f)
+        gram += features.T @ features
+    penalty = ridge * gram.trace() / width
+    if not penalty > 0:
+        return None
+    gram.diagonal().add_(penalty)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        logger.warning("expert %d: singular refit system, its down projection stays; raise refit_ridge", expert)
+        return None
+    return factor, penalty

@@ -1,0 +1,42 @@
+"""The router of a compressed layer: rows and biases of the retained experts."""
+
+from torch import Tensor
+
+
+__all__ = ["add_moved_rows", "retain"]
+
+
+def retain(tensor: Tensor, retained: Tensor, dim: int = 0) -> Tensor:
+    """The entries of the retained experts of any router tensor.
+
+    Args:
+        tensor: weight (E, d), bias (E,), or any tensor with one entry an expert along `dim`.
+        retained: (N,) experts that stay, ascending.
+        dim: the expert dimension.
+
+    Returns:
+        A new tensor with N entries along `dim`.
+    """
+    return tensor.index_select(dim, retained.to(tensor.device))
+
+
+def add_moved_rows(rows: Tensor, retained: Tensor, destination: Tensor) -> Tensor:
+    """Give each retained expert the router share of the segments it received (DERN, arXiv 2509.10377, step 2).
+
+        G_r <- G_r + sum over dropped o of (n_{o->r} / f) G_o
+
+    Args:
+        rows: (E, d) router weight.
+        retained: (N,) experts that stay, ascending.
+        destination: (E - N, f) position among the retained experts of each dropped segment, -1 for none.
+
+    Returns:
+        (N, d) in the dtype of `rows`.
+    """
+    share = rows.new_zeros(len(rows), len(retained)).double()  # (E, N)
+    share[retained, range(len(retained))] = 1.0
+    dropped = [expert for expert in range(len(rows)) if expert not in set(retained.tolist())]
+    for expert, targets in zip(dropped, destination, strict=True):
+        moved = targets[targets >= 0].bincount(minlength=len(retained))
+        share[expert] = moved.double() / len(targets)
+    return (share.T @ rows.double()).to(rows.dtype)

@@ -1,0 +1,68 @@
+"""Which experts stay: from scores to retained indices, under the limits of the model and of its users."""
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+
+__all__ = ["retained_count", "select_experts"]
+
+
+def retained_count(num_experts: int, sparsity: float, num_groups: int = 1, multiple_of: int = 1) -> int:
+    """How many experts stay when a fraction is dropped.
+
+    Args:
+        num_experts: E.
+        sparsity: fraction dropped, in [0, 1).
+        num_groups: groups of a group-limited router; every group keeps the same number.
+        multiple_of: round up to a multiple of this (serving kernels like 4 or 8), but never above E.
+
+    Returns:
+        The smallest allowed count that drops no more than the fraction asked for.
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity is {sparsity}; it must be at least 0 and below 1 (the fraction dropped)")
+    exact = round(num_experts * (1 - sparsity), 9)  # 10 * (1 - 0.7) is 3.0000000000000004: not 4 experts
+    step = math.lcm(num_groups, multiple_of)
+    return min(num_experts, max(1, math.ceil(exact / step)) * step)
+
+
+def select_experts(scores: Tensor, count: int, num_groups: int = 1, protected: Collection[int] = ()) -> Tensor:
+    """The best experts, in their original order.
+
+    Args:
+        scores: (E,) larger is more important; equal scores go by index.
+        count: how many stay.
+        num_groups: contiguous groups of a group-limited router, each of which keeps `count / num_groups`.
+        protected: experts that stay whatever their score.
+
+    Returns:
+        (count,) int64, ascending.
+
+    Raises:
+        ValueError: a count that the groups cannot share, or more protected experts than places.
+    """
+    num_experts = len(scores)
+    if not 1 <= count <= num_experts:
+        raise ValueError(f"cannot retain {count} of {num_experts} experts; choose 1 to {num_experts}")
+    if num_experts % num_groups or count % num_groups:
+        raise ValueError(
+            f"{count} of {num_experts} experts cannot be shared equally by {num_groups} router groups; "
+            f"choose a multiple of {num_groups}"
+        )
+    outside = [expert for expert in protected if not 0 <= expert < num_experts]
+    if outside:
+        raise ValueError(f"protected experts {outside} do not exist; the layer has experts 0 to {num_experts - 1}")
+    ranked = scores.double().clone()
+    if not torch.isfinite(ranked).all():
+        raise ValueError("expert scores contain NaN or infinity; check the calibration data and the model's weights")
+    ranked[list(protected)] = math.inf
+    groups = ranked.view(num_groups, -1)  # (groups, E / groups)
+    crowded = (groups == math.inf).sum(1).max().item()
+    if crowded > count // num_groups:
+        raise ValueError(f"{crowded} protected experts share {count // num_groups} places; protect fewer or keep more")
+    best = groups.argsort(dim=1, descending=True, stable=True)[:, : count // num_groups]
+    offsets = torch.arange(num_groups, device=best.device).unsqueeze(1) * (num_experts // num_groups)
+    return (best + offsets).flatten().sort().values

@@ -1,0 +1,86 @@
+"""Running sums per expert, from which every saliency is a short formula.
+
+Sums, not means: two halves of the calibration data, or two processes, merge by adding.  Everything is float64, so
+that millions of tokens do not drown the last ones.  Padding never arrives here: it is removed when recording.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .mixture import Activation, Routing, expert_batches, expert_output
+from .segments import Segments
+
+
+__all__ = ["ExpertStatistics", "measure_experts"]
+
+
+@dataclass(frozen=True)
+class ExpertStatistics:
+    """Sums over the tokens of one layer; E experts, output width o; g is the weight applied, e(x) the output."""
+
+    tokens: int  # T, routed or not
+    count: Tensor  # (E,) tokens routed to the expert
+    weight: Tensor  # (E,) sum of g
+    output_norm: Tensor  # (E,) sum of |e|
+    output_norm_squared: Tensor  # (E,) sum of |e|^2
+    weighted_output_norm: Tensor  # (E,) sum of g |e|
+    output_sum: Tensor  # (E, o) sum of e
+    coactivation: Tensor  # (E, E) sum over tokens that chose both of (g_i |e_i|) (g_j |e_j|)
+
+    @classmethod
+    def zeros(cls, num_experts: int, output_size: int, device: torch.device | str = "cpu") -> "ExpertStatistics":
+        """Statistics of no tokens at all, the neutral element of `merge`."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        vectors = [zeros(num_experts) for _ in range(5)]
+        return cls(0, *vectors, zeros(num_experts, output_size), zeros(num_experts, num_experts))
+
+    def merge(self, other: "ExpertStatistics") -> "ExpertStatistics":
+        """The statistics of both sets of tokens together."""
+        return ExpertStatistics(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def measure_experts(segments: Segments, routing: Routing, activation: Activation) -> tuple[ExpertStatistics, Tensor]:
+    """Statistics of one batch of tokens, and what the layer makes of them.
+
+    Args:
+        segments: E experts.
+        routing: T tokens without padding.
+        activation: the model's rule from pre-activations to neurons.
+
+    Returns:
+        Sums over the T tokens (merge batches with `ExpertStatistics.merge`), and the routed output (T, o), as
+        `mixture.routed_output` gives it: the experts have to be run once for both.
+    """
+    num_experts, output_size = len(segments.up), segments.down.shape[-1]
+    index, weight = routing.index, routing.weight.double()
+    norms = torch.zeros_like(weight)  # (T, k)
+    output_sum = weight.new_zeros(num_experts, output_size)
+    routed = segments.down.new_zeros(len(index), output_size)  # (T, o)
+    for batch in expert_batches(segments, routing, activation):
+        output = expert_output(segments, batch)  # (n, o)
+        routed.index_add_(0, batch.token, batch.weight * output)
+        output = output.double()
+        norms[batch.token, batch.slot] = output.norm(dim=1)
+        output_sum[batch.expert] += output.sum(0)
+
+    def sums(values: Tensor) -> Tensor:
+        return torch.zeros_like(output_sum[:, 0]).index_add_(0, index.flatten(), values.flatten())
+
+    contribution = torch.zeros(len(index), num_experts, dtype=torch.float64, device=index.device)
+    contribution.scatter_add_(1, index, weight * norms)  # (T, E)
+    statistics = ExpertStatistics(
+        tokens=len(index),
+        count=sums(torch.ones_like(weight)),
+        weight=sums(weight),
+        output_norm=sums(norms),
+        output_norm_squared=sums(norms**2),
+        weighted_output_norm=sums(weight * norms),
+        output_sum=output_sum,
+        coactivation=contribution.T @ contribution,
+    )
+    return statistics, routed

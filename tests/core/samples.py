@@ -1,0 +1,78 @@
+"""Small random layers and the shared settings of the property tests."""
+
+import torch
+from hypothesis import settings
+from reference import relu_squared, silu
+
+from optimum_dern.core.mixture import Routing
+from optimum_dern.core.segments import Segments
+
+
+KINDS = {"gated": (True, False), "plain": (False, False), "biased": (True, True), "plain biased": (False, True)}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+def activation(gate, up):
+    """SwiGLU, or squared ReLU without a gate."""
+    return torch.relu(up) ** 2 if gate is None else torch.nn.functional.silu(gate) * up
+
+
+def scalar_activation(segments):
+    """The reference's activation for these segments."""
+    return relu_squared if segments.gate is None else silu
+
+
+def make_segments(kind="gated", experts=6, width=5, hidden=4, output=3, dtype=torch.float64, seed=0):
+    """Random experts of one of `KINDS`."""
+    gated, biased = KINDS[kind]
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    rows = hidden + biased
+    gate = normal(experts, width, rows) if gated else None
+    up, down = normal(experts, width, rows), normal(experts, width, output)
+    return Segments(gate, up, down, normal(experts, output) if biased else None, biased)
+
+
+def make_routing(experts=6, tokens=12, top_k=2, hidden=4, dtype=torch.float64, seed=1, unused=()):
+    """Random tokens that never choose the unused experts."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64).to(dtype)
+    scores = torch.rand(tokens, experts, generator=generator, dtype=torch.float64)
+    scores[:, list(unused)] = -1.0
+    weight, index = scores.topk(top_k, dim=1)
+    return Routing(x, index, weight.to(dtype))
+
+
+def scores_for(experts=6, seed=2):
+    """Random positive saliency, (E,) float64."""
+    return torch.rand(experts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+
+
+def reference_arguments(segments, routing):
+    """The arguments that the reference's per-token functions share."""
+    return (
+        (*segments[:3], *routing, scalar_activation(segments)),
+        {"output_bias": segments.output_bias, "biased": segments.biased},
+    )
+
+
+def copies(*tuples):
+    """Deep copies of the tensors of named tuples, to compare with later."""
+    return [part.clone() for parts in tuples for part in parts if isinstance(part, torch.Tensor)]
+
+
+def assert_unchanged(before, *tuples):
+    """Every tensor still has the bits that `copies` saw."""
+    after = [part for parts in tuples for part in parts if isinstance(part, torch.Tensor)]
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old, new)
+
+
+def assert_near(actual, expected, tolerance=1e-10):
+    """Equal shape, and values within the tolerance (absolute and relative), whatever the dtype."""
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)

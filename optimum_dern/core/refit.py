@@ -29,7 +29,13 @@ MAX_ELEMENTS = 1 << 28  # neurons kept in memory between sweeps: 1 GiB in float3
 
 
 def refit_down(
-    segments: Segments, routing: Routing, target: Tensor, activation: Activation, ridge: float, sweeps: int = 3
+    segments: Segments,
+    routing: Routing,
+    target: Tensor,
+    activation: Activation,
+    ridge: float,
+    sweeps: int = 3,
+    start: Tensor | None = None,
 ) -> Segments:
     """Refit the down projections of one layer to a target output.
 
@@ -40,6 +46,7 @@ def refit_down(
         activation: the model's rule from pre-activations to neurons.
         ridge: relative to the mean eigenvalue of A_i; 0.01 is mild.
         sweeps: passes over the experts.
+        start: (N, f, o) down projections to start from; by default the D_i0.
 
     Returns:
         Segments with new down projections; an expert without tokens, or whose system is singular, keeps its own.
@@ -50,12 +57,12 @@ def refit_down(
     if not ridge > 0 or sweeps < 1:
         raise ValueError(f"refit needs ridge > 0 and sweeps >= 1, got ridge={ridge}, sweeps={sweeps}")
     original = segments.down
-    down = original.clone()  # (N, f, o)
+    down = (original if start is None else start).clone()  # (N, f, o)
     batches = _batch_source(segments, routing, activation)
     residual = target.to(down.dtype, copy=True)  # (T, o)
     for expert in range(len(down)):
         for batch in batches(expert):
-            residual[batch.token] -= batch.weight * expert_output(segments, batch)
+            residual[batch.token] -= batch.weight * expert_output(segments._replace(down=down), batch)
     factors = [_factorise(batches(expert), down[expert], expert, ridge) for expert in range(len(down))]
     for _ in range(sweeps):
         for expert, factorised in enumerate(factors):

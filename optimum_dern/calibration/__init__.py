@@ -1,0 +1,1 @@
+"""Calibration: any form of data to token batches, and what the layers see of them."""

@@ -1,0 +1,227 @@
+"""Calibration data in every form that users have, to padded token batches.
+
+    a list of str, a datasets.Dataset, .jsonl .json .parquet   one sample per row, cut at `sequence_length`
+    .txt                                                       one stream of text, cut into whole windows
+    a list of token dicts, .pt                                 as they are, cut at `sequence_length`
+    "wikitext2", "c4", "c4-new"                                random windows, by optimum's own loaders (downloads)
+    a folder                                                   all its files, in equal shares
+    {source: weight}                                           a mix: `num_samples` is shared in proportion
+
+Samples are drawn with a local generator; no global random state changes.
+"""
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+__all__ = ["NAMED_DATASETS", "describe_dataset", "fingerprint", "load_batches", "load_samples"]
+
+logger = logging.getLogger(__name__)
+
+NAMED_DATASETS = ("wikitext2", "c4", "c4-new")
+FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet", ".pt")
+SEPARATOR = "<|endoftext|>"  # a line of its own between the documents of a .txt file
+
+
+def load_batches(
+    dataset: Any,
+    tokenizer: Any,
+    *,
+    num_samples: int = 128,
+    sequence_length: int = 2048,
+    batch_size: int = 1,
+    seed: int = 0,
+    text_column: str = "text",
+) -> list[dict[str, Tensor]]:
+    """Token batches from any form of data.
+
+    Args:
+        dataset: see the module's table.
+        tokenizer: needed for text; its EOS token separates documents, its padding token (or EOS) pads batches.
+        num_samples: at most this many sequences, drawn with `seed`; fewer where the data has fewer.
+        sequence_length: tokens a sequence, at most.
+        batch_size: sequences a batch; shorter ones are padded on the left and masked.
+        seed: of the draw.
+        text_column: of rows that have several.
+
+    Returns:
+        Dicts of `input_ids` and `attention_mask`, each (batch, sequence) int64.
+
+    Raises:
+        ValueError: data of another form, or without any token.
+        FileNotFoundError: a path that does not exist.
+        ImportError: a package that reads this form is missing.
+    """
+    from optimum.gptq.data import prepare_dataset
+
+    samples = load_samples(dataset, tokenizer, num_samples, sequence_length, seed, text_column)
+    if not samples:
+        raise ValueError(
+            f"the calibration data ({describe_dataset(dataset)}) holds no token; give text that is not empty"
+        )
+    pad = 0 if tokenizer is None else tokenizer.pad_token_id
+    if pad is None:
+        pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0  # masked, so any id does
+    examples = [{"input_ids": ids.unsqueeze(0), "attention_mask": mask.unsqueeze(0)} for ids, mask in samples]
+    return prepare_dataset(examples, batch_size=batch_size, pad_token_id=pad)
+
+
+def load_samples(
+    dataset: Any, tokenizer: Any, num_samples: int, sequence_length: int, seed: int, text_column: str = "text"
+) -> list[tuple[Tensor, Tensor]]:
+    """Sequences of token ids and their masks, each (S,) int64 with S <= `sequence_length`."""
+    if isinstance(dataset, Mapping):
+        return _mix(dataset, tokenizer, num_samples, sequence_length, seed, text_column)
+    if isinstance(dataset, str | Path):
+        if str(dataset) in NAMED_DATASETS:
+            return _named(str(dataset), _required(tokenizer, dataset), num_samples, sequence_length, seed)
+        path = Path(dataset)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"calibration data {str(dataset)!r} is neither a file, a folder nor one of {NAMED_DATASETS}"
+            )
+        if path.is_dir():
+            files = sorted(str(file) for file in path.iterdir() if file.suffix in FILE_TYPES)
+            return _mix(dict.fromkeys(files, 1), tokenizer, num_samples, sequence_length, seed, text_column)
+        if path.suffix == ".txt":
+            return _windows(path, _required(tokenizer, path), num_samples, sequence_length, seed)
+        dataset = _read_rows(path, text_column)
+    rows = _draw(list(_usable_rows(dataset, text_column)), num_samples, seed)
+    return [_tokens(row, tokenizer, sequence_length) for row in rows]
+
+
+def describe_dataset(dataset: Any) -> str:
+    """A line for reports: the name or path, or the kind and size of an object."""
+    if isinstance(dataset, str | Path):
+        return str(dataset)
+    if isinstance(dataset, Mapping):
+        return " + ".join(f"{weight:g} x {name}" for name, weight in dataset.items())
+    kind = type(dataset[0]).__name__ if isinstance(dataset, Sequence) and len(dataset) else "row"
+    size = len(dataset) if hasattr(dataset, "__len__") else "unknown number"
+    return f"{size} {kind}s in memory ({type(dataset).__name__})"
+
+
+def fingerprint(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    """SHA-256 of the token ids and masks: the same data in the same batches gives the same digest."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in ("input_ids", "attention_mask"):
+            digest.update(str(tuple(batch[name].shape)).encode())
+            digest.update(batch[name].cpu().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _mix(mix: Mapping, tokenizer: Any, num_samples: int, length: int, seed: int, column: str) -> list:
+    weights = {name: float(weight) for name, weight in mix.items()}
+    total = sum(weights.values())
+    if not weights or min(weights.values()) < 0 or not total > 0:
+        raise ValueError(f"a calibration mix needs sources with weights >= 0, not all zero; got {dict(mix)}")
+    exact = {name: num_samples * weight / total for name, weight in weights.items()}
+    shares = {name: int(share) for name, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: shares[name] - exact[name])
+    for name in by_remainder[: num_samples - sum(shares.values())]:
+        shares[name] += 1
+    parts = [load_samples(name, tokenizer, share, length, seed, column) for name, share in shares.items() if share]
+    return [sample for part in parts for sample in part]
+
+
+def _named(name: str, tokenizer: Any, num_samples: int, length: int, seed: int) -> list:
+    from optimum.gptq.data import get_dataset
+
+    with preserved_random_state():  # optimum seeds the global generators
+        rows = get_dataset(name, tokenizer, nsamples=num_samples, seqlen=length, seed=seed)
+    return [_tokens(row, tokenizer, length) for row in rows]
+
+
+def _windows(path: Path, tokenizer: Any, num_samples: int, length: int, seed: int) -> list:
+    documents = [text for text in path.read_text("utf-8").split(f"\n{SEPARATOR}\n") if text.strip()]
+    stream: list[int] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []:
+        stream += ids + end
+    tokens = torch.tensor(stream, dtype=torch.int64)
+    windows = list(tokens.split(length))
+    if len(windows) > 1 and len(windows[-1]) < length:
+        windows.pop()  # whole windows only, so that nothing needs padding
+    return [(window, torch.ones_like(window)) for window in _draw(windows, num_samples, seed) if len(window)]
+
+
+def _read_rows(path: Path, column: str) -> Any:
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    if path.suffix == ".json":
+        return json.loads(path.read_text("utf-8"))
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    if path.suffix == ".pt":
+        rows = torch.load(path, weights_only=True)
+        return list(rows) if isinstance(rows, Tensor) else rows
+    raise ValueError(
+        f"cannot read calibration data from {path.name!r}; give one of {', '.join(FILE_TYPES)}, or a folder"
+    )
+
+
+def _usable_rows(dataset: Any, column: str) -> Iterator[Any]:
+    """Rows as str or token sequences, empty ones left out."""
+    if isinstance(dataset, bytes) or not hasattr(dataset, "__iter__"):
+        raise ValueError(
+            f"calibration data of type {type(dataset).__name__} is not supported; give a list of str, a list of token "
+            f"dicts, a datasets.Dataset, a path ({', '.join(FILE_TYPES)}) or one of {NAMED_DATASETS}"
+        )
+    for row in dataset:
+        if isinstance(row, Mapping) and "input_ids" not in row:
+            if column not in row:
+                raise ValueError(f"a row has no column {column!r}, only {sorted(row)}; name it with text_column")
+            row = row[column]
+        if not (isinstance(row, str | Mapping | Tensor) or (isinstance(row, Sequence) and row)):
+            raise ValueError(f"a calibration row is a {type(row).__name__}; give text, token ids or a dict of them")
+        if not isinstance(row, str) or row.strip():
+            yield row
+
+
+def _tokens(row: Any, tokenizer: Any, length: int) -> tuple[Tensor, Tensor]:
+    if isinstance(row, str):
+        row = _required(tokenizer, "text")(row, truncation=True, max_length=length)
+    row = row if isinstance(row, Mapping) or hasattr(row, "data") and hasattr(row, "keys") else {"input_ids": row}
+    ids = torch.as_tensor(row["input_ids"]).flatten()[:length].long()
+    mask = row["attention_mask"] if "attention_mask" in row else torch.ones_like(ids)
+    return ids, torch.as_tensor(mask).flatten()[:length].long()
+
+
+def _draw(rows: list, count: int, seed: int) -> list:
+    """`count` of the rows at random, in their own order; all of them where there are not more."""
+    if len(rows) <= count:
+        return rows
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
+    return [rows[i] for i in chosen.sort().values.tolist()]
+
+
+def _required(tokenizer: Any, source: Any) -> Any:
+    if tokenizer is None:
+        raise ValueError(f"calibration data {str(source)!r} is text: give a tokenizer, or token ids instead")
+    return tokenizer
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Restore Python's, numpy's and torch's global random state afterwards."""
+    import numpy
+
+    python, array = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(array)

@@ -1,0 +1,91 @@
+"""`config.json` of a compressed checkpoint: the source's own file with only what changed written into it.
+
+transformers 5 rewrites a config when it saves it (`rope_theta` moves into `rope_parameters`, `num_experts` of
+Qwen3-MoE becomes `num_local_experts`), and older readers then fall back to defaults without a word.  So the source's
+JSON is kept key by key, and the difference between the config as loaded and as it is now is applied to it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+__all__ = ["compressed_config", "source_config"]
+
+# One key, several names that readers use.
+ALIASES = ({"num_experts", "num_local_experts"}, {"dtype", "torch_dtype"})
+IGNORED = {"transformers_version", "architectures", "quantization_config", "model_type"}
+MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # these layers are not in the saved model
+
+
+def source_config(model: Any) -> dict[str, Any] | None:
+    """The JSON that a model's config was loaded from, or None where it came from no file that is still at hand."""
+    from transformers.utils import cached_file
+
+    name = model.config._name_or_path
+    if not name:
+        return None
+    found = cached_file(
+        name,
+        "config.json",
+        revision=getattr(model.config, "_commit_hash", None),
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return None if found is None else json.loads(Path(found).read_text("utf-8"))
+
+
+def compressed_config(saved: Mapping[str, Any], source: Mapping[str, Any] | None, config: Any) -> dict[str, Any]:
+    """The config.json to publish.
+
+    Args:
+        saved: what transformers would write for the compressed model.
+        source: the source checkpoint's JSON, if there is one.
+        config: the compressed model's config object.
+
+    Returns:
+        The source's JSON with the differences, expert counts under every alias, no quantisation, no MTP layers; the
+        saved JSON with the aliases completed where there is no source of the same type.
+    """
+    if source is None or source.get("model_type") != config.model_type:
+        result = json.loads(json.dumps(saved))
+    else:
+        result = json.loads(json.dumps(source))
+        loaded = type(config).from_dict(dict(source)).to_dict()
+        _apply_changes(result, loaded, config.to_dict())
+    _complete_aliases(result, config)
+    result.pop("quantization_config", None)
+    for key in MTP_KEYS:
+        if result.get(key):
+            result[key] = 0
+    return result
+
+
+def _apply_changes(target: dict[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Write into `target` every value that differs between two config dicts, under the names that it already uses."""
+    for key, value in after.items():
+        old = before.get(key)
+        if key.startswith("_") or key in IGNORED or value == old:
+            continue
+        names = _names(key) & target.keys()
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            if isinstance(target.get(key), dict):
+                _apply_changes(target[key], old, value)
+        else:
+            target.update(dict.fromkeys(names or {key}, value))
+
+
+def _complete_aliases(target: dict[str, Any], config: Any) -> None:
+    """Qwen3-MoE and its kin: transformers 4 reads `num_experts`, transformers 5 stores `num_local_experts`."""
+    if config.attribute_map.get("num_experts") == "num_local_experts":
+        target["num_experts"] = target["num_local_experts"] = config.num_local_experts
+    for key, value in target.items():
+        if isinstance(value, dict) and hasattr(getattr(config, key, None), "attribute_map"):
+            _complete_aliases(value, getattr(config, key))
+
+
+def _names(key: str) -> set[str]:
+    return next((aliases for aliases in ALIASES if key in aliases), {key})

@@ -1,0 +1,1 @@
+"""The command line, in both spellings: `optimum-dern ...` and `optimum-cli dern ...`."""

@@ -1,0 +1,118 @@
+"""Every field of `DernConfig` as a command-line option of the same name, and back."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..options import CHOICES, DernOptions
+
+
+if TYPE_CHECKING:
+    from ..config import DernConfig
+
+
+__all__ = ["add_config_arguments", "add_model_arguments", "check_model_name", "config_from_arguments"]
+
+HIDDEN = {"quant_method"}
+NUMBERS = {"sparsity": float, "num_experts": int}
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options for all fields; one that is not given leaves the field to `--config` or its default."""
+    group = parser.add_argument_group("compression", "every option is a field of DernConfig")
+    group.add_argument("--config", type=Path, metavar="FILE", help="JSON file with any of the fields below")
+    for field in dataclasses.fields(DernOptions):
+        if field.name not in HIDDEN:
+            _add_field(group, field)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """How to find and load the model."""
+    parser.add_argument("model", metavar="MODEL", help="local checkpoint folder or Hub id")
+    group = parser.add_argument_group("model")
+    group.add_argument("--revision", help="branch, tag or commit of a Hub model")
+    group.add_argument("--trust-remote-code", action="store_true", help="run modelling code from the checkpoint")
+    group.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
+
+
+def check_model_name(name: str) -> None:
+    """Raise FileNotFoundError at once for what can only be a path, instead of asking the Hub for it."""
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not Path(name).expanduser().is_dir():
+        raise FileNotFoundError(
+            f"there is no checkpoint folder {name!r}; give a local folder or a Hub id (owner/name)"
+        )
+
+
+def config_from_arguments(args: argparse.Namespace) -> "DernConfig":
+    """The config that the options and `--config` describe; options win.
+
+    Raises:
+        ValueError: a field outside its range, or a file that is not a JSON object.
+        TypeError: an unknown field in the file.
+    """
+    from ..config import DernConfig
+
+    values = {}
+    if args.config is not None:
+        values = json.loads(args.config.read_text("utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{args.config} holds a {type(values).__name__}; give a JSON object of DernConfig fields")
+        values.pop("meta", None)
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(DernOptions) if hasattr(args, f.name)}
+    if "num_experts" in given and "sparsity" not in given:
+        values.pop("sparsity", None)
+    if "sparsity" in given and "num_experts" not in given:
+        values.pop("num_experts", None)
+    return DernConfig(**values | given)
+
+
+def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+    flag = f"--{field.name.replace('_', '-')}"
+    options = {"dest": field.name, "default": argparse.SUPPRESS, "help": _help(field)}
+    if "bool" in str(field.type):
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+    elif field.name == "dataset":
+        group.add_argument(flag, action=_DatasetAction, nargs="+", metavar="SOURCE", **options)
+    elif field.name == "similarity_weights":
+        group.add_argument(flag, type=float, nargs=3, metavar=("GATE", "UP", "DOWN"), **options)
+    elif field.name == "protect_experts":
+        group.add_argument(flag, type=_json_object, metavar="JSON", **options)
+    elif field.name in CHOICES:
+        group.add_argument(flag, choices=CHOICES[field.name], **options)
+    else:
+        kind = NUMBERS.get(field.name, type(field.default))
+        metavar = {int: "N", float: "X", str: "NAME"}[kind]
+        group.add_argument(flag, type=kind, metavar=metavar, **options)
+
+
+def _help(field: dataclasses.Field) -> str:
+    text = field.metadata["help"].replace("%", "%%")
+    if field.name == "dataset":
+        text += "; several sources are mixed, each SOURCE or SOURCE=WEIGHT"
+    if field.default is None or "default:" in text:
+        return text
+    return f"{text} (default: {json.dumps(field.default)})"
+
+
+class _DatasetAction(argparse.Action):
+    """One source stays a string; several, or one with a weight, become a mix."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        mix = {}
+        for value in values:
+            name, _, weight = value.rpartition("=")
+            try:
+                mix[name or value] = float(weight) if name else 1.0
+            except ValueError:
+                mix[value] = 1.0  # the "=" belongs to the name
+        setattr(namespace, self.dest, values[0] if list(mix) == values[:1] else mix)
+
+
+def _json_object(text: str) -> dict:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return value

@@ -1,0 +1,103 @@
+"""`compress MODEL OUTPUT`: one command from a checkpoint to a smaller checkpoint."""
+
+import argparse
+import json
+from pathlib import Path
+
+from .arguments import add_config_arguments, add_model_arguments, check_model_name, config_from_arguments
+from .tables import print_table
+
+
+__all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "run"]
+
+HELP = "Compress a checkpoint and write an ordinary, smaller one."
+DESCRIPTION = (
+    "Drop the experts that the router uses least, recombine their neurons into the retained ones where that helps,\n"
+    "refit, and write a checkpoint that plain transformers loads."
+)
+EPILOG = """examples:
+  optimum-dern compress Qwen/Qwen3-30B-A3B out --dataset c4
+  optimum-dern compress ./mixtral out --num-experts 4 --dataset notes.txt --evaluate held_out.txt
+  optimum-dern compress ./olmoe out --preset paper --dataset wikitext2
+  optimum-dern compress ./olmoe out --method prune --selection reap --dataset code.jsonl=2 wikitext2=1
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    add_model_arguments(parser)
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder for the compressed checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    parser.add_argument(
+        "--evaluate", metavar="TEXT", help="held-out file or folder: measure the loss before and after"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON line instead of a table")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default=None, help="cpu, cuda, mps (default: cuda where there is one)")
+    add_config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, compress, evaluate, save; prints the before/after table."""
+    config = config_from_arguments(args)
+    check_model_name(args.model)
+    _check_output(args)
+    if config.dataset is None:
+        raise ValueError(
+            "--dataset is missing: give calibration text, for example --dataset notes.txt or --dataset c4"
+        )
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..compressor import DernCompressor
+    from ..evaluation.perplexity import evaluate_texts, load_texts
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(args.model, **source)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, **source).to(device)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.sequence_length
+    length = min(config.sequence_length, limit)
+    texts = load_texts(args.evaluate, tokenizer, length) if args.evaluate else {}
+
+    compressor = DernCompressor(config)
+    compressor.check(model)
+    before = evaluate_texts(model, texts)
+    compressor.compress_model(model, tokenizer)
+    after = evaluate_texts(model, texts)
+    compressor.report.add_evaluation(before, after)
+    compressor.save(model, args.output, tokenizer=tokenizer)
+    _print_result(compressor.report, args)
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"{args.output} is a file; give a folder for the compressed checkpoint")
+    if args.output.is_dir() and any(args.output.iterdir()) and not args.overwrite:
+        raise ValueError(f"{args.output} is not empty; choose another folder or add --overwrite")
+    if Path(args.model).exists() and Path(args.model).resolve() == args.output.resolve():
+        raise ValueError("MODEL and OUTPUT are the same folder; the source would be lost, choose another output")
+
+
+def _print_result(report, args: argparse.Namespace) -> None:
+    if args.json:
+        print(json.dumps({"output": str(args.output), **report.summary()}))
+        return
+    rows = [
+        ("experts per layer", f"{report.before.experts}", f"{report.after.experts}", ""),
+        _size_row("parameters", report.before.parameters, report.after.parameters),
+        _size_row("active per token", report.before.active_parameters, report.after.active_parameters),
+        _size_row("bytes", report.before.bytes, report.after.bytes),
+    ]
+    for name, pair in report.evaluation.items():
+        before, after = pair["before"]["loss"], pair["after"]["loss"]
+        rows.append((f"loss, {name}", f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"))
+    print_table(("", "original", "compressed", "change"), rows)
+    winners = [layer.winner for layer in report.layers]
+    counts = ", ".join(f"{winners.count(name)} x {name}" for name in dict.fromkeys(winners))
+    print(f"layers: {counts or 'unchanged'}; {report.seconds:.1f} s; saved to {args.output}")
+
+
+def _size_row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
+    return name, f"{before:,}", f"{after:,}", f"x {after / before:.2f}"

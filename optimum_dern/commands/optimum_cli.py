@@ -1,0 +1,36 @@
+"""`optimum-cli dern ...`: the same commands as `optimum-dern`, as optimum's command classes."""
+
+from argparse import ArgumentParser
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from .main import COMMANDS, add_command, run_safely
+
+
+__all__ = ["DernCommand"]
+
+
+def _command_class(name: str) -> type[BaseOptimumCLICommand]:
+    module = COMMANDS[name]
+
+    class Command(BaseOptimumCLICommand):
+        COMMAND = CommandInfo(name=name, help=module.HELP)
+
+        @staticmethod
+        def parse_args(parser: ArgumentParser) -> None:
+            add_command(parser, module)
+
+        def run(self) -> None:
+            run_safely(module.run, self.args)
+
+    Command.__name__ = Command.__qualname__ = f"{name.title()}Command"
+    return Command
+
+
+class DernCommand(BaseOptimumCLICommand):
+    """Root of `optimum-cli dern`."""
+
+    COMMAND = CommandInfo(name="dern", help="Make Mixture-of-Experts models smaller without training.")
+    SUBCOMMANDS = tuple(
+        CommandInfo(name, m.HELP, subcommand_class=_command_class(name)) for name, m in COMMANDS.items()
+    )

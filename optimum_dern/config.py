@@ -1,0 +1,42 @@
+"""`DernConfig`: the options of a compression in the form that transformers knows, JSON-able."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .options import DernOptions
+
+
+__all__ = ["DernConfig"]
+
+
+class DernConfig(DernOptions, QuantizationConfigMixin):
+    """How to compress a Mixture-of-Experts model; transformers accepts it as `quantization_config`.
+
+    Args:
+        **fields: see `DernOptions`; fields left at None that the preset names take its value.
+
+    Raises:
+        ValueError: a value outside its range; the message names the legal ones.
+        TypeError: an unknown field.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-able values; a dataset object becomes a description of it."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["similarity_weights"] = list(self.similarity_weights)
+        if not _is_jsonable_dataset(self.dataset):
+            from .calibration.data import describe_dataset
+
+            values["dataset"] = describe_dataset(self.dataset)
+        return values
+
+
+def _is_jsonable_dataset(dataset: Any) -> bool:
+    if dataset is None or isinstance(dataset, str):
+        return True
+    if isinstance(dataset, Mapping):
+        return all(isinstance(name, str) and isinstance(weight, int | float) for name, weight in dataset.items())
+    return isinstance(dataset, list) and all(isinstance(row, str) for row in dataset)

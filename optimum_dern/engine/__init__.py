@@ -1,0 +1,1 @@
+"""The engine: one decoder layer at a time."""

@@ -1,0 +1,143 @@
+"""Compress a model layer by layer: record what a layer sees, compress it, go on with what it now gives.
+
+    calls of every decoder layer  ->  per layer: probe -> compress -> run  ->  next layer
+
+Sequential calibration (the default) lets later layers see the outputs of already compressed ones, so that they can
+make up for them; with "oneshot" every layer sees the original model.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.recording import record_layer_calls, record_routing
+from ..config import DernConfig
+from ..core.mixture import Routing
+from ..core.saliency import score_experts
+from ..core.selection import select_experts
+from ..core.statistics import measure_experts
+from ..methods import LayerProblem, get_method
+from ..models.structure import MoELayer, find_decoder_layers
+from ..models.view import layer_activation, read_layer
+from ..reporting.report import LayerReport
+from .choice import LayerTask, choose_candidate
+from .progress import progress_bar
+from .rewriting import LayerData, LayerRewriter
+from .stream import HiddenStream
+
+
+__all__ = ["compress_layers_"]
+
+HELD_OUT_EVERY = 10  # a tenth of the calibration sequences judges the candidates
+
+
+def compress_layers_(
+    model: nn.Module, layers: Sequence[MoELayer], batches: Sequence[dict], config: DernConfig, num_experts: int
+) -> list[LayerReport]:
+    """Compress every MoE layer of a model, in place.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        layers: its MoE layers.
+        batches: `input_ids` and `attention_mask` of the calibration sequences.
+        config: what to do.
+        num_experts: N, how many experts every layer keeps.
+
+    Returns:
+        One report a layer.
+
+    Raises:
+        ValueError: a layer received no token, or hidden states that are not finite.
+    """
+    prefix, decoder_layers = find_decoder_layers(model, layers[0])
+    positions = {int(layer.name.removeprefix(f"{prefix}.").split(".")[0]): layer for layer in layers}
+    masks = [batch["attention_mask"].bool() for batch in batches]
+    held_out = held_out_tokens(masks)
+    stream = HiddenStream(record_layer_calls(model, decoder_layers, batches))
+    sequential = config.calibration_order == "sequential"
+    reports = []
+    for position in progress_bar(range(len(decoder_layers)), "Compressing layers"):
+        decoder_layer, layer = decoder_layers[position], positions.get(position)
+        if layer is None:
+            stream.advance(stream.run(position, decoder_layer))
+            continue
+        started = time.perf_counter()
+        with record_routing(layer.block, layer.experts, stop=sequential) as record:
+            if sequential:
+                stream.probe(position, decoder_layer)
+            else:
+                outputs = stream.run(position, decoder_layer)
+        routing = record.without_padding(masks)
+        _check_routing(layer, routing)
+        data = LayerData(layer, routing, held_out, masks, record.block_calls)
+        reports.append(compress_layer_(data, config, num_experts, position, started))
+        stream.advance(stream.run(position, decoder_layer) if sequential else outputs)
+    return reports
+
+
+@torch.no_grad()
+def compress_layer_(
+    data: LayerData, config: DernConfig, num_experts: int, position: int, started: float
+) -> LayerReport:
+    """Compress one MoE layer, in place: score, select, propose candidates, choose, write."""
+    layer, activation = data.layer, layer_activation(data.layer)
+    weights = read_layer(layer)
+    segments = weights.segments.to(torch.promote_types(weights.segments.up.dtype, torch.float32))
+    statistics, target = measure_experts(segments, data.routing, activation)
+    if not torch.isfinite(target).all():
+        raise ValueError(f"the outputs of {layer.name} contain NaN or infinity; check the weights and the dtype")
+    scores = score_experts(config.selection, statistics, config.seed + position)
+    protected = (config.protect_experts or {}).get(position, [])
+    retained = select_experts(scores, num_experts, layer.num_groups, protected).to(data.routing.index.device)
+    rows = layer.router_weight
+    problem = LayerProblem(segments, statistics, scores, retained, rows and weights.routing[rows.path])
+    candidates = get_method(config.method).compress_layer(problem, config)
+
+    rewriter = LayerRewriter(data, weights, retained)
+    held_out = data.held_out.to(target.device)
+    own_rows = None if rows is None else weights.routing[rows.path][retained]
+    task = LayerTask(target, held_out, activation, own_rows, rewriter.reroute)
+    choice = choose_candidate(candidates, task, config)
+    rewriter.write(choice.candidate)
+    return LayerReport(
+        name=layer.name,
+        layer=position,
+        tokens=statistics.tokens,
+        held_out_tokens=int(data.held_out.sum()) if config.guard else 0,
+        load=(statistics.count / statistics.count.sum()).tolist(),
+        saliency=scores.tolist(),
+        retained=retained.tolist(),
+        errors=choice.errors,
+        winner=choice.name,
+        moved_share=choice.facts.get("moved_share"),
+        similarity_quantiles=choice.facts.get("similarity_quantiles"),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def held_out_tokens(masks: Sequence[Tensor]) -> Tensor:
+    """Which real tokens belong to the held-out tenth of the sequences.
+
+    Args:
+        masks: per micro-batch, (batch, sequence) bool.
+
+    Returns:
+        (T,) bool over the real tokens of all micro-batches.  Of fewer than ten sequences the last is held out; of a
+        single one, its last tenth.
+    """
+    lengths = torch.cat([mask.sum(1) for mask in masks]).tolist()
+    if len(lengths) == 1:
+        return torch.arange(lengths[0]) >= lengths[0] - lengths[0] // HELD_OUT_EVERY
+    count = len(lengths)
+    last = [count - 1] if count < HELD_OUT_EVERY else range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY)
+    chosen = set(last)
+    return torch.cat([torch.full((length,), sequence in chosen) for sequence, length in enumerate(lengths)])
+
+
+def _check_routing(layer: MoELayer, routing: Routing) -> None:
+    if not len(routing.index):
+        raise ValueError(f"no calibration token reached {layer.name}; give more calibration text")
+    if not torch.isfinite(routing.hidden).all():
+        raise ValueError(f"the inputs of {layer.name} contain NaN or infinity; try another dtype, such as bfloat16")

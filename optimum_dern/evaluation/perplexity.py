@@ -1,0 +1,89 @@
+"""Loss on held-out text in nats per token, weighted by tokens, with its standard error.
+
+The mean over all predicted tokens, not the mean of batch means: sequences of different lengths count by their tokens.
+The standard error treats sequences as independent draws and tokens within one as dependent.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from ..calibration.data import FILE_TYPES, load_batches
+
+
+__all__ = ["TextLoss", "evaluate_loss", "evaluate_texts", "load_texts"]
+
+ALL = 1 << 62  # samples: every one
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """Loss on one text."""
+
+    loss: float  # nats per predicted token
+    standard_error: float
+    tokens: int  # predicted
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+
+@torch.no_grad()
+def evaluate_loss(model: Any, batches: Sequence[dict]) -> TextLoss:
+    """Next-token loss of a causal language model.
+
+    Args:
+        model: in any mode; it is evaluated without dropout and put back.
+        batches: `input_ids` and `attention_mask`, each (batch, sequence); padding is neither predicted nor read.
+
+    Returns:
+        The loss over all predicted tokens.
+
+    Raises:
+        ValueError: nothing to predict.
+    """
+    from ..compressor import evaluation_mode
+
+    sums, counts = [], []
+    with evaluation_mode(model):
+        for batch in batches:
+            ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+            losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+            predicted = (mask[:, 1:] * mask[:, :-1]).double()  # (B, S - 1)
+            sums += (losses.double() * predicted).sum(1).tolist()
+            counts += predicted.sum(1).tolist()
+    tokens = sum(counts)
+    if not tokens:
+        raise ValueError("there is no token to predict; give sequences of at least two tokens")
+    loss = sum(sums) / tokens
+    spread = sum((s - loss * n) ** 2 for s, n in zip(sums, counts, strict=True))  # of a ratio estimator
+    correction = len(sums) / (len(sums) - 1) if len(sums) > 1 else 1.0
+    return TextLoss(loss, math.sqrt(spread * correction) / tokens, int(tokens))
+
+
+def load_texts(source: Any, tokenizer: Any, sequence_length: int, batch_size: int = 8) -> dict[str, list[dict]]:
+    """Evaluation batches by name: a folder gives one entry a file, anything else one entry.
+
+    Args:
+        source: any form of data that calibration takes.
+        tokenizer: of the model.
+        sequence_length: tokens a sequence.
+        batch_size: sequences a forward pass.
+    """
+    sources = {Path(source).stem if isinstance(source, str | Path) else "text": source}
+    if isinstance(source, str | Path) and Path(source).is_dir():
+        sources = {file.stem: file for file in sorted(Path(source).iterdir()) if file.suffix in FILE_TYPES}
+    options = {"num_samples": ALL, "sequence_length": sequence_length, "batch_size": batch_size}
+    return {name: load_batches(data, tokenizer, **options) for name, data in sources.items()}
+
+
+def evaluate_texts(model: Any, texts: dict[str, list[dict]]) -> dict[str, TextLoss]:
+    """`evaluate_loss` of every entry of `load_texts`."""
+    return {name: evaluate_loss(model, batches) for name, batches in texts.items()}

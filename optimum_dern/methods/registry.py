@@ -1,0 +1,65 @@
+"""The method registry: a method turns one layer's weights and statistics into candidates for the compressed layer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from ..config import DernConfig
+from ..core.segments import Segments
+from ..core.statistics import ExpertStatistics
+
+
+__all__ = ["METHODS", "Candidate", "LayerProblem", "Method", "get_method", "register_method"]
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """What a method gets to see of a layer with E experts, N of which stay."""
+
+    segments: Segments  # E experts, float32 or float64
+    statistics: ExpertStatistics
+    scores: Tensor  # (E,) saliency
+    retained: Tensor  # (N,) ascending
+    router_rows: Tensor | None  # (E, d), where the router has one matrix
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One proposal for the layer."""
+
+    segments: Segments  # N experts
+    router_rows: Tensor | None = None  # (N, d); None: the retained experts' own rows
+    facts: Mapping[str, object] = field(default_factory=dict)  # for the report, JSON-able
+
+
+class Method(Protocol):
+    """A compression method."""
+
+    def compress_layer(self, problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
+        """Candidates by name, the method's own result last; the guard chooses among them, or the last is taken."""
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register_method(name: str) -> Callable[[type], type]:
+    """Class decorator: make a method available as `DernConfig(method=name)`."""
+
+    def register(cls: type) -> type:
+        METHODS[name] = cls()
+        return cls
+
+    return register
+
+
+def get_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; choose one of {', '.join(sorted(METHODS))}")
+    return METHODS[name]

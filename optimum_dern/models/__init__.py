@@ -1,0 +1,1 @@
+"""The only place that knows how transformers lays out a Mixture-of-Experts model."""

@@ -1,0 +1,111 @@
+"""Models and requests that cannot be compressed, refused with the reason before any work is done."""
+
+from torch import nn
+
+from ..core.selection import retained_count
+from .structure import MoELayer
+
+
+__all__ = ["REFUSED", "check_model", "resolve_count"]
+
+REFUSED = {
+    "jetmoe": "its expert count also sizes the attention experts, so the feed-forward ones cannot shrink alone",
+    "dbrx": "its experts are stored as two-dimensional matrices of all experts together",
+    "longcat_flash": "its router also chooses identity experts that have no weights",
+    "inkling_mm_model": "its router's rows also score the shared experts",
+    "inkling_text": "its router's rows also score the shared experts",
+    "zaya": "its router has a class for skipping and passes state between layers",
+    "deepseek_v4": "its hash layers store expert numbers for every token of the vocabulary",
+    "ernie4_5_vl_moe": "each of its layers has two sets of experts that share one count",
+    "doge": "its experts are product-key embeddings, not feed-forward networks",
+    "openai_privacy_filter": "it is a token classifier, not a language model",
+}
+
+
+def check_model(model: nn.Module, layers: list[MoELayer]) -> None:
+    """Refuse a model that cannot be compressed correctly.
+
+    Raises:
+        ValueError: naming what was found and what to do instead.
+    """
+    config = model.config
+    for kind in {config.model_type, config.get_text_config().model_type}:
+        if kind in REFUSED:
+            raise ValueError(f"{kind} models cannot be compressed: {REFUSED[kind]}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{config.model_type} is an encoder-decoder; only decoder language models can be compressed")
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} ({config.model_type}) has no Mixture-of-Experts layer to compress; "
+            "give a sparse MoE checkpoint such as Mixtral, Qwen3-MoE, OLMoE or DeepSeek-V3"
+        )
+    if getattr(model, "is_quantized", False) or getattr(config, "quantization_config", None) is not None:
+        raise ValueError("the model is quantised; compress the unquantised checkpoint first, then quantise the result")
+    counts = {layer.num_experts for layer in layers}
+    if len(counts) > 1:
+        raise ValueError(f"the layers have different numbers of experts {sorted(counts)}; they must all have the same")
+    for layer in layers:
+        _check_layer(layer, config.get_text_config().hidden_size)
+
+
+def check_materialised(layers: list[MoELayer]) -> None:
+    """Refuse layers whose weights are offloaded.
+
+    Raises:
+        ValueError: a parameter is on the meta device.
+    """
+    for layer in layers:
+        if any(p.device.type == "meta" for p in layer.block.parameters()):
+            raise ValueError(
+                f"the weights of {layer.name} are not in memory (offloaded or not loaded); load the model without "
+                "disk offload, for example with device_map=None"
+            )
+
+
+def resolve_count(layer: MoELayer, sparsity: float, num_experts: int | None, multiple_of: int) -> int:
+    """The number of experts that every layer keeps, checked against the router's rules.
+
+    Args:
+        layer: any MoE layer of the model.
+        sparsity: fraction dropped, where `num_experts` is None.
+        num_experts: the count asked for, or None.
+        multiple_of: round up to a multiple of this.
+
+    Returns:
+        N.
+
+    Raises:
+        ValueError: a count that the model's router cannot work with.
+    """
+    experts, groups = layer.num_experts, layer.num_groups
+    asked = f"sparsity={sparsity}" if num_experts is None else f"num_experts={num_experts}"
+    dropped = sparsity if num_experts is None else 1 - num_experts / experts
+    if num_experts is not None and not 1 <= num_experts <= experts:
+        raise ValueError(f"num_experts={num_experts}, but each layer has {experts} experts; choose 1 to {experts}")
+    if num_experts is not None and num_experts % groups:
+        raise ValueError(f"{asked} cannot be shared by the router's {groups} groups; choose a multiple of {groups}")
+    count = retained_count(experts, dropped, groups, multiple_of)
+    least = max(2, layer.top_k)
+    if groups > 1:  # each group is scored by its two best experts, and the chosen groups must hold top_k experts
+        least = max(least, 2 * groups, -(-layer.top_k // layer.topk_group) * groups)
+    if count < least:
+        raise ValueError(
+            f"{asked} would leave {count} of {experts} experts, but this model needs at least {least} "
+            f"(top_k={layer.top_k}, groups={groups}, groups chosen={layer.topk_group}); "
+            f"choose num_experts from {least} to {experts}"
+        )
+    return count
+
+
+def _check_layer(layer: MoELayer, hidden_size: int) -> None:
+    if not layer.routing:
+        raise ValueError(f"no router tensor with {layer.num_experts} entries was found beside {layer.name}.experts")
+    if layer.num_experts == hidden_size:
+        raise ValueError(
+            f"{layer.name} has as many experts as hidden units ({hidden_size}), so the router's expert dimension "
+            "cannot be told from the others"
+        )
+    if getattr(layer.experts, "has_post_expert_norm", False):
+        raise ValueError(f"{layer.name} normalises each expert's output; experts are then not sums of neurons")
+    if getattr(layer.experts, "_is_expert_parallel", False):
+        raise ValueError(f"{layer.name} is expert-parallel; load the model without expert parallelism")

@@ -1,0 +1,107 @@
+"""Read a MoE layer as segments, and write a compressed one back: the one place that mutates a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..core.mixture import Activation
+from ..core.routing import retain
+from ..core.segments import Segments, parameters_from_segments, segments_from_parameters
+from .structure import COUNT_ATTRIBUTES, COUNT_KEYS, MoELayer
+
+
+__all__ = ["LayerWeights", "layer_activation", "read_layer", "retained_routing", "write_counts_", "write_layer_"]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Everything that makes up a MoE layer with N experts, ready to be written."""
+
+    segments: Segments
+    routing: Mapping[str, Tensor]  # router tensors by their path inside the block
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.segments.up)
+
+
+def read_layer(layer: MoELayer) -> LayerWeights:
+    """The layer as it is; views of the model's parameters where the layout allows."""
+    parameters = {name: tensor.detach() for name, tensor in layer.experts._parameters.items() if tensor is not None}
+    routing = {r.path: r.tensor.detach() for r in layer.routing}
+    return LayerWeights(segments_from_parameters(parameters, layer.layout), routing)
+
+
+def retained_routing(layer: MoELayer, weights: LayerWeights, retained: Tensor) -> dict[str, Tensor]:
+    """The router tensors of the retained experts (N,)."""
+    return {r.path: retain(weights.routing[r.path], retained, r.dim) for r in layer.routing}
+
+
+def layer_activation(layer: MoELayer) -> Activation:
+    """The layer's own rule from gate and up pre-activations (n, f) to neurons (n, f)."""
+    experts = layer.experts
+    if not layer.layout.gated:
+        return lambda gate, up: experts.act_fn(up)
+    if not hasattr(experts, "_apply_gate"):
+        return lambda gate, up: experts.act_fn(gate) * up
+    if layer.layout.interleaved:
+        return lambda gate, up: experts._apply_gate(torch.stack([gate, up], dim=2).flatten(1))  # (n, 2f)
+    return lambda gate, up: experts._apply_gate(torch.cat([gate, up], dim=1))  # (n, 2f)
+
+
+@torch.no_grad()
+def write_layer_(layer: MoELayer, weights: LayerWeights) -> None:
+    """Replace a layer's experts and router, in place, in the dtypes and on the devices that the model has.
+
+    Args:
+        layer: as found before any compression; it may be written several times.
+        weights: N experts and their router tensors.
+    """
+    for name, value in parameters_from_segments(weights.segments, layer.layout).items():
+        _replace(layer.experts, name, value)
+    for routing in layer.routing:
+        _replace(routing.module, routing.name, weights.routing[routing.path])
+    current = layer.experts.__dict__.get("num_experts", layer.num_experts)
+    _replace_counts(layer.block, {current, layer.num_experts}, weights.num_experts)
+
+
+def write_counts_(model: nn.Module, layers: list[MoELayer], num_experts: int) -> None:
+    """Write the new expert count wherever the model repeats it: its configs and the modules that read them.
+
+    Args:
+        model: whose layers have all been written.
+        layers: as found before compression.
+        num_experts: N.
+    """
+    for config in {id(layer.config): layer.config for layer in layers}.values():
+        before = next(layer.num_experts for layer in layers if layer.config is config)
+        for module in model.modules():
+            if getattr(module, "config", None) is config:
+                _replace_own_counts(module, {before}, num_experts)
+        stored = config.to_dict()
+        for key in COUNT_KEYS:
+            if stored.get(key) == before:
+                setattr(config, key, num_experts)
+
+
+def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+    old = getattr(module, name)
+    value = value.to(device=old.device, dtype=old.dtype).contiguous().clone()
+    if name in module._buffers:
+        module._buffers[name] = value
+    else:
+        module._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
+
+
+def _replace_counts(block: nn.Module, before: set[int], after: int) -> None:
+    for name, module in block.named_modules():
+        if not name or name.split(".")[0] in ("gate", "router", "experts"):
+            _replace_own_counts(module, before, after)
+
+
+def _replace_own_counts(module: nn.Module, before: set[int], after: int) -> None:
+    for name in COUNT_ATTRIBUTES:
+        if module.__dict__.get(name) in before:
+            setattr(module, name, after)

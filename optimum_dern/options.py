@@ -1,0 +1,150 @@
+"""Everything that decides how a model is compressed: the fields of `DernConfig` and their checks.
+
+Kept apart from transformers, so that the command line can list and check the options without importing it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+__all__ = ["CHOICES", "PRESETS", "DernOptions"]
+
+PRESETS = {
+    "recommended": {
+        "cluster_init": "own",
+        "refit": True,
+        "router_refit": True,
+        "guard": True,
+        "calibration_order": "sequential",
+    },
+    "paper": {
+        "cluster_init": "gate",
+        "refit": False,
+        "router_refit": False,
+        "guard": False,
+        "calibration_order": "oneshot",
+    },
+}
+CHOICES = {
+    "preset": tuple(PRESETS),
+    "router_update": ("none", "rows"),
+    "cluster_init": ("own", "gate", "random"),
+    "calibration_order": ("sequential", "oneshot"),
+}
+POSITIVE_INTEGERS = (
+    "num_experts",
+    "cluster_iterations",
+    "refit_sweeps",
+    "num_samples",
+    "sequence_length",
+    "batch_size",
+    "experts_multiple_of",
+)
+
+
+def _option(default: Any, help: str) -> Any:
+    """A field whose help text the command line shares."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(repr=False)
+class DernOptions:
+    """How to compress a Mixture-of-Experts model.
+
+    Fields left at None that a preset names take the preset's value when the options are made.
+
+    Raises:
+        ValueError: a value outside its range; the message names the legal ones.
+        TypeError: an unknown field.
+    """
+
+    sparsity: float | None = _option(None, "fraction of the routed experts dropped per layer (default: 0.5)")
+    num_experts: int | None = _option(None, "how many experts stay per layer, instead of a sparsity")
+    method: str = _option("dern", "name in the method registry: dern, or prune")
+    preset: str = _option("recommended", "recommended, or paper: DERN exactly as published, no refit and no guard")
+    selection: str = _option("router", "saliency that ranks experts: router, frequency, ean, reap, man, msan, random")
+    similarity_threshold: float = _option(0.5, "alpha: a segment moves only if its best cosine exceeds it")
+    similarity_weights: tuple[float, float, float] = _option((0.0, 1.0, 1.0), "of the gate, up and down projections")
+    router_update: str = _option("none", "none, or rows: add moved shares of dropped router rows to their destination")
+    cluster_init: str | None = _option(None, "initial centroids: own (neurons), gate (largest response) or random")
+    cluster_iterations: int = _option(30, "of spherical k-means, at most")
+    cluster_tolerance: float = _option(1e-4, "relative centroid shift that ends k-means")
+    importance_weighting: bool = _option(True, "segments weigh as their source expert's saliency")
+    refit: bool | None = _option(None, "closed-form ridge refit of the retained experts' down projections")
+    router_refit: bool | None = _option(
+        None, "with refit: also refit the router, by Gauss-Newton steps in turn with it"
+    )
+    refit_ridge: float = _option(1e-2, "ridge of the refit, relative to the mean eigenvalue of its equations")
+    refit_sweeps: int = _option(3, "passes of the refit over a layer's experts")
+    guard: bool | None = _option(None, "keep per layer the candidate of lowest error on held-out calibration tokens")
+    calibration_order: str | None = _option(None, "sequential (later layers see compressed ones) or oneshot")
+    dataset: Any = _option(None, "calibration data: file, folder, wikitext2, c4, texts, tokens or {source: weight}")
+    num_samples: int = _option(128, "calibration sequences, at most")
+    sequence_length: int = _option(2048, "tokens per calibration sequence, at most")
+    batch_size: int = _option(1, "calibration sequences per forward pass")
+    seed: int = _option(0, "of the calibration draw and of every random choice")
+    text_column: str = _option("text", "column of calibration rows that holds the text")
+    protect_experts: Mapping[int, list[int]] | None = _option(None, "decoder layer -> experts that are never dropped")
+    experts_multiple_of: int = _option(1, "round the retained count up to a multiple (serving kernels like 4 or 8)")
+    quant_method: str = _option("dern", "fixed: how transformers recognises this config")
+
+    def __post_init__(self) -> None:
+        self._choose("preset")
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for name in CHOICES:
+            self._choose(name)
+        self._check_amount()
+        for name in POSITIVE_INTEGERS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r}, but it must be a whole number of at least 1")
+        for name in ("refit_ridge", "cluster_tolerance"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}, but it must be above 0")
+        self._check_similarity()
+        if isinstance(self.dataset, Path):
+            self.dataset = str(self.dataset)
+        if self.protect_experts is not None:
+            self.protect_experts = _normalised_protection(self.protect_experts)
+        if self.quant_method != "dern":
+            raise ValueError(f"quant_method={self.quant_method!r} is not this package's; leave it out or give 'dern'")
+
+    def _choose(self, name: str) -> None:
+        if getattr(self, name) not in CHOICES[name]:
+            raise ValueError(
+                f"{name}={getattr(self, name)!r}, but it must be one of {', '.join(map(repr, CHOICES[name]))}"
+            )
+
+    def _check_amount(self) -> None:
+        if self.sparsity is not None and self.num_experts is not None:
+            raise ValueError(
+                f"both sparsity={self.sparsity} and num_experts={self.num_experts} are given; give one of them"
+            )
+        if self.sparsity is None and self.num_experts is None:
+            self.sparsity = 0.5
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(
+                f"sparsity={self.sparsity!r}, but it must be at least 0 and below 1 (the fraction dropped)"
+            )
+
+    def _check_similarity(self) -> None:
+        weights = tuple(float(weight) for weight in self.similarity_weights)
+        if len(weights) != 3 or min(weights) < 0 or not sum(weights) > 0:
+            raise ValueError(
+                f"similarity_weights={self.similarity_weights!r}, but it must be three weights >= 0 (gate, up, down)"
+            )
+        self.similarity_weights = weights
+        if not isinstance(self.similarity_threshold, int | float):
+            raise ValueError(f"similarity_threshold={self.similarity_threshold!r}, but it must be a number")
+
+
+def _normalised_protection(protect: Any) -> dict[int, list[int]]:
+    if not isinstance(protect, Mapping):
+        raise ValueError(
+            f"protect_experts={protect!r}, but it must map decoder layers to lists of experts, like {{3: [0, 5]}}"
+        )
+    return {int(layer): sorted({int(expert) for expert in experts}) for layer, experts in protect.items()}

@@ -1,0 +1,1 @@
+"""What a compression did: a machine-readable report and a model card."""

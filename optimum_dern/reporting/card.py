@@ -1,0 +1,144 @@
+"""A first model card: what the checkpoint is, what it lost, and how to make it again."""
+
+from typing import Any
+
+from .report import CompressionReport
+
+
+__all__ = ["model_card", "reproduction_command"]
+
+TAGS = ["moe", "dern", "expert-pruning", "compressed"]
+
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ before.experts }} routed experts per layer became {{ after.experts }}: {{ "%.2f"|format(ratio) }} of the bytes of
+{{ source }}, compressed without training by
+[optimum-dern](https://pypi.org/project/optimum-dern) (method `{{ method }}`, preset `{{ config.preset }}`).
+It is an ordinary `{{ model_type }}` checkpoint: plain transformers loads it, nothing else is needed.
+
+| | original | this model |
+|---|---:|---:|
+{% for row in sizes -%}
+| {{ row.name }} | {{ row.before }} | {{ row.after }} |
+{% endfor -%}
+{% if evaluation %}
+## Evaluation
+
+Loss in nats per token on held-out text (standard error in brackets).
+
+| text | original | this model | increase |
+|---|---:|---:|---:|
+{% for row in evaluation -%}
+| {{ row.name }} | {{ row.before }} | {{ row.after }} | {{ row.increase }} |
+{% endfor %}{% else %}
+No evaluation was run when this checkpoint was made: measure it on your own task before you rely on it.
+{% endif %}
+## Calibration
+
+{{ calibration.sequences }} sequences, {{ "{:,}".format(calibration.tokens) }} tokens from `{{ calibration.dataset }}`
+(SHA-256 of the token ids `{{ calibration.sha256[:16] }}`). Quality on text unlike it may have fallen further than the
+table shows. `dern_report.json` tells which experts stayed in every layer and what each candidate's error was.
+
+## Reproduce
+
+```bash
+{{ command }}
+```
+
+## Citation
+
+DERN: *Dropping Experts, Recombining Neurons: Retraining-Free Pruning for Sparse Mixture-of-Experts LLMs*,
+arXiv 2509.10377. The licence of the original model applies.
+"""
+
+
+def model_card(report: CompressionReport) -> Any:
+    """The card of a compressed checkpoint.
+
+    Args:
+        report: of the run, with its evaluation if one was made.
+
+    Returns:
+        A `huggingface_hub.ModelCard`.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    source = report.source
+    is_hub_id = bool(source) and not source.startswith((".", "/", "~")) and source.count("/") == 1
+    data = ModelCardData(
+        base_model=[source] if is_hub_id else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+    )
+    name = source.rstrip("/").split("/")[-1] if source else report.model_type
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        title=f"{name}, {report.after.experts} of {report.before.experts} experts",
+        source=f"[{source}](https://huggingface.co/{source})" if is_hub_id else f"`{name}`",
+        before=report.before,
+        after=report.after,
+        sizes=_size_rows(report),
+        ratio=report.ratio,
+        method=report.method,
+        config=report.config,
+        model_type=report.model_type,
+        calibration=report.calibration,
+        evaluation=_evaluation_rows(report),
+        command=reproduction_command(report),
+    )
+
+
+def reproduction_command(report: CompressionReport) -> str:
+    """The command line that makes the same checkpoint: every field that differs from the defaults."""
+    import dataclasses
+    import shlex
+
+    from ..config import DernConfig
+
+    defaults = DernConfig(preset=report.config["preset"], sparsity=report.config["sparsity"]).to_dict()
+    words = ["optimum-dern", "compress", report.source or "MODEL", "OUTPUT"]
+    for field in dataclasses.fields(DernConfig):
+        value = report.config[field.name]
+        is_default = value == (field.default if field.name in ("sparsity", "preset") else defaults[field.name])
+        if field.name in ("dataset", "quant_method") or is_default or value is None:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join([*words, "--dataset", str(report.calibration["dataset"])])
+
+
+def _size_rows(report: CompressionReport) -> list[dict[str, str]]:
+    names = {
+        "experts": "routed experts per layer",
+        "parameters": "parameters",
+        "active_parameters": "active parameters per token",
+        "bytes": "bytes",
+    }
+    return [
+        {"name": label, "before": f"{getattr(report.before, name):,}", "after": f"{getattr(report.after, name):,}"}
+        for name, label in names.items()
+    ]
+
+
+def _evaluation_rows(report: CompressionReport) -> list[dict[str, str]]:
+    rows = []
+    for name, pair in report.evaluation.items():
+        before, after = pair["before"], pair["after"]
+        rows.append(
+            {
+                "name": name,
+                "before": f"{before['loss']:.4f} ({before['standard_error']:.4f})",
+                "after": f"{after['loss']:.4f} ({after['standard_error']:.4f})",
+                "increase": f"{after['loss'] - before['loss']:+.4f}",
+            }
+        )
+    return rows

@@ -1,0 +1,104 @@
+"""`CompressionReport`: what happened to every layer, and the totals, as plain JSON.
+
+Schema version 1; `docs/source/report.md` explains every field.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+__all__ = ["REPORT_VERSION", "CompressionReport", "LayerReport", "ModelSize"]
+
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One MoE layer."""
+
+    name: str  # of the MoE block in the model
+    layer: int  # index of its decoder layer
+    tokens: int  # calibration tokens, padding left out
+    held_out_tokens: int  # of these, kept away from the refit
+    load: list[float]  # share of the routed tokens per original expert
+    saliency: list[float]  # per original expert
+    retained: list[int]  # original indices, in their new order
+    errors: dict[str, float]  # relative error of the routed output per candidate, on the held-out tokens
+    winner: str  # the candidate that was written
+    moved_share: float | None  # of the dropped segments, how many moved to a retained expert
+    similarity_quantiles: dict[str, float] | None  # of the dropped segments' best cosines
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters and bytes of a model."""
+
+    parameters: int
+    active_parameters: int  # used by one token
+    bytes: int
+    experts: int  # routed, per layer
+
+
+@dataclass
+class CompressionReport:
+    """The last run of a compressor."""
+
+    source: str | None  # model id or path
+    revision: str | None
+    model_type: str
+    method: str
+    config: dict[str, Any]
+    calibration: dict[str, Any]  # description, fingerprint, sequences, tokens
+    before: ModelSize
+    after: ModelSize
+    layers: list[LayerReport] = field(default_factory=list)
+    evaluation: dict[str, Any] = field(default_factory=dict)  # filled in by whoever evaluates
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0  # of the process, or of the GPU where the model is on one
+    report_version: int = REPORT_VERSION
+
+    @property
+    def ratio(self) -> float:
+        """Bytes after over bytes before."""
+        return self.after.bytes / self.before.bytes
+
+    def add_evaluation(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        """Record losses measured before and after, `evaluation.perplexity.TextLoss` by name of the text."""
+        self.evaluation = {name: {"before": asdict(before[name]), "after": asdict(after[name])} for name in before}
+
+    def summary(self) -> dict[str, Any]:
+        """The totals without the layers: sizes, ratio, evaluation, seconds."""
+        names = ("before", "after", "ratio", "evaluation", "seconds", "peak_memory_bytes")
+        return {name: value for name, value in self.to_dict().items() if name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-able values, `ratio` included."""
+        return {**asdict(self), "ratio": self.ratio}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "CompressionReport":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a report of another version.
+        """
+        if values.get("report_version") != REPORT_VERSION:
+            raise ValueError(f"report version {values.get('report_version')!r}; this release reads {REPORT_VERSION}")
+        rest = {name: value for name, value in values.items() if name != "ratio"}
+        rest["layers"] = [LayerReport(**layer) for layer in values["layers"]]
+        rest["before"], rest["after"] = ModelSize(**values["before"]), ModelSize(**values["after"])
+        return cls(**rest)
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CompressionReport":
+        """Read a report that `save` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text("utf-8")))

@@ -1,8 +1,6 @@
 """`DernCompressor`: the Optimum-style entry point, from a model and some text to a smaller model and a report."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,9 @@ class DernCompressor:
     def compress_model(self, model: Any, tokenizer: Any = None) -> Any:
         """Compress a model in memory, in place.
 
+        Whatever can be refused is refused before any work, and an error or interrupt later puts the model back as it
+        was: the original experts stay in memory until the last layer is done.
+
         Args:
             model: a transformers causal language model with MoE layers.
             tokenizer: object, Hub id or path; needed where the calibration data is text.
@@ -41,14 +42,15 @@ class DernCompressor:
             The same model: fewer experts, its config updated.  `self.report` tells what was done.
 
         Raises:
-            ValueError: a model, count or dataset that cannot work; nothing has been changed then.
+            ValueError: a model, count or dataset that cannot work.
         """
-        from .calibration.data import describe_dataset, fingerprint
+        from .calibration.description import describe_calibration, recordable_dataset
         from .engine.layers import compress_layers_
         from .engine.progress import peak_memory_bytes
+        from .models.mode import evaluation_mode
         from .models.size import measure_model
         from .models.structure import find_moe_layers
-        from .models.view import write_counts_
+        from .models.view import restored_on_error, write_counts_
         from .versions import tool_versions
 
         started = time.perf_counter()
@@ -58,7 +60,7 @@ class DernCompressor:
         batches = self._load_batches(model, tokenizer)
         reports = []
         if num_experts < before.experts:
-            with evaluation_mode(model):
+            with evaluation_mode(model), restored_on_error(layers):
                 reports = compress_layers_(model, layers, batches, self.config, num_experts)
             write_counts_(model, layers, num_experts)
         self.report = CompressionReport(
@@ -66,13 +68,8 @@ class DernCompressor:
             revision=getattr(model.config, "_commit_hash", None),
             model_type=model.config.model_type,
             method=self.config.method,
-            config=self.config.to_dict(),
-            calibration={
-                "dataset": describe_dataset(self.config.dataset),
-                "sha256": fingerprint(batches),
-                "sequences": sum(len(batch["input_ids"]) for batch in batches),
-                "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
-            },
+            config={**self.config.to_dict(), "dataset": recordable_dataset(self.config.dataset)},
+            calibration=describe_calibration(self.config.dataset, batches),
             before=before,
             after=measure_model(model, find_moe_layers(model)),
             layers=reports,
@@ -95,19 +92,30 @@ class DernCompressor:
         Raises:
             ValueError: what was found, what is allowed, and the mend.
         """
-        from .core.saliency import check_criterion
-        from .methods import get_method
-        from .models.refusals import check_materialised, check_model, resolve_count
-        from .models.structure import find_moe_layers
+        from .models.refusals import check_materialised, check_model, check_protection, resolve_count
+        from .models.structure import find_moe_layers, layers_by_position
 
         config, layers = self.config, find_moe_layers(model) if layers is None else layers
-        get_method(config.method)
-        check_criterion(config.selection)
+        self.check_names()
         check_model(model, layers)
         check_materialised(layers)
         if config.dataset is None:
             raise ValueError("no calibration data: give dataset=..., for example a list of texts, a file, or 'c4'")
-        return resolve_count(layers[0], config.sparsity, config.num_experts, config.experts_multiple_of)
+        count = resolve_count(layers[0], config.sparsity, config.num_experts, config.experts_multiple_of)
+        check_protection(layers_by_position(model, layers), config.protect_experts or {}, count)
+        return count
+
+    def check_names(self) -> None:
+        """Refuse an unknown method or selection criterion; needs no model.
+
+        Raises:
+            ValueError: naming those that exist.
+        """
+        from .core.saliency import check_criterion
+        from .methods import get_method
+
+        get_method(self.config.method)
+        check_criterion(self.config.selection)
 
     def save(self, model: Any, output: str | Path, tokenizer: Any = None, max_shard_size: str | int = "5GB") -> None:
         """Write a compressed model as an ordinary checkpoint with its card, report and provenance.
@@ -152,13 +160,14 @@ class DernCompressor:
             seed=config.seed,
             text_column=config.text_column,
         )
-        largest = max(int(batch["input_ids"].max()) for batch in batches)
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        if largest >= vocabulary:
-            raise ValueError(
-                f"the calibration data has token {largest}, but the model's vocabulary has {vocabulary}; "
-                "give the tokenizer that belongs to the model"
-            )
+        for batch in batches:
+            outside = batch["input_ids"][(batch["input_ids"] < 0) | (batch["input_ids"] >= vocabulary)]
+            if len(outside):
+                raise ValueError(
+                    f"the calibration data has token {outside[0].item()}, but the model's vocabulary has {vocabulary} "
+                    "entries; give the tokenizer that belongs to the model"
+                )
         return batches
 
 
@@ -169,14 +178,3 @@ def load_tokenizer(tokenizer: Any) -> Any:
 
         return AutoTokenizer.from_pretrained(tokenizer)
     return tokenizer
-
-
-@contextmanager
-def evaluation_mode(model: Any) -> Iterator[None]:
-    """Switch dropout and the like off, and put the model back into training afterwards if it was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

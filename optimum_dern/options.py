@@ -16,6 +16,7 @@ PRESETS = {
         "cluster_init": "own",
         "refit": True,
         "router_refit": True,
+        "neuron_refit": True,
         "guard": True,
         "calibration_order": "sequential",
     },
@@ -23,6 +24,7 @@ PRESETS = {
         "cluster_init": "gate",
         "refit": False,
         "router_refit": False,
+        "neuron_refit": False,
         "guard": False,
         "calibration_order": "oneshot",
     },
@@ -73,8 +75,9 @@ class DernOptions:
     cluster_tolerance: float = _option(1e-4, "relative centroid shift that ends k-means")
     importance_weighting: bool = _option(True, "segments weigh as their source expert's saliency")
     refit: bool | None = _option(None, "closed-form ridge refit of the retained experts' down projections")
-    router_refit: bool | None = _option(
-        None, "with refit: also refit the router, by Gauss-Newton steps in turn with it"
+    router_refit: bool | None = _option(None, "with refit: Gauss-Newton steps of the router in turn with it")
+    neuron_refit: bool | None = _option(
+        None, "with refit: Gauss-Newton steps of gate and up projections in turn with it"
     )
     refit_ridge: float = _option(1e-2, "ridge of the refit, relative to the mean eigenvalue of its equations")
     refit_sweeps: int = _option(3, "passes of the refit over a layer's experts")

@@ -10,9 +10,7 @@
 Samples are drawn with a local generator; no global random state changes.
 """
 
-import hashlib
 import json
-import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .description import describe_dataset
 
-__all__ = ["NAMED_DATASETS", "describe_dataset", "fingerprint", "load_batches", "load_samples"]
 
-logger = logging.getLogger(__name__)
+__all__ = ["FILE_TYPES", "NAMED_DATASETS", "check_source", "load_batches", "load_samples"]
 
 NAMED_DATASETS = ("wikitext2", "c4", "c4-new")
 FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet", ".pt")
@@ -84,40 +82,30 @@ def load_samples(
     if isinstance(dataset, str | Path):
         if str(dataset) in NAMED_DATASETS:
             return _named(str(dataset), _required(tokenizer, dataset), num_samples, sequence_length, seed)
-        path = Path(dataset)
-        if not path.exists():
-            raise FileNotFoundError(
-                f"calibration data {str(dataset)!r} is neither a file, a folder nor one of {NAMED_DATASETS}"
-            )
+        path = check_source(dataset)
         if path.is_dir():
             files = sorted(str(file) for file in path.iterdir() if file.suffix in FILE_TYPES)
             return _mix(dict.fromkeys(files, 1), tokenizer, num_samples, sequence_length, seed, text_column)
         if path.suffix == ".txt":
             return _windows(path, _required(tokenizer, path), num_samples, sequence_length, seed)
-        dataset = _read_rows(path, text_column)
+        dataset = _read_rows(path)
     rows = _draw(list(_usable_rows(dataset, text_column)), num_samples, seed)
-    return [_tokens(row, tokenizer, sequence_length) for row in rows]
+    samples = (_tokens(row, tokenizer, sequence_length) for row in rows)
+    return [(ids, mask) for ids, mask in samples if len(ids)]
 
 
-def describe_dataset(dataset: Any) -> str:
-    """A line for reports: the name or path, or the kind and size of an object."""
-    if isinstance(dataset, str | Path):
-        return str(dataset)
-    if isinstance(dataset, Mapping):
-        return " + ".join(f"{weight:g} x {name}" for name, weight in dataset.items())
-    kind = type(dataset[0]).__name__ if isinstance(dataset, Sequence) and len(dataset) else "row"
-    size = len(dataset) if hasattr(dataset, "__len__") else "unknown number"
-    return f"{size} {kind}s in memory ({type(dataset).__name__})"
+def check_source(name: str | Path) -> Path:
+    """The path of a source, which exists unless it is a named dataset.
 
-
-def fingerprint(batches: Sequence[Mapping[str, Tensor]]) -> str:
-    """SHA-256 of the token ids and masks: the same data in the same batches gives the same digest."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name in ("input_ids", "attention_mask"):
-            digest.update(str(tuple(batch[name].shape)).encode())
-            digest.update(batch[name].cpu().numpy().astype("<i8").tobytes())
-    return digest.hexdigest()
+    Raises:
+        FileNotFoundError: it does not.
+    """
+    path = Path(name).expanduser()
+    if str(name) not in NAMED_DATASETS and not path.exists():
+        raise FileNotFoundError(
+            f"calibration data {str(name)!r} is neither a file, a folder nor one of {NAMED_DATASETS}"
+        )
+    return path
 
 
 def _mix(mix: Mapping, tokenizer: Any, num_samples: int, length: int, seed: int, column: str) -> list:
@@ -155,21 +143,30 @@ def _windows(path: Path, tokenizer: Any, num_samples: int, length: int, seed: in
     return [(window, torch.ones_like(window)) for window in _draw(windows, num_samples, seed) if len(window)]
 
 
-def _read_rows(path: Path, column: str) -> Any:
+def _read_rows(path: Path) -> Any:
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
     if path.suffix == ".json":
-        return json.loads(path.read_text("utf-8"))
+        return _listed(json.loads(path.read_text("utf-8")), path)
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
         return pyarrow.parquet.read_table(path).to_pylist()
     if path.suffix == ".pt":
         rows = torch.load(path, weights_only=True)
-        return list(rows) if isinstance(rows, Tensor) else rows
+        return list(rows) if isinstance(rows, Tensor) and rows.dim() == 2 else _listed(rows, path)
     raise ValueError(
         f"cannot read calibration data from {path.name!r}; give one of {', '.join(FILE_TYPES)}, or a folder"
     )
+
+
+def _listed(rows: Any, path: Path) -> list:
+    """Refuse what is not one entry a sequence: a dict of columns, or a single stream of ids."""
+    if not isinstance(rows, list):
+        raise ValueError(
+            f"{path.name} holds a {type(rows).__name__}; give a list of rows, or a 2-D tensor in a .pt file"
+        )
+    return rows
 
 
 def _usable_rows(dataset: Any, column: str) -> Iterator[Any]:

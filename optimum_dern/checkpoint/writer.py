@@ -20,6 +20,7 @@ __all__ = ["CONFIG_NAME", "REPORT_NAME", "provenance", "save_checkpoint"]
 
 CONFIG_NAME, REPORT_NAME = "dern_config.json", "dern_report.json"
 INDEX_NAME = "model.safetensors.index.json"
+LAST = {"config.json": 1, INDEX_NAME: 2}  # renamed into place after everything else
 
 
 def save_checkpoint(
@@ -51,7 +52,7 @@ def save_checkpoint(
 def provenance(report: CompressionReport) -> dict[str, Any]:
     """How a checkpoint was made: the content of `dern_config.json`."""
     return {
-        "config": {**report.config, "dataset": report.calibration["dataset"]},
+        "config": report.config,
         "source": report.source,
         "revision": report.revision,
         "calibration": report.calibration,
@@ -79,8 +80,10 @@ def _save_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def _publish(staging: Path, output: Path) -> None:
     """Move the finished files into place, the index last, and remove weights that an earlier save left."""
-    files = sorted((f for f in staging.rglob("*") if f.is_file()), key=lambda f: f.name == INDEX_NAME)
+    files = sorted((f for f in staging.rglob("*") if f.is_file()), key=lambda f: LAST.get(f.name, 0))
+    mode = (staging / "config.json").stat().st_mode  # safetensors makes its files unreadable for others
     for file in files:
+        file.chmod(mode)
         target = output / file.relative_to(staging)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, target)

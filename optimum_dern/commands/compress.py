@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from .arguments import add_config_arguments, add_model_arguments, check_model_name, config_from_arguments
 from .tables import print_table
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             "--dataset is missing: give calibration text, for example --dataset notes.txt or --dataset c4"
         )
+    _check_sources(config.dataset, args.evaluate)
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,6 +55,8 @@ def run(args: argparse.Namespace) -> None:
     from ..compressor import DernCompressor
     from ..evaluation.perplexity import evaluate_texts, load_texts
 
+    compressor = DernCompressor(config)
+    compressor.check_names()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(args.model, **source)
@@ -61,7 +65,6 @@ def run(args: argparse.Namespace) -> None:
     length = min(config.sequence_length, limit)
     texts = load_texts(args.evaluate, tokenizer, length) if args.evaluate else {}
 
-    compressor = DernCompressor(config)
     compressor.check(model)
     before = evaluate_texts(model, texts)
     compressor.compress_model(model, tokenizer)
@@ -78,6 +81,15 @@ def _check_output(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.output} is not empty; choose another folder or add --overwrite")
     if Path(args.model).exists() and Path(args.model).resolve() == args.output.resolve():
         raise ValueError("MODEL and OUTPUT are the same folder; the source would be lost, choose another output")
+
+
+def _check_sources(*sources: Any) -> None:
+    """What is not there is not worth loading a model for."""
+    from ..calibration.data import check_source
+
+    for source in sources:
+        for name in [] if source is None else source if isinstance(source, dict) else [source]:
+            check_source(name)
 
 
 def _print_result(report, args: argparse.Namespace) -> None:

@@ -4,21 +4,27 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from .. import versions
 from . import compress, inspect
 
 
-__all__ = ["COMMANDS", "add_command", "main", "run_safely"]
+__all__ = ["COMMANDS", "add_command", "fail", "main", "run_safely"]
 
 COMMANDS: dict[str, ModuleType] = {"compress": compress, "inspect": inspect}
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors look like all others: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (see {self.prog} --help)")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script; exits with 2 on an error of the user's or the data's."""
-    parser = argparse.ArgumentParser(
-        prog="optimum-dern", description="Make Mixture-of-Experts models smaller without training."
-    )
+    parser = OneLineParser(prog="optimum-dern", description="Make Mixture-of-Experts models smaller without training.")
     parser.add_argument("--version", action="version", version=f"optimum-dern {versions.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
@@ -36,14 +42,20 @@ def add_command(parser: argparse.ArgumentParser, module: ModuleType) -> None:
 
 
 def run_safely(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Run a command; an expected error becomes one line on stderr and exit code 2."""
+    """Run a command; an error becomes one line on stderr and exit code 2 (`--traceback` shows the whole)."""
     try:
         run(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if getattr(args, "traceback", False):
-            raise
-        print(f"optimum-dern: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("optimum-dern: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if args.traceback:
+            raise
+        expected = isinstance(error, ValueError | TypeError | OSError | ImportError)
+        fail(str(error) if expected else f"{type(error).__name__}: {error} (--traceback shows where)")
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr and exit code 2."""
+    print(f"optimum-dern: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

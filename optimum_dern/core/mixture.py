@@ -17,7 +17,7 @@ from .segments import Segments
 __all__ = ["Activation", "Routing", "expert_batches", "neuron_activations", "routed_output"]
 
 Activation = Callable[[Tensor | None, Tensor], Tensor]  # (gate, up) pre-activations (n, f) -> neurons (n, f)
-CHUNK_TOKENS = 16384
+CHUNK_TOKENS = 4096  # small enough for the caches of a CPU, large enough to fill a GPU
 
 
 class Routing(NamedTuple):
@@ -54,10 +54,14 @@ def neuron_activations(segments: Segments, expert: int, hidden: Tensor, activati
     Returns:
         (n, f).
     """
-    if segments.biased:
-        hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)  # (n, d + 1)
+    hidden = expert_inputs(segments, hidden)
     gate = None if segments.gate is None else hidden @ segments.gate[expert].T  # (n, f)
     return activation(gate, hidden @ segments.up[expert].T)
+
+
+def expert_inputs(segments: Segments, hidden: Tensor) -> Tensor:
+    """What gate and up rows multiply: (n, d), with a column of ones where their last column is a bias."""
+    return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1) if segments.biased else hidden
 
 
 def expert_batches(

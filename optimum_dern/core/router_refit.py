@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .conjugate_gradients import conjugate_gradients
 from .mixture import Activation, Routing, expert_batches, expert_output
 from .segments import Segments
 
@@ -117,7 +118,7 @@ def refit_router(
     penalty = ridge * trace / rows.numel()
     if not penalty > 0:
         return rows
-    step = _conjugate_gradients(lambda v: normal(v) + penalty * v, transposed(residual), iterations, tolerance)
+    step = conjugate_gradients(lambda v: normal(v) + penalty * v, transposed(residual), iterations, tolerance)
     return (rows.to(step) + step).to(rows.dtype)
 
 
@@ -144,20 +145,3 @@ def _token_grams(
         grams.append(outputs @ outputs.mT)
         products.append((outputs @ residual.unsqueeze(-1)).squeeze(-1))
     return torch.cat(grams), torch.cat(products)
-
-
-def _conjugate_gradients(operator, right: Tensor, iterations: int, tolerance: float) -> Tensor:
-    """Solve operator(x) = right for a symmetric positive definite operator."""
-    solution, residual = torch.zeros_like(right), right.clone()
-    direction, energy = residual.clone(), residual.square().sum()
-    goal = energy * tolerance**2
-    for _ in range(iterations):
-        if energy <= goal:
-            break
-        image = operator(direction)
-        length = energy / (direction * image).sum()
-        solution += length * direction
-        residual -= length * image
-        energy, before = residual.square().sum(), energy
-        direction = residual + (energy / before) * direction
-    return solution

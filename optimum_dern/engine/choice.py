@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..config import DernConfig
 from ..core.mixture import Activation, Routing, routed_output
+from ..core.neuron_refit import refit_neurons
 from ..core.refit import refit_down
 from ..core.router_refit import recognise_rule, refit_router
 from ..methods import Candidate
@@ -15,7 +16,8 @@ from ..methods import Candidate
 
 __all__ = ["Choice", "LayerTask", "choose_candidate"]
 
-ROUTER_ROUNDS = 4  # alternations of router and down projections; later ones gain little
+ROUNDS = 3  # of the steps of router and neurons in turn; later ones gain little
+WORTHWHILE = 0.005  # a step that lowers the error by less is not tried again on its layer
 
 
 @dataclass(frozen=True)
@@ -55,83 +57,105 @@ def choose_candidate(candidates: Mapping[str, Candidate], task: LayerTask, confi
     Args:
         candidates: by name, the method's own result last.
         task: what they are fitted to and judged by.
-        config: `refit`, `router_refit` and `guard` switch those steps.
+        config: `refit`, `router_refit`, `neuron_refit` and `guard` switch those steps.
 
     Returns:
         With the guard, the variant of the lowest relative error on the held-out tokens (plain pruning is among them,
-        and wins ties); without it, the method's own, refitted on all tokens if asked.
+        and wins ties), each further step taken only where it lowers that error; without it, the method's own, with
+        every step that is asked for, fitted to all tokens.
     """
     facts = {name: value for candidate in candidates.values() for name, value in candidate.facts.items()}
     if not config.guard:
         name, candidate = list(candidates.items())[-1]
-        everything = torch.ones_like(task.held_out)
-        *_, last = _variants(name, candidate, task, everything, config)
-        if config.refit and config.router_refit:
-            last = _refit_router(last, task, everything, config) or last
+        task = replace(task, held_out=torch.zeros_like(task.held_out))
+        *_, last = _variants(name, candidate, task, config)
+        for step in _steps(config) * ROUNDS:
+            last = step(last, task, config) or last
         return Choice(last.name, last.candidate, {}, facts)
 
     errors: dict[str, float] = {}
-    judged: list[Variant] = []
 
-    def judge(variant: Variant) -> None:
+    def judge(variant: Variant) -> float:
         routing = variant.routing.select(task.held_out)
         output = routed_output(variant.candidate.segments, routing, task.activation)
-        errors[variant.name] = relative_error(output, task.target[task.held_out])
-        judged.append(variant)
+        error = relative_error(output, task.target[task.held_out])
+        errors[variant.name] = min(error, errors.get(variant.name, error))  # a step may be tried several times
+        return error
 
-    for name, candidate in candidates.items():
-        for variant in _variants(name, candidate, task, ~task.held_out, config):
-            judge(variant)
-    best = min(judged, key=lambda variant: errors[variant.name])  # the first of equals
-    if config.refit and config.router_refit:
-        refitted = [variant for variant in judged if variant.name.endswith("+refit")]
-        start = min(refitted, key=lambda variant: errors[variant.name])
-        if (routed := _refit_router(start, task, ~task.held_out, config)) is not None:
-            judge(routed)
-            best = min(best, routed, key=lambda variant: errors[variant.name])
+    judged = [
+        (judge(variant), variant)
+        for name, candidate in candidates.items()
+        for variant in _variants(name, candidate, task, config)
+    ]
+    error, best = min(judged, key=lambda pair: pair[0])  # the first of equals
+    steps = _steps(config)
+    for step in steps * ROUNDS:
+        variant = step(best, task, config) if step in steps else None
+        lower = error if variant is None else judge(variant)
+        if lower > (1 - WORTHWHILE) * error and step in steps:
+            steps.remove(step)  # it will not help the next time either
+        if lower < error:
+            error, best = lower, variant
     return Choice(best.name, best.candidate, errors, facts)
 
 
 def relative_error(output: Tensor, target: Tensor) -> float:
-    """|output - target|^2 / |target|^2, summed over all tokens."""
-    return ((output - target).double().square().sum() / target.double().square().sum().clamp(min=1e-30)).item()
+    """|output - target|^2 / |target|^2, summed over all tokens; infinite where the output is not finite."""
+    error = (output - target).double().square().sum() / target.double().square().sum().clamp(min=1e-30)
+    return error.nan_to_num(torch.inf).item()
 
 
-def _variants(
-    name: str, candidate: Candidate, task: LayerTask, fitted: Tensor, config: DernConfig
-) -> Iterator[Variant]:
+def _variants(name: str, candidate: Candidate, task: LayerTask, config: DernConfig) -> Iterator[Variant]:
     """A candidate as it is, and with its down projections refitted."""
     routing = task.reroute(candidate)
     yield Variant(name, candidate, routing, candidate)
     if config.refit:
-        refitted = _refit_down(candidate, routing, task, fitted, config.refit_ridge, config.refit_sweeps)
+        refitted = _refit_down(candidate, routing, task, config.refit_ridge, config.refit_sweeps)
         yield Variant(f"{name}+refit", refitted, routing, candidate)
 
 
-def _refit_router(variant: Variant, task: LayerTask, fitted: Tensor, config: DernConfig) -> Variant | None:
-    """Router and down projections refitted in turn; None where the router follows no rule that is known."""
-    rows = task.router_rows if variant.candidate.router_rows is None else variant.candidate.router_rows
+def _steps(config: DernConfig) -> list[Callable[[Variant, LayerTask, DernConfig], Variant | None]]:
+    """The further steps that a config asks for."""
+    router = [_router_step] if config.refit and config.router_refit else []
+    neurons = [_neuron_step] if config.refit and config.neuron_refit else []
+    return router + neurons
+
+
+def _router_step(variant: Variant, task: LayerTask, config: DernConfig) -> Variant | None:
+    """The router, then the down projections for it; None where the router follows no rule that is known."""
+    candidate = variant.candidate
+    rows = task.router_rows if candidate.router_rows is None else candidate.router_rows
     rule = None if rows is None else recognise_rule(rows, variant.routing)
     if rule is None:
         return None
-    candidate, routing = variant.candidate, variant.routing
-    for _ in range(ROUTER_ROUNDS):
-        data = (candidate.segments, routing.select(fitted), task.target[fitted], task.activation)
-        rows = refit_router(rows, *data, rule, config.refit_ridge)
-        routing = task.reroute(replace(variant.source, router_rows=rows))
-        start = candidate.segments.down
-        candidate = _refit_down(variant.source, routing, task, fitted, config.refit_ridge, 1, start)
-    return Variant(f"{variant.name}+router", replace(candidate, router_rows=rows), routing, variant.source)
+    rows = refit_router(rows, candidate.segments, *_fitted(variant.routing, task), rule, config.refit_ridge)
+    source = replace(variant.source, router_rows=rows)
+    routing = task.reroute(source)
+    refitted = _refit_down(source, routing, task, config.refit_ridge, 1, candidate.segments.down)
+    return Variant(_with_suffix(variant.name, "router"), refitted, routing, source)
+
+
+def _neuron_step(variant: Variant, task: LayerTask, config: DernConfig) -> Variant:
+    """Gate and up projections, then the down projections for them."""
+    data = _fitted(variant.routing, task)
+    segments = refit_neurons(variant.candidate.segments, *data, config.refit_ridge)
+    source = replace(variant.source, segments=segments._replace(down=variant.source.segments.down))
+    refitted = _refit_down(source, variant.routing, task, config.refit_ridge, 1, segments.down)
+    return Variant(_with_suffix(variant.name, "neurons"), refitted, variant.routing, source)
 
 
 def _refit_down(
-    source: Candidate,
-    routing: Routing,
-    task: LayerTask,
-    fitted: Tensor,
-    ridge: float,
-    sweeps: int,
-    start: Tensor | None = None,
+    source: Candidate, routing: Routing, task: LayerTask, ridge: float, sweeps: int, start: Tensor | None = None
 ) -> Candidate:
-    data = (routing.select(fitted), task.target[fitted], task.activation)
-    return replace(source, segments=refit_down(source.segments, *data, ridge, sweeps, start))
+    return replace(source, segments=refit_down(source.segments, *_fitted(routing, task), ridge, sweeps, start))
+
+
+def _fitted(routing: Routing, task: LayerTask) -> tuple[Routing, Tensor, Activation]:
+    """What a fit may see: the tokens that are not held out."""
+    return routing.select(~task.held_out), task.target[~task.held_out], task.activation
+
+
+def _with_suffix(name: str, suffix: str) -> str:
+    """Name of a variant after a step: every step refits the down projections as well."""
+    base, *done = name.split("+")
+    return "+".join([base, *dict.fromkeys(["refit", *done, suffix])])

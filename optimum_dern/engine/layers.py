@@ -19,7 +19,7 @@ from ..core.saliency import score_experts
 from ..core.selection import select_experts
 from ..core.statistics import measure_experts
 from ..methods import LayerProblem, get_method
-from ..models.structure import MoELayer, find_decoder_layers
+from ..models.structure import MoELayer, find_decoder_layers, layers_by_position
 from ..models.view import layer_activation, read_layer
 from ..reporting.report import LayerReport
 from .choice import LayerTask, choose_candidate
@@ -51,8 +51,8 @@ def compress_layers_(
     Raises:
         ValueError: a layer received no token, or hidden states that are not finite.
     """
-    prefix, decoder_layers = find_decoder_layers(model, layers[0])
-    positions = {int(layer.name.removeprefix(f"{prefix}.").split(".")[0]): layer for layer in layers}
+    _, decoder_layers = find_decoder_layers(model, layers[0])
+    positions = layers_by_position(model, layers)
     masks = [batch["attention_mask"].bool() for batch in batches]
     held_out = held_out_tokens(masks)
     stream = HiddenStream(record_layer_calls(model, decoder_layers, batches))
@@ -129,7 +129,7 @@ def held_out_tokens(masks: Sequence[Tensor]) -> Tensor:
     """
     lengths = torch.cat([mask.sum(1) for mask in masks]).tolist()
     if len(lengths) == 1:
-        return torch.arange(lengths[0]) >= lengths[0] - lengths[0] // HELD_OUT_EVERY
+        return torch.arange(lengths[0]) >= lengths[0] - max(1, lengths[0] // HELD_OUT_EVERY)
     count = len(lengths)
     last = [count - 1] if count < HELD_OUT_EVERY else range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY)
     chosen = set(last)

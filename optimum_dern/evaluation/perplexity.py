@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ..calibration.data import FILE_TYPES, load_batches
+from ..models.mode import evaluation_mode
 
 
 __all__ = ["TextLoss", "evaluate_loss", "evaluate_texts", "load_texts"]
@@ -48,8 +49,6 @@ def evaluate_loss(model: Any, batches: Sequence[dict]) -> TextLoss:
     Raises:
         ValueError: nothing to predict.
     """
-    from ..compressor import evaluation_mode
-
     sums, counts = [], []
     with evaluation_mode(model):
         for batch in batches:

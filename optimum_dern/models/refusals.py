@@ -1,16 +1,21 @@
 """Models and requests that cannot be compressed, refused with the reason before any work is done."""
 
+from collections.abc import Mapping
+
+import torch
 from torch import nn
 
-from ..core.selection import retained_count
+from ..core.selection import retained_count, select_experts
 from .structure import MoELayer
 
 
-__all__ = ["REFUSED", "check_model", "resolve_count"]
+__all__ = ["REFUSED", "check_materialised", "check_model", "check_protection", "resolve_count"]
 
 REFUSED = {
     "jetmoe": "its expert count also sizes the attention experts, so the feed-forward ones cannot shrink alone",
     "dbrx": "its experts are stored as two-dimensional matrices of all experts together",
+    "llama4": "its routing weights scale the experts' inputs, which calibration does not record yet",
+    "llama4_text": "its routing weights scale the experts' inputs, which calibration does not record yet",
     "longcat_flash": "its router also chooses identity experts that have no weights",
     "inkling_mm_model": "its router's rows also score the shared experts",
     "inkling_text": "its router's rows also score the shared experts",
@@ -41,6 +46,8 @@ def check_model(model: nn.Module, layers: list[MoELayer]) -> None:
         )
     if getattr(model, "is_quantized", False) or getattr(config, "quantization_config", None) is not None:
         raise ValueError("the model is quantised; compress the unquantised checkpoint first, then quantise the result")
+    if getattr(model, "use_kernels", False):
+        raise ValueError("hub kernels replace the model's experts modules; load the model with use_kernels=False")
     counts = {layer.num_experts for layer in layers}
     if len(counts) > 1:
         raise ValueError(f"the layers have different numbers of experts {sorted(counts)}; they must all have the same")
@@ -60,6 +67,25 @@ def check_materialised(layers: list[MoELayer]) -> None:
                 f"the weights of {layer.name} are not in memory (offloaded or not loaded); load the model without "
                 "disk offload, for example with device_map=None"
             )
+
+
+def check_protection(layers: Mapping[int, MoELayer], protected: Mapping[int, list[int]], count: int) -> None:
+    """Refuse protected experts that do not exist or do not fit.
+
+    Args:
+        layers: MoE layers by the index of their decoder layer.
+        protected: experts never dropped, by decoder layer.
+        count: how many experts every layer keeps.
+
+    Raises:
+        ValueError: a layer without experts, an expert out of range, or more protected ones than places.
+    """
+    for index, experts in protected.items():
+        if index not in layers:
+            raise ValueError(f"protect_experts names layer {index}; MoE layers are {sorted(layers)}")
+        layer = layers[index]
+        scores = torch.zeros(layer.num_experts, dtype=torch.float64)
+        select_experts(scores, count, layer.num_groups, experts)
 
 
 def resolve_count(layer: MoELayer, sparsity: float, num_experts: int | None, multiple_of: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.segments import ExpertLayout
 
 
-__all__ = ["COUNT_KEYS", "MoELayer", "RoutingTensor", "find_decoder_layers", "find_moe_layers"]
+__all__ = ["COUNT_KEYS", "MoELayer", "RoutingTensor", "find_decoder_layers", "find_moe_layers", "layers_by_position"]
 
 # Config keys that hold the number of routed experts, and modules' attributes that repeat it.
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -76,6 +76,12 @@ def find_decoder_layers(model: nn.Module, layer: MoELayer) -> tuple[str, nn.Modu
         if isinstance(module, nn.ModuleList):
             return name, module
     raise ValueError(f"{layer.name!r} is not inside a list of decoder layers; this architecture is not supported")
+
+
+def layers_by_position(model: nn.Module, layers: list[MoELayer]) -> dict[int, MoELayer]:
+    """MoE layers by the index of the decoder layer that holds them."""
+    prefix, _ = find_decoder_layers(model, layers[0])
+    return {int(layer.name.removeprefix(f"{prefix}.").split(".")[0]): layer for layer in layers}
 
 
 def _is_experts(name: str, module: nn.Module) -> bool:

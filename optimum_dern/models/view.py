@@ -1,6 +1,7 @@
 """Read a MoE layer as segments, and write a compressed one back: the one place that mutates a model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,15 @@ from ..core.segments import Segments, parameters_from_segments, segments_from_pa
 from .structure import COUNT_ATTRIBUTES, COUNT_KEYS, MoELayer
 
 
-__all__ = ["LayerWeights", "layer_activation", "read_layer", "retained_routing", "write_counts_", "write_layer_"]
+__all__ = [
+    "LayerWeights",
+    "layer_activation",
+    "read_layer",
+    "restored_on_error",
+    "retained_routing",
+    "write_counts_",
+    "write_layer_",
+]
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,18 @@ def write_layer_(layer: MoELayer, weights: LayerWeights) -> None:
         _replace(routing.module, routing.name, weights.routing[routing.path])
     current = layer.experts.__dict__.get("num_experts", layer.num_experts)
     _replace_counts(layer.block, {current, layer.num_experts}, weights.num_experts)
+
+
+@contextmanager
+def restored_on_error(layers: list[MoELayer]) -> Iterator[None]:
+    """Put the layers back as they are now if the body fails or is interrupted."""
+    originals = [read_layer(layer) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, weights in zip(layers, originals, strict=True):
+            write_layer_(layer, weights)
+        raise
 
 
 def write_counts_(model: nn.Module, layers: list[MoELayer], num_experts: int) -> None:

@@ -1,5 +1,9 @@
 """A first model card: what the checkpoint is, what it lost, and how to make it again."""
 
+import dataclasses
+import json
+import os
+import shlex
 from typing import Any
 
 from .report import CompressionReport
@@ -68,7 +72,7 @@ def model_card(report: CompressionReport) -> Any:
     from huggingface_hub import ModelCard, ModelCardData
 
     source = report.source
-    is_hub_id = bool(source) and not source.startswith((".", "/", "~")) and source.count("/") == 1
+    is_hub_id = bool(source) and source.count("/") == 1 and source[0] not in "./~" and not os.path.isdir(source)
     data = ModelCardData(
         base_model=[source] if is_hub_id else None,
         library_name="transformers",
@@ -96,13 +100,11 @@ def model_card(report: CompressionReport) -> Any:
 
 def reproduction_command(report: CompressionReport) -> str:
     """The command line that makes the same checkpoint: every field that differs from the defaults."""
-    import dataclasses
-    import shlex
-
     from ..config import DernConfig
 
     defaults = DernConfig(preset=report.config["preset"], sparsity=report.config["sparsity"]).to_dict()
     words = ["optimum-dern", "compress", report.source or "MODEL", "OUTPUT"]
+    words += ["--revision", report.revision] if report.revision else []
     for field in dataclasses.fields(DernConfig):
         value = report.config[field.name]
         is_default = value == (field.default if field.name in ("sparsity", "preset") else defaults[field.name])
@@ -111,9 +113,13 @@ def reproduction_command(report: CompressionReport) -> str:
         flag = f"--{field.name.replace('_', '-')}"
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, dict):
+            words += [flag, json.dumps(value)]
         else:
             words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join([*words, "--dataset", str(report.calibration["dataset"])])
+    dataset = report.config["dataset"]
+    sources = [f"{name}={weight}" for name, weight in dataset.items()] if isinstance(dataset, dict) else [dataset]
+    return shlex.join([*words, "--dataset", *map(str, sources)])
 
 
 def _size_rows(report: CompressionReport) -> list[dict[str, str]]:

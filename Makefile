@@ -1,0 +1,47 @@
+# Two commands do everything: `make demo` and `make test`.  Both build their own virtual environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEMO ?= build/demo
+TEXT = examples/tiny_moe/text
+# Contended threads cost a factor of ten on small machines: as many as there are cores, and no more.
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test quality style clean
+
+demo: $(VENV)/.installed
+	@for model in upcycled scratch; do \
+	  echo; echo "== examples/tiny_moe/$$model, half of its experts =="; \
+	  $(BIN)/optimum-dern compress examples/tiny_moe/$$model $(DEMO)/$$model --overwrite --sparsity 0.5 \
+	    --dataset $(TEXT)/calibration --num-samples 256 --sequence-length 256 --batch-size 8 \
+	    --evaluate $(TEXT)/evaluation || exit 2; \
+	done
+	@echo; echo "plain transformers loads the result, without this package:"
+	@$(BIN)/python examples/generate.py $(DEMO)/upcycled
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+quality: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch's CPU build where there is no NVIDIA GPU: the default one brings several GB of CUDA packages.
+CPU_TORCH = torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu --retries 1
+TORCH = $(if $(shell command -v nvidia-smi),torch,$(CPU_TORCH))
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[tests,quality]'
+	@mkdir -p build
+	@touch $@
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,264 @@
+"""Calibration data in every form, to the same padded batches."""
+
+import json
+import random
+
+import numpy
+import pytest
+import torch
+from datasets import Dataset
+from tiny import EOS, PAD, random_tokens, sample_texts, tiny_tokenizer
+
+from optimum_dern.calibration.data import load_batches, load_samples
+
+
+TOKENIZER = tiny_tokenizer()
+TEXTS = sample_texts()
+
+
+def ids_of(text):
+    """Token ids of one text."""
+    return TOKENIZER(text)["input_ids"]
+
+
+def samples_of(dataset, num_samples=128, sequence_length=2048, seed=0, column="text", tokenizer=TOKENIZER):
+    """The ids of all samples, after a check that nothing is masked."""
+    samples = load_samples(dataset, tokenizer, num_samples, sequence_length, seed, column)
+    assert all(ids.dtype == mask.dtype == torch.int64 and mask.all() for ids, mask in samples)
+    return [ids.tolist() for ids, _ in samples]
+
+
+EXPECTED = [ids_of(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        TEXTS,
+        tuple(TEXTS),
+        [{"text": text, "id": i} for i, text in enumerate(TEXTS)],
+        [{"input_ids": ids} for ids in EXPECTED],
+        [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids))} for ids in EXPECTED],
+        [torch.tensor(ids) for ids in EXPECTED],
+        EXPECTED,
+        [TOKENIZER(text) for text in TEXTS],
+        [TOKENIZER(text, return_tensors="pt") for text in TEXTS],
+        Dataset.from_dict({"text": TEXTS}),
+        Dataset.from_dict({"input_ids": EXPECTED}),
+        iter(TEXTS),
+        ["", *TEXTS, " \n"],
+    ],
+    ids=(
+        "list tuple rows dicts tensors-2d tensors ids encodings encodings-pt dataset token-dataset iterator blanks"
+    ).split(),
+)
+def test_objects(dataset):
+    """All forms of data in memory give the same samples."""
+    assert samples_of(dataset) == EXPECTED
+
+
+def test_jsonl(tmp_path):
+    """One JSON value a line; blank lines are skipped, and any column can hold the text."""
+    lines = [json.dumps({"text": "x", "code": text}) for text in TEXTS]
+    (tmp_path / "rows.jsonl").write_text("\n\n".join(lines) + "\n", "utf-8")
+    assert samples_of(tmp_path / "rows.jsonl", column="code") == EXPECTED
+
+
+@pytest.mark.parametrize("rows", [TEXTS, [{"text": text} for text in TEXTS], EXPECTED])
+def test_json(tmp_path, rows):
+    """A JSON list of texts, of rows, or of token ids."""
+    (tmp_path / "rows.json").write_text(json.dumps(rows), "utf-8")
+    assert samples_of(str(tmp_path / "rows.json")) == EXPECTED
+
+
+def test_parquet(tmp_path):
+    """A column of a parquet file."""
+    Dataset.from_dict({"text": TEXTS, "n": list(range(12))}).to_parquet(tmp_path / "rows.parquet")
+    assert samples_of(tmp_path / "rows.parquet") == EXPECTED
+
+
+@pytest.mark.parametrize("form", ["tensor", "tensors", "dicts"])
+def test_pt(tmp_path, form):
+    """A tensor with a row a sequence, a list of tensors, or a list of token dicts."""
+    rows = random_tokens(5, 8)
+    forms = {
+        "tensor": torch.stack([row["input_ids"] for row in rows]),
+        "tensors": [row["input_ids"] for row in rows],
+        "dicts": rows,
+    }
+    torch.save(forms[form], tmp_path / "rows.pt")
+    assert samples_of(tmp_path / "rows.pt", tokenizer=None) == [row["input_ids"].tolist() for row in rows]
+
+
+def test_txt_is_one_stream(tmp_path):
+    """Documents follow one another with EOS between them, cut into whole windows; none loses its tail to a cut."""
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(TEXTS), "utf-8")
+    stream = [token for ids in EXPECTED for token in [*ids, EOS]]
+    windows = samples_of(tmp_path / "text.txt", sequence_length=50)
+    assert windows == [stream[i : i + 50] for i in range(0, len(stream) - 49, 50)]
+    assert samples_of(tmp_path / "text.txt", sequence_length=10**4) == [stream]  # shorter than one window
+
+
+def test_folder(tmp_path):
+    """All files of a folder in equal shares, in the order of their names; other files are left out."""
+    (tmp_path / "b.json").write_text(json.dumps(TEXTS[:6]), "utf-8")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(text) for text in TEXTS[6:]), "utf-8")
+    (tmp_path / "README.md").write_text("not data", "utf-8")
+    assert samples_of(tmp_path) == EXPECTED[6:] + EXPECTED[:6]
+    few = samples_of(tmp_path, num_samples=4)
+    assert [ids in EXPECTED[6:] for ids in few] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("weights", "count", "shares"),
+    [((1, 1), 6, (3, 3)), ((3, 1), 8, (6, 2)), ((2, 1), 5, (3, 2)), ((1, 0), 4, (4, 0)), ((0.2, 0.1), 3, (2, 1))],
+)
+def test_mix(tmp_path, weights, count, shares):
+    """`num_samples` is shared in proportion to the weights, remainders to the largest fraction."""
+    sources = {"short": [[1]] * 20, "long": [[2, 2]] * 20}
+    for name, rows in sources.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows), "utf-8")
+    mix = {str(tmp_path / f"{name}.json"): weight for name, weight in zip(sources, weights, strict=True)}
+    samples = samples_of(mix, num_samples=count)
+    assert (samples.count([1]), samples.count([2, 2])) == shares
+
+
+def test_draw():
+    """`num_samples` distinct rows in their own order, chosen by the seed alone."""
+    rows = [[i] for i in range(50)]
+    first = samples_of(rows, num_samples=10, seed=1)
+    torch.manual_seed(123)
+    assert samples_of(rows, num_samples=10, seed=1) == first != samples_of(rows, num_samples=10, seed=2)
+    assert first == sorted(first) and len({ids[0] for ids in first}) == 10
+    assert samples_of(rows, num_samples=50, seed=3) == rows == samples_of(rows, num_samples=99, seed=3)
+
+
+@pytest.mark.parametrize("dataset", [TEXTS, EXPECTED, [TOKENIZER(text) for text in TEXTS]])
+def test_cut(dataset):
+    """Sequences are cut at `sequence_length`; shorter ones stay as they are."""
+    assert samples_of(dataset, sequence_length=80) == [ids[:80] for ids in EXPECTED]
+    assert min(map(len, EXPECTED)) < 80 < max(map(len, EXPECTED))
+
+
+def test_batches():
+    """Shorter sequences are padded on the left and masked; the last batch may be smaller."""
+    batches = load_batches(TEXTS, TOKENIZER, batch_size=5)
+    assert [len(batch["input_ids"]) for batch in batches] == [5, 5, 2]
+    rows = [row for batch in batches for row in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    for (ids, mask), expected in zip(rows, EXPECTED, strict=True):
+        assert mask.sum() == len(expected)
+        assert ids[mask.bool()].tolist() == ids[-len(expected) :].tolist() == expected
+        assert (ids[~mask.bool()] == PAD).all()
+    assert batches[0]["input_ids"].dtype == batches[0]["attention_mask"].dtype == torch.int64
+    assert (batches[0]["attention_mask"] == 0).any()
+
+
+def test_masks_are_kept():
+    """A mask in the data says which of its tokens count."""
+    row = {"input_ids": [5, 6, 7, 8], "attention_mask": [0, 1, 1, 0]}
+    (batch,) = load_batches([row, [9, 9]], None, batch_size=2, sequence_length=3)
+    assert batch["attention_mask"].tolist() == [[0, 1, 1], [0, 1, 1]]
+
+
+def test_padding_without_a_padding_token():
+    """EOS pads where there is no padding token."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    (batch,) = load_batches(["ab", "a"], tokenizer, batch_size=2)
+    assert batch["input_ids"][1].tolist() == [EOS, *ids_of("a")]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "match"),
+    [
+        ([], ValueError, "holds no token"),
+        (["", " "], ValueError, "holds no token"),
+        ("nowhere.txt", FileNotFoundError, "neither a file, a folder nor one of.*wikitext2"),
+        (42, ValueError, "type int is not supported"),
+        (b"bytes", ValueError, "type bytes is not supported"),
+        ([3, 4], ValueError, "row is a int"),
+        ([None], ValueError, "row is a NoneType"),
+        ([[]], ValueError, "row is a list"),
+        ([{"body": "x"}], ValueError, r"no column 'text', only \['body'\]; name it with text_column"),
+        ({}, ValueError, "needs sources"),
+        ({"a.txt": 0}, ValueError, "not all zero"),
+        ({"a.txt": -1, "b.txt": 2}, ValueError, ">= 0"),
+    ],
+)
+def test_unusable_data(dataset, error, match):
+    """One exception that tells what was found and what is allowed."""
+    with pytest.raises(error, match=match):
+        load_batches(dataset, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("rows.csv", "a,b", "cannot read calibration data from 'rows.csv'"),
+        ("empty.txt", " \n", "holds no token"),
+        ("broken.json", "[", "Expecting value"),
+    ],
+)
+def test_unusable_files(tmp_path, name, content, match):
+    """Files of another type, without text, or that cannot be parsed."""
+    (tmp_path / name).write_text(content, "utf-8")
+    with pytest.raises(ValueError, match=match):
+        load_batches(tmp_path / name, TOKENIZER)
+
+
+def test_empty_folder(tmp_path):
+    """A folder without data."""
+    with pytest.raises(ValueError, match="needs sources"):
+        load_batches(tmp_path, TOKENIZER)
+
+
+@pytest.mark.parametrize("dataset", [["some text"], "c4", "text.txt"])
+def test_text_without_a_tokenizer(tmp_path, monkeypatch, dataset):
+    """Text is refused before anything is read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("some text", "utf-8")
+    with pytest.raises(ValueError, match="give a tokenizer"):
+        load_batches(dataset, None)
+
+
+@pytest.mark.parametrize("value", [{"text": TEXTS}, {"input_ids": EXPECTED}])
+def test_a_dict_of_columns_is_not_its_keys(tmp_path, value):
+    """A JSON object of columns is refused or read by column, but never calibrates on the columns' names."""
+    (tmp_path / "columns.json").write_text(json.dumps(value), "utf-8")
+    try:
+        samples = samples_of(tmp_path / "columns.json")
+    except ValueError:
+        return
+    assert samples == EXPECTED
+
+
+def test_a_stream_of_tokens_is_not_sequences_of_one(tmp_path):
+    """A one-dimensional tensor of ids is refused, or read as a stream."""
+    torch.save(torch.arange(100), tmp_path / "stream.pt")
+    try:
+        samples = samples_of(tmp_path / "stream.pt", sequence_length=10)
+    except ValueError:
+        return
+    assert len(samples) == 10
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "c4", "c4-new"])
+def test_named_datasets(monkeypatch, name):
+    """Optimum's own loader is asked, once, and the global random states that it seeds are put back."""
+    calls = []
+
+    def get_dataset(dataset_name, tokenizer, nsamples, seqlen, seed):
+        calls.append((dataset_name, tokenizer, nsamples, seqlen, seed))
+        for seeding in (random.seed, numpy.random.seed, torch.random.manual_seed):
+            seeding(seed)
+        ids = torch.randint(256, (nsamples, 1, seqlen))
+        return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
+
+    monkeypatch.setattr("optimum.gptq.data.get_dataset", get_dataset)
+    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    batches = load_batches(name, TOKENIZER, num_samples=6, sequence_length=7, batch_size=3, seed=11)
+    assert calls == [(name, TOKENIZER, 6, 7, 11)]
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(3, 7)] * 2
+    assert random.getstate() == states[0]
+    assert all(numpy.array_equal(a, b) for a, b in zip(numpy.random.get_state(), states[1], strict=True))
+    assert torch.equal(torch.get_rng_state(), states[2])

@@ -1,0 +1,69 @@
+"""Command-line options to a `DernConfig`."""
+
+import argparse
+
+import pytest
+
+from optimum_dern import DernConfig
+from optimum_dern.commands.arguments import add_config_arguments, check_model_name, config_from_arguments
+
+
+def parse(*arguments):
+    """The config that the options describe."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_config_arguments(parser)
+    return config_from_arguments(parser.parse_args(arguments))
+
+
+def test_no_option_is_the_default():
+    """What is not given stays with the config's own defaults."""
+    assert parse() == DernConfig()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields"),
+    [
+        ("--num-experts 4", {"num_experts": 4}),
+        ("--sparsity .25 --preset paper", {"sparsity": 0.25, "preset": "paper"}),
+        ("--preset paper --refit --guard", {"preset": "paper", "refit": True, "guard": True}),
+        ("--no-refit --no-importance-weighting", {"refit": False, "importance_weighting": False}),
+        ("--similarity-weights 1 .5 2", {"similarity_weights": (1, 0.5, 2)}),
+        ("--similarity-threshold -0.5", {"similarity_threshold": -0.5}),
+        ("--refit-ridge 1e-3 --refit-sweeps 2 --seed 7", {"refit_ridge": 1e-3, "refit_sweeps": 2, "seed": 7}),
+        ('--protect-experts {"0":[1],"3":[2,2]}', {"protect_experts": {0: [1], 3: [2]}}),
+        ("--cluster-init random --router-update rows", {"cluster_init": "random", "router_update": "rows"}),
+    ],
+)
+def test_fields(arguments, fields):
+    """Each option sets the field of its name."""
+    assert parse(*arguments.split()) == DernConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("sources", "dataset"),
+    [
+        (["c4"], "c4"),
+        (["my notes.txt"], "my notes.txt"),
+        (["a=b.txt"], "a=b.txt"),
+        (["a.txt=2"], {"a.txt": 2.0}),
+        (["a.txt", "c4"], {"a.txt": 1.0, "c4": 1.0}),
+        (["code.jsonl=2", "wikitext2=0.5"], {"code.jsonl": 2.0, "wikitext2": 0.5}),
+        (["a=b.txt=3", "c4"], {"a=b.txt": 3.0, "c4": 1.0}),
+    ],
+)
+def test_datasets(sources, dataset):
+    """One source is taken as it is; several, or one with a weight, are a mix."""
+    assert parse("--dataset", *sources).dataset == dataset
+
+
+@pytest.mark.parametrize("name", ["./missing", "/missing", "~/missing", "a/b/c"])
+def test_paths_that_do_not_exist(name):
+    """What can only be a path is not looked for on the Hub."""
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
+        check_model_name(name)
+
+
+def test_names_that_may_be_on_the_hub(tmp_path):
+    """Hub ids and folders pass."""
+    for name in ("gpt2", "me/model", str(tmp_path)):
+        check_model_name(name)

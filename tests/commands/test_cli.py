@@ -1,0 +1,298 @@
+"""The command line, in its own process where that matters and in this one where it does not."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_model, sample_texts, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_dern import CompressionReport, DernCompressor, DernConfig
+from optimum_dern.commands import compress
+from optimum_dern.commands.main import main
+
+
+ROOT = str(Path(__file__).parents[2])
+
+
+def run_process(*arguments, program=(sys.executable, "-m", "optimum_dern"), **environment):
+    """Run the program; the finished process comes back."""
+    environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [*program, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd="/", timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A saved tiny model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("source") / "qwen3"
+    make_model("qwen3_moe").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A text file."""
+    path = tmp_path_factory.mktemp("text") / "notes.txt"
+    path.write_text("\n<|endoftext|>\n".join(sample_texts() * 2), "utf-8")
+    return path
+
+
+def error_of(capsys, *arguments):
+    """The message of a run that must fail with exit code 2, one line on stderr and nothing on stdout."""
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(argument) for argument in arguments])
+    assert exit_info.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
+    assert line.startswith("optimum-dern: error: ")
+    return line.removeprefix("optimum-dern: error: ")
+
+
+@pytest.mark.slow
+def test_compress_end_to_end(tmp_path, checkpoint, text):
+    """One command: one JSON line on stdout, a checkpoint that loads, and the same result as the Python API."""
+    output = tmp_path / "out"
+    options = ("--num-experts", 4, "--sequence-length", 48, "--batch-size", 4, "--json")
+    done = run_process("compress", checkpoint, output, "--dataset", text, "--evaluate", text, *options)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    result = json.loads(line)
+    assert result["output"] == str(output)
+    assert (result["before"]["experts"], result["after"]["experts"]) == (8, 4)
+    assert result["ratio"] == result["after"]["bytes"] / result["before"]["bytes"] < 1
+    losses = result["evaluation"]["notes"]
+    assert losses["before"]["tokens"] == losses["after"]["tokens"] > 0
+    assert losses["before"]["loss"] != losses["after"]["loss"]
+
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.config.num_local_experts == 4
+    assert AutoTokenizer.from_pretrained(output)("text")["input_ids"] == tiny_tokenizer()("text")["input_ids"]
+    report = CompressionReport.load(output / "dern_report.json")
+    assert report.source == str(checkpoint)
+    assert report.evaluation == result["evaluation"]
+    same = DernCompressor(num_experts=4, dataset=text, sequence_length=48, batch_size=4)
+    again = same.compress_model(AutoModelForCausalLM.from_pretrained(checkpoint), str(checkpoint))
+    for name, tensor in again.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor)
+    assert same.report.calibration == report.calibration
+
+
+@pytest.mark.slow
+def test_an_error_in_a_process():
+    """Exit code 2 and one line on stderr, without a traceback."""
+    done = run_process("compress", "/nowhere/model", "/nowhere/out", "--dataset", "notes.txt")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("optimum-dern: error: there is no checkpoint folder '/nowhere/model'")
+
+
+def test_compress_prints_a_table(tmp_path, capsys, checkpoint, text):
+    """Without --json, the sizes and losses before and after, and what won."""
+    main(["compress", str(checkpoint), str(tmp_path / "out"), "--dataset", str(text), "--sequence-length", "48"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (make_model("qwen3_moe"), load(tmp_path / "out")))
+    assert ["experts", "per", "layer", "8", "4"] in lines
+    assert ["parameters", f"{before:,}", f"{after:,}", "x", f"{after / before:.2f}"] in lines
+    assert lines[-1][0] == "layers:" and str(tmp_path / "out") in " ".join(lines[-1])
+
+
+def load(folder):
+    """A model from a folder."""
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_inspect(capsys, checkpoint):
+    """Structure and sizes before and after, which are those that compression gives."""
+    main(["inspect", str(checkpoint), "--num-experts", "4", "--json"])
+    (line,) = capsys.readouterr().out.splitlines()
+    facts = json.loads(line)
+    model = make_model("qwen3_moe")
+    compressor = DernCompressor(num_experts=4, dataset=sample_texts())
+    compressor.compress_model(model, tiny_tokenizer())
+    before, after = compressor.report.before, compressor.report.after
+    assert facts["model_type"] == "qwen3_moe"
+    assert facts["moe_layers"] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert facts["experts"] == [8, 4]
+    assert (facts["experts_per_token"], facts["router_groups"]) == (2, 1)
+    for name in ("parameters", "active_parameters", "bytes"):
+        assert facts[name] == [getattr(before, name), getattr(after, name)]
+    assert facts["memory_bytes"] > before.bytes
+
+    main(["inspect", str(checkpoint), "--sparsity", "0.25"])
+    table = capsys.readouterr().out
+    assert "2 of 8 experts per token" in table
+    assert ["experts", "per", "layer", "8", "6"] in [row.split() for row in table.splitlines()]
+
+
+def test_inspect_reads_no_weights(tmp_path, capsys, checkpoint):
+    """The config alone is enough."""
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    main(["inspect", str(tmp_path), "--json"])
+    assert json.loads(capsys.readouterr().out)["experts"] == [8, 4]
+
+
+def test_config_file_and_override(tmp_path, capsys, checkpoint, text):
+    """`--config` gives any fields, and options win; an amount on the command line replaces the file's."""
+    file = tmp_path / "config.json"
+    config = DernConfig(sparsity=0.25, dataset=str(text), sequence_length=32, refit=False, num_samples=7)
+    file.write_text(json.dumps(DernCompressor(config).to_dict()), "utf-8")
+    options = ["--config", str(file), "--num-experts", "5", "--num-samples", "6", "--json"]
+    main(["compress", str(checkpoint), str(tmp_path / "out"), *options])
+    assert json.loads(capsys.readouterr().out)["after"]["experts"] == 5
+    report = CompressionReport.load(tmp_path / "out" / "dern_report.json")
+    expected = {**config.to_dict(), "sparsity": None, "num_experts": 5, "num_samples": 6}
+    assert report.config == expected
+    assert report.calibration["sequences"] == 6
+
+
+def test_overwrite(tmp_path, capsys, checkpoint, text):
+    """A folder that is not empty is left alone unless --overwrite is given."""
+    (tmp_path / "mine.txt").write_text("mine", "utf-8")
+    options = [str(checkpoint), str(tmp_path), "--dataset", str(text), "--sequence-length", "32"]
+    assert "is not empty; choose another folder or add --overwrite" in error_of(capsys, "compress", *options)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+    main(["compress", *options, "--overwrite"])
+    assert load(tmp_path).config.num_local_experts == 4
+    assert (tmp_path / "mine.txt").read_text("utf-8") == "mine"
+
+
+def test_the_source_is_never_overwritten(capsys, checkpoint, text):
+    """MODEL and OUTPUT cannot be the same folder, not even with --overwrite."""
+    options = ("--overwrite", "--dataset", text)
+    for output in (checkpoint, checkpoint / ".." / checkpoint.name):
+        assert "same folder" in error_of(capsys, "compress", checkpoint, output, *options)
+    assert load(checkpoint).config.num_local_experts == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("--num-experts", "4"), "--dataset is missing"),
+        (("--dataset", "x.txt", "--num-experts", "4", "--sparsity", "0.5"), "give one of them"),
+        (("--dataset", "x.txt", "--num-experts", "0"), "num_experts=0"),
+        (("--dataset", "x.txt", "--config", "/nowhere/config.json"), "/nowhere/config.json"),
+        (("--config", "LIST"), "holds a list"),
+        (("--config", "BROKEN"), "Expecting"),
+        (("--config", "UNKNOWN"), "num_expert"),
+        pytest.param(("--dataset", "/nowhere/notes.txt"), "neither a file"),
+        pytest.param(("--dataset", "c4", "--method", "distil"), "unknown method"),
+        pytest.param(("--dataset", "c4", "--selection", "astrology"), "unknown selection"),
+    ],
+)
+def test_errors_before_anything_is_loaded(tmp_path, monkeypatch, capsys, checkpoint, arguments, match):
+    """Wrong options cost no loading and write nothing."""
+    files = {"LIST": "[1]", "BROKEN": "{", "UNKNOWN": '{"num_expert": 4}'}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, "utf-8")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    arguments = [str(tmp_path / argument) if argument in files else argument for argument in arguments]
+    assert match in error_of(capsys, "compress", checkpoint, tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("--dataset", "TEXT", "--num-experts", "1"), "would leave 1 of 8 experts"),
+        (("--dataset", "TEXT", "--method", "distil"), "unknown method 'distil'"),
+        (("--dataset", "/nowhere/notes.txt"), "neither a file, a folder nor one of"),
+        (("--dataset", "TEXT", "--evaluate", "/nowhere/held_out.txt"), "neither a file, a folder nor one of"),
+    ],
+)
+def test_errors_after_loading(tmp_path, monkeypatch, capsys, checkpoint, text, arguments, match):
+    """The message is the last line; nothing is written."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        arguments = [text if argument == "TEXT" else argument for argument in arguments]
+        assert match in error_of(capsys, "compress", checkpoint, tmp_path / "out", *arguments)
+    finally:
+        logging.enable_progress_bar()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_cannot_be_found(capsys):
+    """Neither a folder nor, without a network, a model of the Hub."""
+    error_of(capsys, "inspect", "no-such-model")
+
+
+def test_dtype(tmp_path, checkpoint, text):
+    """`--dtype` decides what is written."""
+    options = ["--dataset", str(text), "--sequence-length", "32", "--dtype", "bfloat16", "--json"]
+    main(["compress", str(checkpoint), str(tmp_path / "out"), *options])
+    assert load(tmp_path / "out").dtype == torch.bfloat16
+    assert json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))["dtype"] == "bfloat16"
+
+
+def test_traceback(checkpoint, tmp_path):
+    """`--traceback` shows the error as it was raised."""
+    with pytest.raises(ValueError, match="--dataset is missing"):
+        main(["compress", str(checkpoint), str(tmp_path / "out"), "--traceback"])
+
+
+def test_a_damaged_checkpoint(tmp_path, capsys, checkpoint, text):
+    """Weights that were cut off are an error of the data, too."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in checkpoint.iterdir():
+        (source / file.name).write_bytes(file.read_bytes()[: 5000 if file.suffix == ".safetensors" else None])
+    error_of(capsys, "compress", source, tmp_path / "out", "--dataset", text)
+
+
+@pytest.mark.parametrize("arguments", [("--preset", "best"), ("--num-experts", "four"), ("--no-such-option",)])
+def test_usage_errors(tmp_path, capsys, checkpoint, text, arguments):
+    """Errors that the parser finds look like all others."""
+    error_of(capsys, "compress", checkpoint, tmp_path / "out", "--dataset", text, *arguments)
+
+
+def test_help(capsys):
+    """Every field of `DernConfig` is an option, with its help text and default, and the examples are shown."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(["compress", "--help"])
+    assert exit_info.value.code == 0
+    shown = capsys.readouterr().out
+    words, letters = " ".join(shown.split()), "".join(shown.split())  # argparse breaks lines at hyphens, too
+    fields = [field for field in dataclasses.fields(DernConfig) if field.name != "quant_method"]
+    assert len(fields) > 20
+    for field in fields:
+        flag = f"--{field.name.replace('_', '-')}"
+        assert f" {flag} " in words or f" {flag}," in words
+        assert "".join(field.metadata["help"].split()) in letters
+    assert "--no-refit" in shown and "(default: 128)" in words
+    assert compress.EPILOG.strip() in shown
+    assert "--quant-method" not in shown
+
+
+def test_commands_are_listed(capsys):
+    """The top-level help names the commands; a missing command is an error."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert "compress" in shown and "inspect" in shown
+    with pytest.raises(SystemExit) as exit_info:
+        main([])
+    assert exit_info.value.code == 2
+
+
+@pytest.mark.slow
+def test_optimum_cli(checkpoint):
+    """`optimum-cli dern` is the same program."""
+    try:
+        importlib.metadata.distribution("optimum-dern")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("optimum-dern is not installed, so optimum-cli cannot find its command")
+    program = (Path(sys.executable).with_name("optimum-cli"),)
+    done = run_process("dern", "inspect", checkpoint, "--num-experts", 4, "--json", program=program)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["experts"] == [8, 4]

@@ -1,0 +1,176 @@
+"""Which experts stay, which candidate is written, and that the reported errors are true."""
+
+from functools import partial
+
+import pytest
+import torch
+from tiny import EXPERTS, FAMILIES, FIRST_MOE, compress, make_model, random_tokens, same_state, state_of
+
+from optimum_dern.engine import choice
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_threshold_above_one_is_pruning(family):
+    """Where nothing moves, refit and guard being off, DERN equals plain pruning bit for bit."""
+    states = []
+    for fields in ({"method": "dern", "similarity_threshold": 1.5}, {"method": "prune"}):
+        model = make_model(family)
+        compress(model, refit=False, guard=False, **fields)
+        states.append(state_of(model))
+    assert same_state(*states)
+    moved = make_model(family)
+    compress(moved, refit=False, guard=False)
+    assert not same_state(states[0], state_of(moved))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruning_keeps_the_retained_experts_as_they_are(family):
+    """Without refit, pruning only selects: weights, router rows and biases are the original entries."""
+    model, original = make_model(family), make_model(family)
+    layers = {layer.name: layer for layer in compress(model, method="prune", refit=False).report.layers}
+    before, after = state_of(original), state_of(model)
+    changed = {name for name in before if not before[name].shape == after[name].shape}
+    for name, tensor in before.items():
+        layer = next((layer for layer in layers.values() if name in changed and name.startswith(layer.name)), None)
+        assert torch.equal(after[name], tensor if layer is None else tensor[layer.retained])
+    kinds = 4 if family == "deepseek_v3" else 3  # router, gate|up, down, and the correction bias
+    assert len(changed) == kinds * (model.config.num_hidden_layers - FIRST_MOE.get(family, 0))
+
+
+def test_retained_experts_are_the_best_scores():
+    """The saliency in the report decides, and survivors keep their order."""
+    for layer in compress(make_model("mixtral")).report.layers:
+        best = sorted(range(EXPERTS), key=lambda expert, scores=layer.saliency: (-scores[expert], expert))[:4]
+        assert layer.retained == sorted(best)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("samples", [12, 40])
+def test_the_winner_has_the_lowest_error(family, samples):
+    """The guard keeps the best of all candidates, so it never does worse than pruning."""
+    names = {"pruned", "pruned+refit", "recombined", "recombined+refit"}
+    for layer in compress(make_model(family), dataset=random_tokens(samples)).report.layers:
+        assert names < layer.errors.keys()
+        assert all("+refit+" in name for name in layer.errors.keys() - names)
+        assert layer.errors[layer.winner] == min(layer.errors.values()) <= layer.errors["pruned"]
+        assert 0 < layer.moved_share <= 1
+        assert layer.held_out_tokens == max(1, samples // 10) * 24
+
+
+def test_reported_errors_are_true():
+    """The winner's error, measured by hand on the held-out sequence from the finished layer's own outputs."""
+    model, original = make_model("mixtral"), make_model("mixtral")
+    report = compress(model, dataset=random_tokens(9), batch_size=1).report.layers[0]
+    outputs = []
+    for subject in (original, model):
+        block = subject.get_submodule(report.name)
+        handle = block.register_forward_hook(lambda module, args, output: outputs.append(output))
+        with torch.no_grad():
+            subject(random_tokens(9)[-1]["input_ids"].unsqueeze(0))
+        handle.remove()
+    target, output = outputs
+    error = ((output - target).square().sum() / target.square().sum()).item()
+    assert report.errors[report.winner] == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "winner"),
+    [
+        ({}, "recombined+refit+router+neurons"),
+        ({"neuron_refit": False}, "recombined+refit+router"),
+        ({"router_refit": False}, "recombined+refit+neurons"),
+        ({"router_refit": False, "neuron_refit": False}, "recombined+refit"),
+        ({"refit": False}, "recombined"),
+        ({"method": "prune", "router_refit": False, "neuron_refit": False}, "pruned+refit"),
+        ({"method": "prune", "refit": False}, "pruned"),
+    ],
+)
+def test_without_the_guard_the_method_is_taken(fields, winner):
+    """No candidate is judged, and the method's own result is written, refitted where asked."""
+    for layer in compress(make_model("qwen3_moe"), guard=False, **fields).report.layers:
+        assert (layer.winner, layer.errors, layer.held_out_tokens) == (winner, {}, 0)
+
+
+def test_refit_lowers_the_error_on_its_own_tokens():
+    """With the guard off, the refit brings the logits of the calibration data nearer to the original's."""
+    rows = random_tokens(40)
+    batch = torch.stack([row["input_ids"] for row in rows])
+    with torch.no_grad():
+        target = make_model("mixtral")(batch).logits
+        errors = []
+        for refit in (True, False):
+            model = make_model("mixtral")
+            compress(
+                model, dataset=rows, method="prune", guard=False, refit=refit, router_refit=False, neuron_refit=False
+            )
+            errors.append((model(batch).logits - target).norm())
+    assert errors[0] < 0.95 * errors[1]
+
+
+def test_protected_experts_stay():
+    """Experts that the scores would drop stay where they are protected, and only there."""
+    plain = compress(make_model("mixtral")).report.layers
+    worst = sorted(range(EXPERTS), key=lambda expert: plain[1].saliency[expert])[:2]
+    protecting = compress(make_model("mixtral"), protect_experts={1: worst}).report.layers
+    assert not set(worst) & set(plain[1].retained)
+    assert set(worst) < set(protecting[1].retained)
+    assert len(protecting[1].retained) == 4
+    assert protecting[0].retained == plain[0].retained
+
+
+def test_paper_preset():
+    """DERN as published: one candidate, no refit, and the statistics of the original model."""
+    model = make_model("mixtral")
+    compressor = compress(model, preset="paper")
+    assert [layer.winner for layer in compressor.report.layers] == ["recombined"] * 2
+    oneshot = compress(make_model("mixtral"), calibration_order="oneshot", method="prune").report.layers
+    assert [layer.saliency for layer in compressor.report.layers] == [layer.saliency for layer in oneshot]
+
+
+def test_router_rows_move_with_the_segments():
+    """`router_update="rows"` changes the retained rows by the moved share of the dropped ones; "none" does not."""
+    original = make_model("mixtral")
+    for update in ("none", "rows"):
+        model = make_model("mixtral")
+        layer = compress(model, preset="paper", router_update=update).report.layers[0]
+        rows = model.get_submodule(layer.name).gate.weight
+        kept = original.get_submodule(layer.name).gate.weight[layer.retained]
+        assert torch.equal(rows, kept) == (update == "none")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_router_is_refitted_only_where_asked(family):
+    """The router's rows move with `router_refit` and stay without; its correction bias always stays."""
+    original = make_model(family)
+    for asked in (True, False):
+        model = make_model(family)
+        for layer in compress(model, guard=False, router_refit=asked).report.layers:
+            assert ("+router" in layer.winner) == asked
+            for name, tensor in model.get_submodule(layer.name).gate.state_dict().items():
+                before = original.get_submodule(layer.name).gate.state_dict()[name][layer.retained]
+                assert torch.equal(tensor, before) == (not asked or name != "weight")
+                assert tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_held_out_tokens_are_not_fitted(monkeypatch, guard):
+    """With the guard, every refit sees all tokens but the held-out ones; without it, all."""
+    fitted = []
+
+    def spy(segments, routing, target, *args, fit):
+        fitted.append((routing.hidden, target))
+        return fit(segments, routing, target, *args)
+
+    monkeypatch.setattr(choice, "refit_down", partial(spy, fit=choice.refit_down))
+    rows = random_tokens(7)
+    model, seen = make_model("mixtral"), []
+    handle = model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(torch.stack([row["input_ids"] for row in rows]))
+    handle.remove()
+    expected = seen[0].view(7, 24, -1)[: 6 if guard else 7].flatten(0, 1)
+    compress(model, dataset=rows, batch_size=3, guard=guard)
+    assert len(fitted) >= (4 if guard else 2)  # two layers, of two candidates each or of one
+    for hidden, target in fitted:
+        assert len(hidden) == len(target) == len(expected)
+    torch.testing.assert_close(fitted[0][0], expected)

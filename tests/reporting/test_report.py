@@ -1,0 +1,63 @@
+"""`CompressionReport` as JSON."""
+
+import json
+
+from optimum_dern.evaluation.perplexity import TextLoss
+from optimum_dern.reporting.report import REPORT_VERSION, CompressionReport, LayerReport, ModelSize
+
+
+LAYER = LayerReport(
+    name="model.layers.3.mlp",
+    layer=3,
+    tokens=100,
+    held_out_tokens=10,
+    load=[0.5, 0.25, 0.25],
+    saliency=[0.5, 0.2, 0.3],
+    retained=[0, 2],
+    errors={"pruned": 0.25, "pruned+refit": 0.125},
+    winner="pruned+refit",
+    moved_share=None,
+    similarity_quantiles=None,
+    seconds=1.5,
+)
+REPORT = CompressionReport(
+    source="me/model",
+    revision="abc",
+    model_type="mixtral",
+    method="prune",
+    config={"seed": 0},
+    calibration={"dataset": "c4", "sha256": "0", "sequences": 1, "tokens": 100},
+    before=ModelSize(300, 200, 1200, 3),
+    after=ModelSize(200, 200, 900, 2),
+    layers=[LAYER],
+    versions={"optimum-dern": "0"},
+    seconds=2.5,
+    peak_memory_bytes=7,
+)
+
+
+def test_round_trip():
+    """The dict is JSON and makes an equal report."""
+    assert CompressionReport.from_dict(json.loads(json.dumps(REPORT.to_dict()))) == REPORT
+
+
+def test_schema():
+    """Version and ratio are written out, for readers that do not have this package."""
+    values = REPORT.to_dict()
+    assert (values["report_version"], values["ratio"]) == (REPORT_VERSION, 0.75)
+    assert values["layers"][0]["errors"] == LAYER.errors
+    assert values["before"] == {"parameters": 300, "active_parameters": 200, "bytes": 1200, "experts": 3}
+
+
+def test_summary():
+    """Totals without the layers, with the evaluation once there is one."""
+    report = CompressionReport.from_dict(REPORT.to_dict())
+    assert report.summary().keys() == {"before", "after", "ratio", "evaluation", "seconds", "peak_memory_bytes"}
+    report.add_evaluation({"a": TextLoss(1.0, 0.1, 9)}, {"a": TextLoss(2.0, 0.2, 9)})
+    assert report.summary()["evaluation"] == {
+        "a": {
+            "before": {"loss": 1.0, "standard_error": 0.1, "tokens": 9},
+            "after": {"loss": 2.0, "standard_error": 0.2, "tokens": 9},
+        }
+    }
+    assert REPORT.evaluation == {}

@@ -1,0 +1,217 @@
+"""`DernConfig`: presets, ranges, and its life as JSON."""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import random_tokens, sample_texts
+
+from optimum_dern import DernConfig
+from optimum_dern.options import CHOICES, PRESETS
+
+
+def test_defaults():
+    """The documented defaults."""
+    expected = {
+        "sparsity": 0.5,
+        "num_experts": None,
+        "method": "dern",
+        "preset": "recommended",
+        "selection": "router",
+        "similarity_threshold": 0.5,
+        "similarity_weights": (0.0, 1.0, 1.0),
+        "router_update": "none",
+        "cluster_init": "own",
+        "cluster_iterations": 30,
+        "cluster_tolerance": 1e-4,
+        "importance_weighting": True,
+        "refit": True,
+        "router_refit": True,
+        "neuron_refit": True,
+        "refit_ridge": 1e-2,
+        "refit_sweeps": 3,
+        "guard": True,
+        "calibration_order": "sequential",
+        "dataset": None,
+        "num_samples": 128,
+        "sequence_length": 2048,
+        "batch_size": 1,
+        "seed": 0,
+        "text_column": "text",
+        "protect_experts": None,
+        "experts_multiple_of": 1,
+        "quant_method": "dern",
+    }
+    assert vars(DernConfig()) == expected
+
+
+def test_paper_preset():
+    """DERN exactly as published: neither refit nor guard, statistics of the original model."""
+    config = DernConfig(preset="paper")
+    assert not (config.refit or config.router_refit or config.neuron_refit or config.guard)
+    assert (config.calibration_order, config.cluster_init) == ("oneshot", "gate")
+
+
+@pytest.mark.parametrize(
+    ("preset", "field", "value"),
+    [
+        ("paper", "refit", True),
+        ("paper", "guard", True),
+        ("paper", "calibration_order", "sequential"),
+        ("paper", "cluster_init", "random"),
+        ("paper", "router_refit", True),
+        ("paper", "neuron_refit", True),
+        ("recommended", "refit", False),
+        ("recommended", "router_refit", False),
+        ("recommended", "neuron_refit", False),
+        ("recommended", "guard", False),
+        ("recommended", "calibration_order", "oneshot"),
+        ("recommended", "cluster_init", "gate"),
+    ],
+)
+def test_explicit_fields_win_over_the_preset(preset, field, value):
+    """A preset fills only what was left open."""
+    config = DernConfig(preset=preset, **{field: value})
+    rest = {name: setting for name, setting in PRESETS[preset].items() if name != field}
+    assert getattr(config, field) == value
+    assert {name: getattr(config, name) for name in rest} == rest
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"sparsity": 0.5, "num_experts": 4}, "give one of them"),
+        ({"sparsity": 1.0}, "below 1"),
+        ({"sparsity": -0.1}, "at least 0"),
+        ({"sparsity": float("nan")}, "sparsity=nan"),
+        ({"num_experts": 0}, "whole number of at least 1"),
+        ({"num_experts": 4.0}, "whole number"),
+        ({"num_experts": True}, "whole number"),
+        ({"preset": "best"}, "'recommended', 'paper'"),
+        ({"router_update": "columns"}, "'none', 'rows'"),
+        ({"cluster_init": "kmeans++"}, "'own', 'gate', 'random'"),
+        ({"calibration_order": "parallel"}, "'sequential', 'oneshot'"),
+        ({"cluster_iterations": 0}, "cluster_iterations=0"),
+        ({"cluster_tolerance": 0.0}, "above 0"),
+        ({"refit_ridge": -1.0}, "above 0"),
+        ({"refit_sweeps": 0}, "refit_sweeps=0"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"sequence_length": 1.5}, "sequence_length=1.5"),
+        ({"batch_size": "8"}, "batch_size='8'"),
+        ({"experts_multiple_of": 0}, "experts_multiple_of=0"),
+        ({"similarity_weights": (1.0, 1.0)}, "three weights"),
+        ({"similarity_weights": (0.0, 0.0, 0.0)}, "three weights"),
+        ({"similarity_weights": (1.0, -1.0, 1.0)}, "three weights"),
+        ({"similarity_threshold": "high"}, "must be a number"),
+        ({"protect_experts": [0, 1]}, "must map decoder layers"),
+        ({"quant_method": "gptq"}, "quant_method='gptq'"),
+    ],
+)
+def test_out_of_range(fields, match):
+    """One exception that tells what was given and what is allowed."""
+    with pytest.raises(ValueError, match=match):
+        DernConfig(**fields)
+
+
+def test_unknown_fields():
+    """A misspelt field is an error, from keywords as from a dict."""
+    with pytest.raises(TypeError, match="num_expert"):
+        DernConfig(num_expert=4)
+    with pytest.raises(TypeError, match="num_expert"):
+        DernConfig.from_dict({"num_expert": 4})
+
+
+def test_protection_is_normalised():
+    """JSON turns layers into strings; both forms mean the same."""
+    assert DernConfig(protect_experts={"3": [5, 0, 5]}) == DernConfig(protect_experts={3: (0, 5)})
+    assert DernConfig(protect_experts={"3": [5, 0, 5]}).protect_experts == {3: [0, 5]}
+
+
+fields = st.fixed_dictionaries(
+    {},
+    optional={
+        "sparsity": st.floats(0, 0.99),
+        "preset": st.sampled_from(CHOICES["preset"]),
+        "method": st.sampled_from(["dern", "prune"]),
+        "selection": st.sampled_from(["router", "reap", "random"]),
+        "similarity_threshold": st.floats(-1, 2),
+        "similarity_weights": st.tuples(*[st.floats(0.1, 3)] * 3),
+        "router_update": st.sampled_from(CHOICES["router_update"]),
+        "cluster_init": st.sampled_from((None, *CHOICES["cluster_init"])),
+        "calibration_order": st.sampled_from((None, *CHOICES["calibration_order"])),
+        "refit": st.sampled_from([None, True, False]),
+        "router_refit": st.sampled_from([None, True, False]),
+        "neuron_refit": st.sampled_from([None, True, False]),
+        "guard": st.sampled_from([None, True, False]),
+        "importance_weighting": st.booleans(),
+        "cluster_iterations": st.integers(1, 99),
+        "refit_ridge": st.floats(1e-6, 10),
+        "seed": st.integers(0, 2**31),
+        "dataset": st.sampled_from([None, "c4", Path("notes.txt"), {"a.txt": 2, "c4": 1.5}, ["one", "two"]]),
+        "protect_experts": st.dictionaries(st.integers(0, 9), st.lists(st.integers(0, 7)), max_size=3),
+    },
+)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(fields)
+def test_json_round_trip(values):
+    """`to_dict` is JSON and makes an equal config, so that a run can be repeated from it."""
+    config = DernConfig(**values)
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert stored.keys() == {field.name for field in dataclasses.fields(DernConfig)}
+    assert DernConfig.from_dict(stored) == config
+    assert DernConfig(**stored).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "description"),
+    [
+        (random_tokens(3), "3 dicts in memory (list)"),
+        ([torch.tensor([1, 2]), torch.tensor([3])], "2 Tensors in memory (list)"),
+        ((text for text in sample_texts()), "unknown number rows in memory (generator)"),
+    ],
+)
+def test_datasets_in_memory_are_described(dataset, description):
+    """What JSON cannot hold is recorded as a description; the config keeps the object."""
+    config = DernConfig(dataset=dataset)
+    assert config.dataset is dataset
+    assert json.loads(json.dumps(config.to_dict()))["dataset"] == description
+
+
+def test_a_datasets_object_is_described():
+    """A `datasets.Dataset`, too."""
+    from datasets import Dataset
+
+    config = DernConfig(dataset=Dataset.from_dict({"text": sample_texts()}))
+    assert config.to_dict()["dataset"] == "12 rows in memory (Dataset)"
+
+
+def test_paths_become_strings():
+    """A path object is stored as text."""
+    assert DernConfig(dataset=Path("a") / "b.txt").dataset == str(Path("a") / "b.txt")
+
+
+def test_to_dict_does_not_share_state():
+    """Changing the dict or a copy leaves the config alone."""
+    config = DernConfig(protect_experts={0: [1]}, similarity_weights=[1, 1, 1])
+    other = copy.deepcopy(config)
+    assert other == config and other is not config
+    other.protect_experts[0].append(2)
+    config.to_dict()["similarity_weights"].append(9)
+    assert config == DernConfig(protect_experts={0: [1]}, similarity_weights=(1, 1, 1))
+
+
+def test_transformers_takes_it_for_a_quantisation_config():
+    """It is a `QuantizationConfigMixin`, so that `from_pretrained(quantization_config=...)` will accept it."""
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    config = DernConfig(num_experts=4)
+    assert isinstance(config, QuantizationConfigMixin)
+    assert json.loads(config.to_json_string(use_diff=False))["num_experts"] == 4
+    assert "num_experts" in repr(config)

@@ -1,0 +1,47 @@
+"""What compression does to the trained models of the repository: a small, fixed version of benchmarks/quality.py."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_dern import DernCompressor
+from optimum_dern.evaluation.perplexity import evaluate_texts, load_texts
+
+
+TINY = Path(__file__).parent.parent / "examples" / "tiny_moe"
+
+
+@pytest.mark.parametrize("name", ["scratch", "upcycled"])
+def test_size_and_files(name):
+    """At most 10 MB of weights, in bfloat16, with a tokenizer."""
+    folder = TINY / name
+    assert (folder / "model.safetensors").stat().st_size <= 10_000_000
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+    assert len(AutoTokenizer.from_pretrained(folder)) == 2048
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scratch", "upcycled"])
+def test_recommended_beats_pruning_beats_chance(name):
+    """Loss increase over all domains: recommended < half-way to pruning by router load < a random keep-set."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY / name)
+    full = AutoModelForCausalLM.from_pretrained(TINY / name, dtype=torch.float32)
+    texts = load_texts(TINY / "text" / "evaluation", tokenizer, 256)
+    texts = {domain: batches[:2] for domain, batches in texts.items()}
+    before = evaluate_texts(full, texts)
+
+    def increase(**fields):
+        model = copy.deepcopy(full)
+        data = {"dataset": str(TINY / "text" / "calibration"), "num_samples": 64, "sequence_length": 256}
+        DernCompressor(**data, batch_size=8, **fields).compress_model(model, tokenizer)
+        after = evaluate_texts(model, texts)
+        return sum(after[domain].loss - before[domain].loss for domain in texts) / len(texts)
+
+    chance = increase(method="prune", preset="paper", selection="random")
+    pruned = increase(method="prune", preset="paper")
+    recommended = increase()
+    assert recommended < 0.7 * pruned
+    assert pruned < 0.5 * chance

@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
     count = resolve_count(layers[0], config.sparsity, config.num_experts, config.experts_multiple_of)
     before, after = measure_model(model, layers), predict_size(model, layers, count)
     tokens = config.num_samples * config.sequence_length
-    memory = estimate_memory(layers, before.bytes + after.bytes, tokens, model.config.get_text_config().hidden_size, model.dtype)
+    hidden_size = model.config.get_text_config().hidden_size
+    memory = estimate_memory(layers, before.bytes + after.bytes, tokens, hidden_size, model.dtype)
     facts = {
         "model": args.model,
         "model_type": model.config.model_type,
@@ -62,8 +63,8 @@ def run(args: argparse.Namespace) -> None:
 def estimate_memory(layers: list, model_bytes: int, tokens: int, hidden_size: int, dtype) -> int:
     """Bytes that in-memory compression needs: both models, hidden states, and one layer's working set in float32.
 
-    The original experts stay until the last layer is done, so that an error can put them back.  The working set is the layer's experts twice (original and candidate), the recorded inputs, the target and the
-    residual of the refit.
+    The original experts stay until the last layer is done, so that an error can put them back.  The working set is
+    the layer's experts twice (original and candidate), the recorded inputs, the target and the residual of the refit.
     """
     experts = max(sum(p.numel() for p in layer.experts.parameters(recurse=False)) for layer in layers)
     hidden = tokens * hidden_size * (2 * dtype.itemsize + 3 * 4)

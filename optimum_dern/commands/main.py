@@ -48,7 +48,7 @@ def run_safely(run: Callable[[argparse.Namespace], None], args: argparse.Namespa
     except KeyboardInterrupt:
         print("optimum-dern: interrupted", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
+    except Exception as error:  # the outermost boundary: a user gets a line, and its type where it is unexpected
         if args.traceback:
             raise
         expected = isinstance(error, ValueError | TypeError | OSError | ImportError)

@@ -9,6 +9,8 @@ are the derivatives of the activation by the gate and up pre-activations, and on
 by conjugate gradients over all experts of the layer together.  Each iteration costs two passes over the tokens.
 """
 
+from collections.abc import Callable, Iterable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,9 @@ from .segments import Segments
 
 
 __all__ = ["refit_neurons"]
+
+MAX_ELEMENTS = 1 << 28  # numbers kept between iterations: 1 GiB in float32
+LinearisedBatch = tuple[ExpertBatch, Tensor, tuple[Tensor, ...]]  # with inputs (n, d) and slopes (n, f)
 
 
 def refit_neurons(
@@ -44,17 +49,15 @@ def refit_neurons(
         Segments with new gate and up projections.
     """
     residual = target.to(segments.down.dtype, copy=True)
-    batches: list[tuple[ExpertBatch, Tensor, tuple[Tensor, ...]]] = []  # with inputs and slopes
-    for batch in expert_batches(segments, routing, activation):
+    batches = _linearised_batches(segments, routing, activation)
+    for batch, _, _ in batches():
         residual[batch.token] -= batch.weight * expert_output(segments, batch)
-        hidden = expert_inputs(segments, routing.hidden[batch.token].to(residual.dtype))
-        batches.append((batch, hidden, _slopes(segments, batch.expert, hidden, activation)))
     parts = [part for part in (segments.gate, segments.up) if part is not None]
 
     def transposed(output: Tensor) -> Tensor:
         """J^T of an output (T, o): (parts, N, f, d)."""
         step = torch.zeros(len(parts), *segments.up.shape, dtype=output.dtype, device=output.device)
-        for batch, hidden, slopes in batches:
+        for batch, hidden, slopes in batches():
             pull = batch.weight * (output[batch.token] @ segments.down[batch.expert].T)  # (n, f)
             for position, slope in enumerate(slopes):
                 step[position, batch.expert] += (slope * pull).T @ hidden
@@ -63,7 +66,7 @@ def refit_neurons(
     def normal(step: Tensor) -> Tensor:
         """J^T J of a step."""
         output = torch.zeros_like(residual)
-        for batch, hidden, slopes in batches:
+        for batch, hidden, slopes in batches():
             change = sum(slope * (hidden @ step[i, batch.expert].T) for i, slope in enumerate(slopes))  # (n, f)
             output[batch.token] += batch.weight * (change @ segments.down[batch.expert])
         return transposed(output)
@@ -76,6 +79,23 @@ def refit_neurons(
     return segments._replace(gate=None if segments.gate is None else segments.gate + step[0], up=up)
 
 
+def _linearised_batches(
+    segments: Segments, routing: Routing, activation: Activation
+) -> Callable[[], Iterable[LinearisedBatch]]:
+    """A walk over all experts' batches: kept in memory where they fit, computed anew each time where not."""
+
+    def compute() -> Iterator[LinearisedBatch]:
+        for batch in expert_batches(segments, routing, activation):
+            hidden = expert_inputs(segments, routing.hidden[batch.token].to(segments.up.dtype))
+            yield batch, hidden, _slopes(segments, batch.expert, hidden, activation)
+
+    _, width, inputs = segments.up.shape
+    if routing.index.numel() * (3 * width + inputs) > MAX_ELEMENTS:  # neurons, two slopes, inputs
+        return compute
+    kept = list(compute())
+    return lambda: kept
+
+
 def _slopes(segments: Segments, expert: int, hidden: Tensor, activation: Activation) -> tuple[Tensor, ...]:
     """Derivatives of the neurons by gate (where there is one) and up pre-activations, each (n, f)."""
     parts = [part[expert] for part in (segments.gate, segments.up) if part is not None]
@@ -85,10 +105,10 @@ def _slopes(segments: Segments, expert: int, hidden: Tensor, activation: Activat
         return torch.autograd.grad(neurons.sum(), inputs)
 
 
-def _mean_diagonal(segments: Segments, batches: list, parts: int) -> float:
+def _mean_diagonal(segments: Segments, batches: Callable[[], Iterable[LinearisedBatch]], parts: int) -> float:
     """Mean diagonal entry of J^T J."""
     total = 0.0
-    for batch, hidden, slopes in batches:
+    for batch, hidden, slopes in batches():
         energy = segments.down[batch.expert].square().sum(1)  # (f,)
         length = (batch.weight.squeeze(1) ** 2) * hidden.square().sum(1)  # (n,)
         total += sum((length @ slope.square() * energy).sum().item() for slope in slopes)

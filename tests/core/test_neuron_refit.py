@@ -64,6 +64,14 @@ def test_chunks_change_nothing(monkeypatch):
     assert_near(flat_parts(refit_neurons(segments, routing, target, activation, 0.1)), flat_parts(whole))
 
 
+def test_memory_bound_changes_nothing(monkeypatch):
+    """Recomputing the linearisation in every iteration, where it does not fit, gives the same step."""
+    segments, routing, target = problem("gated")
+    whole = refit_neurons(segments, routing, target, activation, 0.1)
+    monkeypatch.setattr("optimum_dern.core.neuron_refit.MAX_ELEMENTS", 0)
+    assert_near(flat_parts(refit_neurons(segments, routing, target, activation, 0.1)), flat_parts(whole))
+
+
 def test_experts_without_tokens_and_inputs_stay():
     """An expert that no token reaches keeps its bits, and nothing is modified in place."""
     segments, routing = make_segments("gated"), make_routing(tokens=30, unused=(2,))

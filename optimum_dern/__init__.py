@@ -3,17 +3,37 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from wrapt import register_post_import_hook
+
 from .versions import __version__
 
 
 if TYPE_CHECKING:
+    from .checkpoint.loading import load_compressed_model
     from .compressor import DernCompressor
     from .config import DernConfig
+    from .integration.transformers import DernModelForCausalLM, patch_transformers, unpatch_transformers
     from .reporting.report import CompressionReport
 
-__all__ = ["CompressionReport", "DernCompressor", "DernConfig", "__version__"]
-
-_LOCATIONS = {"DernConfig": ".config", "DernCompressor": ".compressor", "CompressionReport": ".reporting.report"}
+_LOCATIONS = {
+    "CompressionReport": ".reporting.report",
+    "DernCompressor": ".compressor",
+    "DernConfig": ".config",
+    "DernModelForCausalLM": ".integration.transformers",
+    "load_compressed_model": ".checkpoint.loading",
+    "patch_transformers": ".integration.transformers",
+    "unpatch_transformers": ".integration.transformers",
+}
+__all__ = [
+    "CompressionReport",
+    "DernCompressor",
+    "DernConfig",
+    "DernModelForCausalLM",
+    "__version__",
+    "load_compressed_model",
+    "patch_transformers",
+    "unpatch_transformers",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,3 +45,11 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _register(module: Any) -> None:
+    import_module(".integration.transformers", __name__)
+
+
+# transformers' registries of quantizers have no discovery; importing them here would take seconds.
+register_post_import_hook(_register, "transformers.quantizers.auto")

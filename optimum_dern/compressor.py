@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import DernConfig
-from .reporting.report import CompressionReport
+from .reporting.report import CompressionReport, LayerReport, ModelSize
 
 
 __all__ = ["DernCompressor"]
@@ -28,7 +28,7 @@ class DernCompressor:
         self.config = config if config is not None else DernConfig(**fields)
         self.report: CompressionReport | None = None
 
-    def compress_model(self, model: Any, tokenizer: Any = None) -> Any:
+    def compress_model(self, model: Any, tokenizer: Any = None, batches: list[dict] | None = None) -> Any:
         """Compress a model in memory, in place.
 
         Whatever can be refused is refused before any work, and an error or interrupt later puts the model back as it
@@ -36,54 +36,62 @@ class DernCompressor:
 
         Args:
             model: a transformers causal language model with MoE layers.
-            tokenizer: object, Hub id or path; needed where the calibration data is text.
+            tokenizer: object, Hub id or path, for calibration data that is text; by default the model's own.
+            batches: the calibration data, where `prepare` has made it for this model already.
 
         Returns:
-            The same model: fewer experts, its config updated.  `self.report` tells what was done.
+            The same model: fewer experts, its config updated.  `self.report`, also `model.dern_report`, tells what was
+            done; `model.save_pretrained` and `model.push_to_hub` publish it as this compressor would.
 
         Raises:
             ValueError: a model, count or dataset that cannot work.
         """
-        from .calibration.description import describe_calibration, recordable_dataset
+        from .checkpoint.publishing import keep_publishable_
+        from .checkpoint.source import source_config
         from .engine.layers import compress_layers_
-        from .engine.progress import peak_memory_bytes
         from .models.mode import evaluation_mode
+        from .models.refusals import check_materialised
         from .models.size import measure_model
         from .models.structure import find_moe_layers
         from .models.view import restored_on_error, write_counts_
-        from .versions import tool_versions
 
         started = time.perf_counter()
         layers = find_moe_layers(model)
         num_experts = self.check(model, layers)
-        before = measure_model(model, layers)
-        batches = self._load_batches(model, tokenizer)
+        check_materialised(layers)
+        before, source = measure_model(model, layers), source_config(model)
+        batches = self._load_batches(model, tokenizer) if batches is None else batches
         reports = []
         if num_experts < before.experts:
             with evaluation_mode(model), restored_on_error(layers):
                 reports = compress_layers_(model, layers, batches, self.config, num_experts)
             write_counts_(model, layers, num_experts)
-        self.report = CompressionReport(
-            source=model.config._name_or_path or None,
-            revision=getattr(model.config, "_commit_hash", None),
-            model_type=model.config.model_type,
-            method=self.config.method,
-            config={**self.config.to_dict(), "dataset": recordable_dataset(self.config.dataset)},
-            calibration=describe_calibration(self.config.dataset, batches),
-            before=before,
-            after=measure_model(model, find_moe_layers(model)),
-            layers=reports,
-            versions=tool_versions(),
-            seconds=time.perf_counter() - started,
-            peak_memory_bytes=peak_memory_bytes(model.device),
-        )
+        seconds = time.perf_counter() - started
+        self.report = self._make_report(model, before, batches, reports, seconds)
+        keep_publishable_(model, self.report, source)
         return model
+
+    def prepare(self, model: Any, tokenizer: Any = None) -> list[dict]:
+        """Do what comes before the long work, on a model whose weights need not be there yet.
+
+        Args:
+            model: to be compressed; it may be on the meta device.
+            tokenizer: as in `compress_model`.
+
+        Returns:
+            The calibration data, for `compress_model`.
+
+        Raises:
+            ValueError: a model, count or dataset that cannot work.
+        """
+        self.check(model)
+        return self._load_batches(model, tokenizer)
 
     def check(self, model: Any, layers: list | None = None) -> int:
         """Refuse whatever cannot work before any long work begins.
 
         Args:
-            model: to be compressed.
+            model: to be compressed; it may be on the meta device.
             layers: its MoE layers, where they are known already.
 
         Returns:
@@ -92,13 +100,12 @@ class DernCompressor:
         Raises:
             ValueError: what was found, what is allowed, and the mend.
         """
-        from .models.refusals import check_materialised, check_model, check_protection, resolve_count
+        from .models.refusals import check_model, check_protection, resolve_count
         from .models.structure import find_moe_layers, layers_by_position
 
         config, layers = self.config, find_moe_layers(model) if layers is None else layers
         self.check_names()
         check_model(model, layers)
-        check_materialised(layers)
         if config.dataset is None:
             raise ValueError("no calibration data: give dataset=..., for example a list of texts, a file, or 'c4'")
         count = resolve_count(layers[0], config.sparsity, config.num_experts, config.experts_multiple_of)
@@ -131,9 +138,56 @@ class DernCompressor:
         """
         from .checkpoint.writer import save_checkpoint
 
-        if self.report is None:
-            raise ValueError("this compressor has not compressed a model yet; call compress_model first")
-        save_checkpoint(model, Path(output), self.report, tokenizer, max_shard_size)
+        save_checkpoint(model, Path(output), self._require_report(), tokenizer, max_shard_size)
+
+    def push_to_hub(
+        self,
+        model: Any,
+        repo_id: str,
+        tokenizer: Any = None,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        folder: str | Path | None = None,
+        max_shard_size: str | int = "5GB",
+    ) -> str:
+        """Save a compressed model and publish the folder in one commit; a card that the repository has stays.
+
+        Args:
+            model: what `compress_model` returned.
+            repo_id: `name` or `namespace/name`; created if missing.
+            tokenizer: as in `save`.
+            private: whether a new repository is private; None leaves it to the account's default.
+            token: of the Hub; by default the one of `hf auth login`.
+            revision: branch to commit to.
+            commit_message: of the commit.
+            create_pr: open a pull request instead of committing.
+            folder: where to save first; by default a temporary one, which stays if the push fails.
+            max_shard_size: of one safetensors file.
+
+        Returns:
+            URL of the commit.
+
+        Raises:
+            ValueError: nothing has been compressed by this compressor yet.
+            HubPushError: the Hub refused; the message names the folder that holds the checkpoint.
+        """
+        from .checkpoint.hub import push_checkpoint
+
+        self._require_report()
+        return push_checkpoint(
+            lambda path: self.save(model, path, tokenizer, max_shard_size),
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            folder=folder,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON-able values, with the versions of the tools under `meta`."""
@@ -146,10 +200,44 @@ class DernCompressor:
         """A compressor with the config of `to_dict`."""
         return cls(**{name: value for name, value in values.items() if name != "meta"})
 
+    def _make_report(
+        self, model: Any, before: ModelSize, batches: list[dict], layers: list[LayerReport], seconds: float
+    ) -> CompressionReport:
+        from .calibration.description import describe_calibration, recordable_dataset
+        from .checkpoint.source import model_source
+        from .engine.progress import peak_memory_bytes
+        from .models.size import measure_model
+        from .models.structure import find_moe_layers
+        from .versions import tool_versions
+
+        name, revision = model_source(model)
+        return CompressionReport(
+            source=name,
+            revision=revision,
+            model_type=model.config.model_type,
+            method=self.config.method,
+            config={**self.config.to_dict(), "dataset": recordable_dataset(self.config.dataset)},
+            calibration=describe_calibration(self.config.dataset, batches),
+            before=before,
+            after=measure_model(model, find_moe_layers(model)),
+            layers=layers,
+            versions=tool_versions(),
+            seconds=seconds,
+            peak_memory_bytes=peak_memory_bytes(model.device),
+        )
+
+    def _require_report(self) -> CompressionReport:
+        if self.report is None:
+            raise ValueError("this compressor has not compressed a model yet; call compress_model first")
+        return self.report
+
     def _load_batches(self, model: Any, tokenizer: Any) -> list[dict]:
-        from .calibration.data import load_batches
+        from .calibration.data import holds_text, load_batches
+        from .checkpoint.source import source_tokenizer
 
         config = self.config
+        if tokenizer is None and holds_text(config.dataset):
+            tokenizer = source_tokenizer(model)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.sequence_length
         batches = load_batches(
             config.dataset,

@@ -23,7 +23,7 @@ from torch import Tensor
 from .description import describe_dataset
 
 
-__all__ = ["FILE_TYPES", "NAMED_DATASETS", "check_source", "load_batches", "load_samples"]
+__all__ = ["FILE_TYPES", "NAMED_DATASETS", "check_source", "holds_text", "load_batches", "load_samples"]
 
 NAMED_DATASETS = ("wikitext2", "c4", "c4-new")
 FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet", ".pt")
@@ -106,6 +106,16 @@ def check_source(name: str | Path) -> Path:
             f"calibration data {str(name)!r} is neither a file, a folder nor one of {NAMED_DATASETS}"
         )
     return path
+
+
+def holds_text(dataset: Any) -> bool:
+    """Whether a dataset needs a tokenizer, as far as its form and first row tell; files of rows count as text."""
+    if isinstance(dataset, Mapping):
+        return any(map(holds_text, dataset))
+    if isinstance(dataset, str | Path):
+        return Path(dataset).suffix != ".pt"
+    row = next(iter(dataset), None) if hasattr(dataset, "__iter__") else None
+    return isinstance(row, str) or (isinstance(row, Mapping) and "input_ids" not in row)
 
 
 def _mix(mix: Mapping, tokenizer: Any, num_samples: int, length: int, seed: int, column: str) -> list:

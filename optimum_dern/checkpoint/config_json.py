@@ -7,35 +7,15 @@ JSON is kept key by key, and the difference between the config as loaded and as 
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 
-__all__ = ["compressed_config", "source_config"]
+__all__ = ["compressed_config"]
 
 # One key, several names that readers use.
 ALIASES = ({"num_experts", "num_local_experts"}, {"dtype", "torch_dtype"})
 IGNORED = {"transformers_version", "architectures", "quantization_config", "model_type"}
 MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # these layers are not in the saved model
-
-
-def source_config(model: Any) -> dict[str, Any] | None:
-    """The JSON that a model's config was loaded from, or None where it came from no file that is still at hand."""
-    from transformers.utils import cached_file
-
-    name = model.config._name_or_path
-    if not name:
-        return None
-    found = cached_file(
-        name,
-        "config.json",
-        revision=getattr(model.config, "_commit_hash", None),
-        local_files_only=True,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-    return None if found is None else json.loads(Path(found).read_text("utf-8"))
 
 
 def compressed_config(saved: Mapping[str, Any], source: Mapping[str, Any] | None, config: Any) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from tiny import FAMILIES, make_model, random_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_dern import DernCompressor
-from optimum_dern.checkpoint.config_json import compressed_config, source_config
+from optimum_dern.checkpoint.config_json import compressed_config
+from optimum_dern.checkpoint.source import source_config
 
 
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")

@@ -9,7 +9,7 @@ from tiny import make_model, random_tokens, same_state, sample_texts, state_of, 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dern import CompressionReport, DernCompressor, DernConfig
-from optimum_dern.checkpoint import writer
+from optimum_dern.checkpoint import publishing, writer
 
 
 FILES = {
@@ -122,7 +122,7 @@ def test_stale_weights_are_removed(tmp_path, first, second):
     assert (tmp_path / "notes.md").read_text("utf-8") == "mine"
 
 
-@pytest.mark.parametrize("broken", ["save_pretrained", "_write_config", "_save_tokenizer", "model_card", "_publish"])
+@pytest.mark.parametrize("broken", ["save_pretrained", "write_sidecars", "_save_tokenizer", "model_card", "_publish"])
 def test_a_failing_save_leaves_the_earlier_one(tmp_path, monkeypatch, broken):
     """Whatever fails before the files are moved, the checkpoint that was there still loads, and nothing is left."""
     compressor, model = compress(model_seed=1)
@@ -136,6 +136,8 @@ def test_a_failing_save_leaves_the_earlier_one(tmp_path, monkeypatch, broken):
     compressor, model = compress(num_experts=6, model_seed=2)
     if broken == "save_pretrained":
         monkeypatch.setattr(type(model), "save_pretrained", fail)
+    elif broken == "model_card":
+        monkeypatch.setattr(publishing, broken, fail)
     else:
         monkeypatch.setattr(writer, broken, fail)
     with pytest.raises(OSError, match="no space"):

@@ -1,0 +1,50 @@
+"""Load a compressed checkpoint so that it can be saved and pushed again as what it is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..reporting.report import CompressionReport
+from .publishing import REPORT_NAME, keep_publishable_
+
+
+__all__ = ["load_compressed_model"]
+
+
+def load_compressed_model(model: str | Path, revision: str | None = None, token: Any = None, **kwargs: Any) -> Any:
+    """Load a checkpoint that `DernCompressor` wrote: the plain transformers model, with its report.
+
+    Plain `from_pretrained` loads it as well; this also brings back `model.dern_report`, and `save_pretrained` and
+    `push_to_hub` keep config, provenance and card.
+
+    Args:
+        model: folder or Hub id.
+        revision: of a Hub model.
+        token: for a private one.
+        **kwargs: of transformers' `from_pretrained`, such as `dtype` and `device_map`.
+
+    Returns:
+        The model, in the class that its config names.
+
+    Raises:
+        ValueError: a checkpoint without `dern_report.json`.
+    """
+    import transformers
+    from transformers.utils import cached_file
+
+    name, files = str(model), {}
+    for filename in (REPORT_NAME, "config.json"):
+        found = cached_file(
+            name, filename, revision=revision, token=token, _raise_exceptions_for_missing_entries=False
+        )
+        if found is None:
+            raise ValueError(
+                f"{name} has no {filename}, so it is not a checkpoint of optimum-dern; "
+                "load it with transformers' AutoModelForCausalLM.from_pretrained"
+            )
+        files[filename] = json.loads(Path(found).read_text("utf-8"))
+    architecture = (files["config.json"].get("architectures") or [""])[0]
+    loader = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
+    loaded = loader.from_pretrained(name, revision=revision, token=token, **kwargs)
+    keep_publishable_(loaded, CompressionReport.from_dict(files[REPORT_NAME]), files["config.json"])
+    return loaded

@@ -1,0 +1,133 @@
+"""Compress while transformers loads: `quantization_config=DernConfig(...)`, a facade, and an opt-in patch.
+
+transformers calls a registered quantizer on the model without weights, and again once they are loaded.  The first
+call refuses whatever cannot work before any weight is read; the second compresses, and then takes every mark of
+quantisation off, so that what comes back is the plain model.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from ..compressor import DernCompressor
+from ..config import DernConfig
+
+
+__all__ = ["DernModelForCausalLM", "DernQuantizer", "patch_transformers", "unpatch_transformers"]
+
+register_quantization_config("dern")(DernConfig)
+
+
+@register_quantizer("dern")
+class DernQuantizer(HfQuantizer):
+    """transformers' plug-in point for compression at load time."""
+
+    requires_calibration = False  # True would refuse every checkpoint that is not compressed yet
+
+    def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse disk offload before anything is loaded: compressed weights would not reach the offload folder."""
+        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        if "disk" in devices:
+            raise ValueError(
+                "device_map puts weights on disk, where compression cannot replace them; load without disk offload, "
+                "or compress the checkpoint on disk first: optimum-dern compress MODEL OUTPUT"
+            )
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            return
+        self.remove_quantization_config(model)  # transformers marks the model because there is a quantizer
+        self.compressor = DernCompressor(self.quantization_config)
+        with torch.device("cpu"):  # transformers builds the model in a context of the meta device
+            self.batches = self.compressor.prepare(model)
+        # With a quantizer, transformers before 5.23 installs tensors of any shape.
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config.__dict__.pop("_is_quantized", None)
+        if self.pre_quantized:  # a config.json marked "dern": its weights are compressed already
+            return
+        for name, tensor in model.state_dict().items():
+            if tensor.shape != self.shapes[name]:
+                raise ValueError(
+                    f"{name} is {tuple(tensor.shape)} in the checkpoint, but its config asks for "
+                    f"{tuple(self.shapes[name])}; the checkpoint and its config.json do not belong together"
+                )
+        self.compressor.compress_model(model, batches=self.batches)
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """Compressed models are ordinary models."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Compressed models are ordinary models."""
+        return True
+
+
+class DernModelForCausalLM:
+    """`AutoModelForCausalLM` with a `dern_config` argument; what it returns is the plain transformers model."""
+
+    def __init__(self) -> None:
+        raise OSError(f"{type(self).__name__} is loaded with {type(self).__name__}.from_pretrained(model, ...)")
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str, *args: Any, dern_config: DernConfig | dict | None = None, **kwargs: Any
+    ) -> Any:
+        """Load a checkpoint and compress it.
+
+        Args:
+            model: folder or Hub id.
+            *args: of `AutoModelForCausalLM.from_pretrained`.
+            dern_config: a `DernConfig`, or its fields as a dict; None loads the model as it is.
+            **kwargs: of `AutoModelForCausalLM.from_pretrained`.
+
+        Returns:
+            The model in its own transformers class, on evaluation mode; `model.dern_report` tells what was done.
+
+        Raises:
+            ValueError: a model, count or dataset that cannot work, before weights are loaded.
+        """
+        return AutoModelForCausalLM.from_pretrained(model, *args, **_with_quantization_config(kwargs, dern_config))
+
+
+_ORIGINAL = AutoModelForCausalLM.__dict__["from_pretrained"]
+
+
+def patch_transformers() -> None:
+    """Make `AutoModelForCausalLM.from_pretrained(..., dern_config=...)` work in this process, until unpatched.
+
+    Every Auto class has its own copy of `from_pretrained`, so this one alone is replaced.
+    """
+
+    def from_pretrained(cls, *args: Any, dern_config: DernConfig | dict | None = None, **kwargs: Any) -> Any:
+        return _ORIGINAL.__func__(cls, *args, **_with_quantization_config(kwargs, dern_config))
+
+    from_pretrained.__doc__ = _ORIGINAL.__func__.__doc__
+    AutoModelForCausalLM.from_pretrained = classmethod(from_pretrained)
+
+
+def unpatch_transformers() -> None:
+    """Undo `patch_transformers`."""
+    AutoModelForCausalLM.from_pretrained = _ORIGINAL
+
+
+def _with_quantization_config(kwargs: dict[str, Any], dern_config: DernConfig | dict | None) -> dict[str, Any]:
+    """The keyword arguments with the config in transformers' own slot."""
+    if dern_config is None:
+        return kwargs
+    if kwargs.get("quantization_config") is not None:
+        raise ValueError(
+            "both dern_config and quantization_config are given, but a model is compressed before it is quantised: "
+            "save the compressed model, then load that with quantization_config"
+        )
+    if not isinstance(dern_config, DernConfig):
+        dern_config = DernConfig(**dern_config)
+    return {**kwargs, "quantization_config": dern_config}

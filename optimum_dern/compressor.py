@@ -71,6 +71,84 @@ class DernCompressor:
         keep_publishable_(model, self.report, source)
         return model
 
+    def compress_checkpoint(
+        self,
+        model: str | Path,
+        output: str | Path,
+        tokenizer: Any = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
+        device: str | None = None,
+        dtype: str | None = None,
+        max_shard_size: str | int | None = None,
+        restart: bool = False,
+        overwrite: bool = False,
+    ) -> CompressionReport:
+        """Compress a checkpoint on disk into another, with one decoder layer in memory at a time.
+
+        Interrupted at any moment, the same call goes on at the first unfinished layer.
+
+        Args:
+            model: folder or Hub id of a safetensors checkpoint.
+            output: folder; it must be empty or hold an unfinished run of the same kind.
+            tokenizer: object, Hub id or path; by default the checkpoint's own.
+            revision: branch, tag or commit of a Hub model.
+            token: for a private one.
+            trust_remote_code: run modelling code from the checkpoint.
+            device: where layers are computed; by default a GPU where there is one.
+            dtype: of the output, "bfloat16", "float16" or "float32"; by default as stored.
+            max_shard_size: of one safetensors file; by default as large as the source's largest.
+            restart: discard an unfinished run in the output folder.
+            overwrite: allow other files in the output folder; an earlier checkpoint there is replaced at the end.
+
+        Returns:
+            The report, also `self.report`.
+
+        Raises:
+            ValueError: a checkpoint, count, dataset or output folder that cannot work.
+            FileNotFoundError: weights that are not there, or only pickled ones.
+            RuntimeError: another process is at the output folder.
+        """
+        import torch
+
+        from .calibration.data import holds_text
+        from .checkpoint.preparation import find_checkpoint, prepare_output
+        from .checkpoint.shards import parse_bytes
+        from .checkpoint.tensor_file import dtype_name
+        from .engine.checkpoint import CheckpointTask, compress_checkpoint
+        from .models.structure import find_moe_layers
+
+        source = find_checkpoint(model, revision, token, trust_remote_code, dtype)
+        skeleton = source.skeleton
+        layers = find_moe_layers(skeleton)
+        num_experts = self.check(skeleton, layers)
+        if num_experts == layers[0].num_experts:
+            raise ValueError(f"nothing to compress: every layer would keep all of its {num_experts} experts")
+        output = prepare_output(source.folder, Path(output), restart, overwrite)
+        tokenizer = source.folder if tokenizer is None and holds_text(self.config.dataset) else tokenizer
+        batches = self._load_batches(skeleton, tokenizer)
+        shard_size = parse_bytes(max_shard_size) if max_shard_size else None
+        reader = source.open_weights()
+        self.report = compress_checkpoint(
+            CheckpointTask(
+                model=skeleton,
+                layers=layers,
+                reader=reader,
+                name=str(model),
+                revision=source.commit,
+                batches=batches,
+                config=self.config,
+                num_experts=num_experts,
+                output=output,
+                device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+                dtype=dtype and dtype_name(getattr(torch, dtype)),
+                max_shard_size=shard_size or reader.largest_file,
+            )
+        )
+        return self.report
+
     def prepare(self, model: Any, tokenizer: Any = None) -> list[dict]:
         """Do what comes before the long work, on a model whose weights need not be there yet.
 

@@ -165,15 +165,6 @@ def test_protection_of_a_dense_layer():
     check_refusal(make_model("deepseek_v3"), "layer", protect_experts={0: [1]})
 
 
-def test_llama4():
-    """Llama 4 weighs the experts' inputs, so that what its experts receive is no routing."""
-    from transformers import Llama4ForCausalLM, Llama4TextConfig
-
-    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Llama4TextConfig(vocab_size=VOCABULARY, num_local_experts=8, num_key_value_heads=2, head_dim=8, **sizes)
-    check_refusal(Llama4ForCausalLM(config), "llama4")
-
-
 def test_negative_tokens():
     """Ids such as the label mask -100 are no tokens."""
     check_refusal(make_model("mixtral"), "token -100", dataset=[{"input_ids": [1, -100]}])

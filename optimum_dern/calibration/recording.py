@@ -1,7 +1,7 @@
 """What the layers of a model see: hooks that are always removed.
 
 Routing is read from the arguments of the experts module (hidden states, indices, weights): exactly the tensors that
-the model mixes its experts with, whatever its router does, and never from a router's output.
+the model mixes its experts with, whatever its router does.  `models.overrides` knows the exceptions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.mixture import Routing
+from ..models.overrides import routing_hook
 
 
-__all__ = ["Call", "RoutingRecord", "record_layer_calls", "record_routing", "replaced_forward"]
+__all__ = ["Call", "RoutingRecord", "record_layer_calls", "record_routing", "replaced_forward", "replay_last_hidden"]
+
+NO_CACHE = {"past_key_values": None}  # a layer runs several times, and must not see its own keys and values again
 
 
 class Call(NamedTuple):
@@ -36,6 +39,25 @@ class StopForward(Exception):
     """Ends a forward pass that has seen enough."""
 
 
+class LayerState(NamedTuple):
+    """Stands, in a recorded call, for what the layer before hands on besides its hidden states."""
+
+    output: int  # which of that layer's outputs
+
+
+class LayerUnpacked(Exception):
+    """The model takes a layer's output apart: its layers return a tuple."""
+
+
+class LayerOutput(Tensor):
+    """Hidden states that tell if a model takes them for a tuple; a plain tensor would come apart along its batch."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # whatever is computed from it is a plain tensor
+
+    def __iter__(self):
+        raise LayerUnpacked
+
+
 class RoutingRecord:
     """Per micro-batch: what the experts received, and the call of the block around them."""
 
@@ -50,7 +72,7 @@ class RoutingRecord:
             masks: per micro-batch, (batch, sequence) bool, True for a real token.
         """
         kept = [r.select(mask.flatten().to(r.index.device)) for r, mask in zip(self.routings, masks, strict=True)]
-        return Routing(*(torch.cat(parts) for parts in zip(*kept, strict=True)))
+        return Routing.concatenate(kept)
 
 
 @contextmanager
@@ -59,7 +81,7 @@ def record_routing(block: nn.Module, experts: nn.Module, stop: bool = False) -> 
 
     Args:
         block: the MoE block around the experts.
-        experts: called as (hidden (T, d), indices (T, k), weights (T, k)).
+        experts: whose routing `models.overrides` can read.
         stop: raise `StopForward` instead of computing the experts.
     """
     record = RoutingRecord()
@@ -67,15 +89,14 @@ def record_routing(block: nn.Module, experts: nn.Module, stop: bool = False) -> 
     def before_block(module: nn.Module, args: tuple, kwargs: dict) -> None:
         record.block_calls.append((args, kwargs))
 
-    def before_experts(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden, index, weight = [*args, *kwargs.values()][:3]
-        record.routings.append(Routing(hidden.detach().flatten(0, -2), index.detach(), weight.detach()))
+    def receive(routing: Routing) -> None:
+        record.routings.append(routing)
         if stop:
             raise StopForward
 
     handles = [
         block.register_forward_pre_hook(before_block, with_kwargs=True),
-        experts.register_forward_pre_hook(before_experts, with_kwargs=True),
+        routing_hook(experts)(block, experts, receive),
     ]
     try:
         yield record
@@ -89,7 +110,8 @@ def record_layer_calls(model: nn.Module, layers: nn.ModuleList, batches: Sequenc
     """The arguments of every decoder layer for every micro-batch, without running any layer.
 
     Each layer's own masks, positions and other arguments are recorded as the model makes them, so a layer run later
-    with other hidden states sees what it sees inside a whole-model forward: causal mask and padding included.
+    with other hidden states sees what it sees inside a whole-model forward: causal mask and padding included.  Where
+    layers hand on more than hidden states (sparse attention that shares what it selects), a `LayerState` is recorded.
 
     Args:
         model: a causal language model.
@@ -97,18 +119,28 @@ def record_layer_calls(model: nn.Module, layers: nn.ModuleList, batches: Sequenc
         batches: keyword arguments of the model, one dict per micro-batch.
 
     Returns:
-        calls[layer][batch]; the hidden states are those that enter the first layer.
+        calls[layer][batch]; the hidden states of `calls[0]` are those that enter the first layer.
     """
+    try:
+        return _record(model, layers, batches, lambda hidden: hidden.as_subclass(LayerOutput))
+    except LayerUnpacked:
+        return _record(model, layers, batches, lambda hidden: (hidden, LayerState(1)))
+
+
+def _record(
+    model: nn.Module, layers: nn.ModuleList, batches: Sequence[dict], output: Callable[[Tensor], object]
+) -> list[list[Call]]:
+    """Record every layer's calls while `output` of the hidden states that it got stands for what it returns."""
     calls: list[list[Call]] = [[] for _ in layers]
     device = model.get_input_embeddings().weight.device
 
     def recorder(position: int) -> Callable:
         def forward(*args, **kwargs):
-            call = Call.of(args, kwargs)
+            call = Call.of(args, kwargs | NO_CACHE if "past_key_values" in kwargs else kwargs)
             calls[position].append(call)
             if position + 1 == len(layers):
                 raise StopForward
-            return call.hidden
+            return output(call.hidden)
 
         return forward
 
@@ -118,6 +150,29 @@ def record_layer_calls(model: nn.Module, layers: nn.ModuleList, batches: Sequenc
         for batch in batches:
             run_until_stopped(model, **{name: value.to(device) for name, value in batch.items()}, use_cache=False)
     return calls
+
+
+@torch.no_grad()
+def replay_last_hidden(model: nn.Module, layers: nn.ModuleList, inputs: dict, hidden: Tensor) -> Tensor:
+    """The logits that a model gives where its decoder layers end with these hidden states; no layer runs.
+
+    Args:
+        model: a causal language model.
+        layers: its decoder layers.
+        inputs: keyword arguments of the model.
+        hidden: what the last layer has returned.
+    """
+
+    def logits(output: object) -> Tensor:
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(replaced_forward(layer, lambda *args, **kwargs: output))
+            return model(**inputs, use_cache=False).logits
+
+    try:
+        return logits(hidden.as_subclass(LayerOutput))
+    except LayerUnpacked:
+        return logits((hidden, LayerState(1)))
 
 
 def run_until_stopped(module: nn.Module, *args, **kwargs) -> None:

@@ -1,1 +1,3 @@
 """Checkpoints on disk."""
+
+WORK_NAME = ".dern"  # working folder of an unfinished run inside its output

@@ -34,7 +34,7 @@ def compressed_config(saved: Mapping[str, Any], source: Mapping[str, Any] | None
         result = json.loads(json.dumps(saved))
     else:
         result = json.loads(json.dumps(source))
-        loaded = type(config).from_dict(dict(source)).to_dict()
+        loaded = type(config).from_dict(_with_floats(source)).to_dict()
         _apply_changes(result, loaded, config.to_dict())
     _complete_aliases(result, config)
     result.pop("quantization_config", None)
@@ -65,6 +65,14 @@ def _complete_aliases(target: dict[str, Any], config: Any) -> None:
     for key, value in target.items():
         if isinstance(value, dict) and hasattr(getattr(config, key, None), "attribute_map"):
             _complete_aliases(value, getattr(config, key))
+
+
+def _with_floats(value: Any) -> Any:
+    """JSON values with infinities as numbers: transformers writes them as {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        number = value.get("__float__")
+        return {k: _with_floats(v) for k, v in value.items()} if number is None else float(number)
+    return [_with_floats(v) for v in value] if isinstance(value, list) else value
 
 
 def _names(key: str) -> set[str]:

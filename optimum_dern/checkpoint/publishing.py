@@ -16,9 +16,19 @@ from ..reporting.report import CompressionReport
 from .config_json import compressed_config
 
 
-__all__ = ["CONFIG_NAME", "REPORT_NAME", "keep_publishable_", "provenance", "write_sidecars"]
+__all__ = [
+    "CONFIG_NAME",
+    "MANIFEST_NAME",
+    "REPORT_NAME",
+    "keep_publishable_",
+    "provenance",
+    "write_json",
+    "write_report",
+    "write_sidecars",
+]
 
 CONFIG_NAME, REPORT_NAME, CARD_NAME = "dern_config.json", "dern_report.json", "README.md"
+MANIFEST_NAME = "dern_manifest.json"  # checksums of all tensors
 HUB_ARGUMENTS = ("repo_id", "private", "token", "revision", "commit_message", "create_pr")
 
 
@@ -89,12 +99,18 @@ def write_sidecars(model: Any, folder: Path, report: CompressionReport, source: 
         source: JSON of the config that the model was loaded from; None where there is none.
     """
     config = folder / "config.json"
-    saved = json.loads(config.read_text("utf-8"))
-    _write_json(config, compressed_config(saved, source, model.config))
-    _write_json(folder / CONFIG_NAME, provenance(report))
+    saved = json.loads(config.read_text("utf-8")) if config.exists() else model.config.to_dict()
+    write_json(config, compressed_config(saved, source, model.config))
+    write_json(folder / CONFIG_NAME, provenance(report))
     report.save(folder / REPORT_NAME)
     if not (folder / CARD_NAME).exists():
         (folder / CARD_NAME).write_text(f"{model_card(report)}\n", "utf-8")
+
+
+def write_report(folder: Path, report: CompressionReport) -> None:
+    """Write a report, and the card that goes with it, into a checkpoint that is there already."""
+    report.save(folder / REPORT_NAME)
+    (folder / CARD_NAME).write_text(f"{model_card(report)}\n", "utf-8")
 
 
 def provenance(report: CompressionReport) -> dict[str, Any]:
@@ -110,7 +126,8 @@ def provenance(report: CompressionReport) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by a JSON value, at once."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
     os.replace(temporary, path)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import WORK_NAME
 from .arguments import add_config_arguments, add_model_arguments, check_model_name, config_from_arguments
 from .tables import print_table
 
@@ -14,7 +15,8 @@ __all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "run"]
 HELP = "Compress a checkpoint and write an ordinary, smaller one."
 DESCRIPTION = (
     "Drop the experts that the router uses least, recombine their neurons into the retained ones where that helps,\n"
-    "refit, and write a checkpoint that plain transformers loads."
+    "refit, and write a checkpoint that plain transformers loads.  One decoder layer is in memory at a time;\n"
+    "the same command goes on where an interrupted run has stopped."
 )
 EPILOG = """examples:
   optimum-dern compress Qwen/Qwen3-30B-A3B out --dataset c4
@@ -33,13 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evaluate", metavar="TEXT", help="held-out file or folder: measure the loss before and after"
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line instead of a table")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--restart", action="store_true", help="discard an unfinished run in OUTPUT")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help='of one file, such as "5GB" (default: the source\'s)')
     parser.add_argument("--device", default=None, help="cpu, cuda, mps (default: cuda where there is one)")
     add_config_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load, compress, evaluate, save; prints the before/after table."""
+    """Compress, write and evaluate a layer at a time; prints the before/after table."""
     config = config_from_arguments(args)
     check_model_name(args.model)
     _check_output(args)
@@ -50,34 +54,57 @@ def run(args: argparse.Namespace) -> None:
     _check_sources(config.dataset, args.evaluate)
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..compressor import DernCompressor
-    from ..evaluation.perplexity import evaluate_texts, load_texts
 
     compressor = DernCompressor(config)
     compressor.check_names()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(args.model, **source)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, **source).to(device)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.sequence_length
-    length = min(config.sequence_length, limit)
-    texts = load_texts(args.evaluate, tokenizer, length) if args.evaluate else {}
+    texts = _load_texts(args, config.sequence_length) if args.evaluate else {}
+    report = compressor.compress_checkpoint(
+        args.model,
+        args.output,
+        **source,
+        device=device,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        restart=args.restart,
+        overwrite=args.overwrite,
+    )
+    if texts:
+        _evaluate(report, args, texts, torch.device(device), source)
+    _print_result(report, args)
 
-    compressor.check(model)
-    before = evaluate_texts(model, texts)
-    compressor.compress_model(model, tokenizer)
-    after = evaluate_texts(model, texts)
-    compressor.report.add_evaluation(before, after)
-    compressor.save(model, args.output, tokenizer=tokenizer)
-    _print_result(compressor.report, args)
+
+def _load_texts(args: argparse.Namespace, sequence_length: int) -> dict[str, list[dict]]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    from ..evaluation.perplexity import load_texts
+
+    source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(args.model, **source)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or sequence_length
+    tokenizer = AutoTokenizer.from_pretrained(args.model, **source)
+    return load_texts(args.evaluate, tokenizer, min(sequence_length, limit))
+
+
+def _evaluate(report: Any, args: argparse.Namespace, texts: dict[str, list[dict]], device: Any, source: dict) -> None:
+    """Measure both checkpoints, and put the losses into the report and the card."""
+    from ..checkpoint.publishing import write_report
+    from ..evaluation.streamed import evaluate_checkpoint
+
+    before = evaluate_checkpoint(args.model, texts, device, **source)
+    after = evaluate_checkpoint(args.output, texts, device, trust_remote_code=args.trust_remote_code)
+    report.add_evaluation(before, after)
+    write_report(args.output, report)
 
 
 def _check_output(args: argparse.Namespace) -> None:
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"{args.output} is a file; give a folder for the compressed checkpoint")
-    if args.output.is_dir() and any(args.output.iterdir()) and not args.overwrite:
+    unfinished = (args.output / WORK_NAME).is_dir()
+    if args.output.is_dir() and any(args.output.iterdir()) and not (args.overwrite or unfinished):
         raise ValueError(f"{args.output} is not empty; choose another folder or add --overwrite")
     if Path(args.model).exists() and Path(args.model).resolve() == args.output.resolve():
         raise ValueError("MODEL and OUTPUT are the same folder; the source would be lost, choose another output")

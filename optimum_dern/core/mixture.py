@@ -5,7 +5,7 @@ token), so every router of every family is covered.  Work goes expert by expert 
 (experts x tokens x width) tensor ever exists.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,11 +25,28 @@ class Routing(NamedTuple):
 
     hidden: Tensor  # (T, d)
     index: Tensor  # (T, k) expert of each slot, all different for one token
-    weight: Tensor  # (T, k) weight that the model applies to its output
+    weight: Tensor  # (T, k) weight that the model applies to its output (or input, see below)
+    weighs_input: bool = False  # an expert contributes e(w x), as in Llama 4, instead of w e(x)
 
-    def select(self, tokens: Tensor) -> "Routing":
-        """Some of the tokens, by index or mask."""
-        return Routing(self.hidden[tokens], self.index[tokens], self.weight[tokens])
+    def select(self, tokens: Tensor | slice) -> "Routing":
+        """Some of the tokens, by index, mask or slice."""
+        return self._replace(hidden=self.hidden[tokens], index=self.index[tokens], weight=self.weight[tokens])
+
+    def inputs(self, token: Tensor, slot: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the experts in these slots (n,) of these tokens (n,) read: (n, d)."""
+        hidden = self.hidden[token].to(dtype)
+        return self.weight[token, slot, None].to(dtype) * hidden if self.weighs_input else hidden
+
+    def output_weights(self, token: Tensor, slot: Tensor, dtype: torch.dtype) -> Tensor:
+        """What their outputs are multiplied by: (n, 1), ones where the weight is in the inputs."""
+        weight = self.weight[token, slot, None].to(dtype)
+        return torch.ones_like(weight) if self.weighs_input else weight
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Routing"]) -> "Routing":
+        """The tokens of several parts of one layer, in order."""
+        tensors = zip(*(part[:3] for part in parts), strict=True)
+        return cls(*map(torch.cat, tensors), parts[0].weighs_input)
 
 
 class ExpertBatch(NamedTuple):
@@ -38,7 +55,7 @@ class ExpertBatch(NamedTuple):
     expert: int
     token: Tensor  # (n,) row in the routing
     slot: Tensor  # (n,) which of the k choices
-    weight: Tensor  # (n, 1)
+    weight: Tensor  # (n, 1) of the output
     neurons: Tensor  # (n, f) activations, before the weight
 
 
@@ -55,8 +72,8 @@ def neuron_activations(segments: Segments, expert: int, hidden: Tensor, activati
         (n, f).
     """
     hidden = expert_inputs(segments, hidden)
-    gate = None if segments.gate is None else hidden @ segments.gate[expert].T  # (n, f)
-    return activation(gate, hidden @ segments.up[expert].T)
+    gate = None if segments.gate is None else hidden @ segments.gate[expert].to(hidden.dtype).T  # (n, f)
+    return activation(gate, hidden @ segments.up[expert].to(hidden.dtype).T)
 
 
 def expert_inputs(segments: Segments, hidden: Tensor) -> Tensor:
@@ -78,23 +95,24 @@ def expert_batches(
     Yields:
         One `ExpertBatch` per chunk, in the dtype of the segments; experts without tokens yield nothing.
     """
-    dtype = segments.up.dtype
+    dtype = segments.compute_dtype
     for expert in range(len(segments.up)) if experts is None else experts:
         tokens, slots = torch.where(routing.index == expert)  # (n,), (n,)
         for token, slot in zip(tokens.split(CHUNK_TOKENS), slots.split(CHUNK_TOKENS), strict=True):
             if len(token):
-                neurons = neuron_activations(segments, expert, routing.hidden[token].to(dtype), activation)
-                yield ExpertBatch(expert, token, slot, routing.weight[token, slot, None].to(dtype), neurons)
+                hidden = routing.inputs(token, slot, dtype)
+                neurons = neuron_activations(segments, expert, hidden, activation)
+                yield ExpertBatch(expert, token, slot, routing.output_weights(token, slot, dtype), neurons)
 
 
 def expert_output(segments: Segments, batch: ExpertBatch) -> Tensor:
-    """e(x) = D h(x) (+ bias) of the batch's expert, before the routing weight: (n, o)."""
-    output = batch.neurons @ segments.down[batch.expert]
+    """e = D h (+ bias) of the batch's expert on its inputs, before the weight of the output: (n, o)."""
+    output = batch.neurons @ segments.down[batch.expert].to(batch.neurons.dtype)
     return output if segments.output_bias is None else output + segments.output_bias[batch.expert]
 
 
 def routed_output(segments: Segments, routing: Routing, activation: Activation) -> Tensor:
-    """y(x) = sum over the chosen experts of weight times output.
+    """y(x) = sum over the chosen experts of weight times output, or of the output for the weighted input.
 
     Args:
         segments: N experts.
@@ -104,7 +122,8 @@ def routed_output(segments: Segments, routing: Routing, activation: Activation) 
     Returns:
         (T, o) in the dtype of the segments.
     """
-    total = segments.down.new_zeros(len(routing.hidden), segments.down.shape[-1])
+    shape = len(routing.hidden), segments.down.shape[-1]
+    total = segments.down.new_zeros(shape, dtype=segments.compute_dtype)
     for batch in expert_batches(segments, routing, activation):
         total.index_add_(0, batch.token, batch.weight * expert_output(segments, batch))
     return total

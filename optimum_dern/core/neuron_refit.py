@@ -6,7 +6,8 @@ are the derivatives of the activation by the gate and up pre-activations, and on
 
     min  sum_x | y(x) - y'(x) - sum_i g_i D_i (a_i * (dG_i x) + b_i * (dU_i x)) |^2  +  lambda (|dG|^2 + |dU|^2)
 
-by conjugate gradients over all experts of the layer together.  Each iteration costs two passes over the tokens.
+by conjugate gradients over all experts of the layer together; where g_i scales the expert's input instead, x is g_i x
+and the g_i outside are 1.  Each iteration costs two passes over the tokens.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,7 @@ from .segments import Segments
 
 __all__ = ["refit_neurons"]
 
-MAX_ELEMENTS = 1 << 28  # numbers kept between iterations: 1 GiB in float32
+MAX_ELEMENTS = 1 << 26  # numbers kept between iterations: 256 MiB in float32
 LinearisedBatch = tuple[ExpertBatch, Tensor, tuple[Tensor, ...]]  # with inputs (n, d) and slopes (n, f)
 
 
@@ -37,7 +38,7 @@ def refit_neurons(
     """One Gauss-Newton step of the gate and up projections towards a target output.
 
     Args:
-        segments: N experts, in a dtype to compute in.
+        segments: N experts.
         routing: T tokens.
         target: (T, o) output to reproduce.
         activation: the model's rule from pre-activations to neurons, elementwise in the neurons.
@@ -48,7 +49,7 @@ def refit_neurons(
     Returns:
         Segments with new gate and up projections.
     """
-    residual = target.to(segments.down.dtype, copy=True)
+    residual = target.to(segments.compute_dtype, copy=True)
     batches = _linearised_batches(segments, routing, activation)
     for batch, _, _ in batches():
         residual[batch.token] -= batch.weight * expert_output(segments, batch)
@@ -58,7 +59,7 @@ def refit_neurons(
         """J^T of an output (T, o): (parts, N, f, d)."""
         step = torch.zeros(len(parts), *segments.up.shape, dtype=output.dtype, device=output.device)
         for batch, hidden, slopes in batches():
-            pull = batch.weight * (output[batch.token] @ segments.down[batch.expert].T)  # (n, f)
+            pull = batch.weight * (output[batch.token] @ segments.down[batch.expert].to(output).T)  # (n, f)
             for position, slope in enumerate(slopes):
                 step[position, batch.expert] += (slope * pull).T @ hidden
         return step
@@ -68,7 +69,7 @@ def refit_neurons(
         output = torch.zeros_like(residual)
         for batch, hidden, slopes in batches():
             change = sum(slope * (hidden @ step[i, batch.expert].T) for i, slope in enumerate(slopes))  # (n, f)
-            output[batch.token] += batch.weight * (change @ segments.down[batch.expert])
+            output[batch.token] += batch.weight * (change @ segments.down[batch.expert].to(output))
         return transposed(output)
 
     penalty = ridge * _mean_diagonal(segments, batches, len(parts))
@@ -86,7 +87,7 @@ def _linearised_batches(
 
     def compute() -> Iterator[LinearisedBatch]:
         for batch in expert_batches(segments, routing, activation):
-            hidden = expert_inputs(segments, routing.hidden[batch.token].to(segments.up.dtype))
+            hidden = expert_inputs(segments, routing.inputs(batch.token, batch.slot, segments.compute_dtype))
             yield batch, hidden, _slopes(segments, batch.expert, hidden, activation)
 
     _, width, inputs = segments.up.shape
@@ -98,7 +99,7 @@ def _linearised_batches(
 
 def _slopes(segments: Segments, expert: int, hidden: Tensor, activation: Activation) -> tuple[Tensor, ...]:
     """Derivatives of the neurons by gate (where there is one) and up pre-activations, each (n, f)."""
-    parts = [part[expert] for part in (segments.gate, segments.up) if part is not None]
+    parts = [part[expert].to(hidden.dtype) for part in (segments.gate, segments.up) if part is not None]
     with torch.enable_grad():
         inputs = [(hidden @ part.T).detach().requires_grad_() for part in parts]
         neurons = activation(*(inputs if segments.gate is not None else (None, *inputs)))
@@ -109,7 +110,7 @@ def _mean_diagonal(segments: Segments, batches: Callable[[], Iterable[Linearised
     """Mean diagonal entry of J^T J."""
     total = 0.0
     for batch, hidden, slopes in batches():
-        energy = segments.down[batch.expert].square().sum(1)  # (f,)
+        energy = segments.down[batch.expert].to(hidden.dtype).square().sum(1)  # (f,)
         length = (batch.weight.squeeze(1) ** 2) * hidden.square().sum(1)  # (n,)
         total += sum((length @ slope.square() * energy).sum().item() for slope in slopes)
     return total / (parts * segments.up.numel())

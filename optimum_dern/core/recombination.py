@@ -38,7 +38,7 @@ def recombine_layer(
     """Steps 2 and 3 of DERN (arXiv 2509.10377) on one layer.
 
     Args:
-        segments: E experts, in a dtype to compute in (float32 or float64).
+        segments: E experts.
         retained: (N,) experts that stay, ascending.
         saliency: (E,) scores; a segment weighs as much as its source expert.
         threshold: alpha, see `assign_segments`.
@@ -55,12 +55,12 @@ def recombine_layer(
     dropped = torch.ones(len(segments.up), dtype=torch.bool, device=retained.device)
     dropped[retained] = False
     dropped = dropped.nonzero().squeeze(1)  # (E - N,)
-    vectors = similarity_vectors(segments, similarity_weights)  # (E, f, D)
-    destination, similarity = assign_segments(vectors[dropped].flatten(0, 1), vectors[retained], threshold)
-    destination = destination.view(len(dropped), segments.up.shape[1])  # (E - N, f)
+    destination, similarity = _assign(segments, dropped, retained, similarity_weights, threshold)
 
     importance = saliency.double() if importance_weighting else torch.ones(len(segments.up), dtype=torch.float64)
-    importance = (importance / importance.max().clamp(min=1e-300)).to(segments.up)  # only ratios count: no underflow
+    importance = (importance / importance.max().clamp(min=1e-300)).to(
+        segments.up.device, segments.compute_dtype
+    )  # only ratios count: no underflow
     result = segments.select(retained)  # indexing copies: the input stays as it was
     for position, expert in enumerate(retained.tolist()):
         source, neuron = torch.where(destination == position)
@@ -75,12 +75,31 @@ def recombine_layer(
         for part, value in zip(result[:3], segments.split(centroids), strict=True):
             if part is not None:
                 part[position] = value
-    return Recombination(result, destination, similarity.view_as(destination))
+    return Recombination(result, destination, similarity)
+
+
+def _assign(
+    segments: Segments, dropped: Tensor, retained: Tensor, weights: Sequence[float], threshold: float
+) -> tuple[Tensor, Tensor]:
+    """`assign_segments` one dropped expert at a time: destination and best cosine, (E - N, f) each."""
+
+    def vectors(expert: int) -> Tensor:
+        return similarity_vectors(segments.select(slice(expert, expert + 1)).to(segments.compute_dtype), weights)[0]
+
+    nearest = [
+        assign_segments(vectors(expert), map(vectors, retained.tolist()), threshold) for expert in dropped.tolist()
+    ]
+    if not nearest:
+        none = segments.up.new_zeros(0, segments.up.shape[1], dtype=segments.compute_dtype)
+        return none.long(), none
+    destination, similarity = zip(*nearest, strict=True)
+    return torch.stack(destination), torch.stack(similarity)
 
 
 def _pool(segments: Segments, expert: int, source: Tensor, neuron: Tensor) -> tuple[Tensor, Tensor]:
     """The expert's own segments followed by the received ones: (f + m, D), and their largest |gate| (f + m,)."""
     parts = [part for part in segments[:3] if part is not None]
-    pool = torch.cat([torch.cat([part[expert], part[source, neuron]]) for part in parts], dim=1)  # (f + m, D)
+    rows = [torch.cat([part[expert], part[source, neuron]]).to(segments.compute_dtype) for part in parts]
+    pool = torch.cat(rows, dim=1)  # (f + m, D)
     first = parts[0].shape[-1]  # the gate, or the up projection where there is none
     return pool, pool[:, :first].abs().amax(dim=1)

@@ -25,7 +25,7 @@ from .segments import Segments
 __all__ = ["refit_down"]
 
 logger = logging.getLogger(__name__)
-MAX_ELEMENTS = 1 << 28  # neurons kept in memory between sweeps: 1 GiB in float32
+MAX_ELEMENTS = 1 << 26  # numbers kept in memory between sweeps, of each kind: 256 MiB in float32
 
 
 def refit_down(
@@ -40,7 +40,7 @@ def refit_down(
     """Refit the down projections of one layer to a target output.
 
     Args:
-        segments: N retained experts, in a dtype to compute in; their down projections are the D_i0.
+        segments: N retained experts; their down projections are the D_i0.
         routing: T tokens with the new weights.
         target: (T, o) output to reproduce.
         activation: the model's rule from pre-activations to neurons.
@@ -57,15 +57,16 @@ def refit_down(
     if not ridge > 0 or sweeps < 1:
         raise ValueError(f"refit needs ridge > 0 and sweeps >= 1, got ridge={ridge}, sweeps={sweeps}")
     original = segments.down
-    down = (original if start is None else start).clone()  # (N, f, o)
+    down = (original if start is None else start).to(segments.compute_dtype, copy=True)  # (N, f, o)
     batches = _batch_source(segments, routing, activation)
     residual = target.to(down.dtype, copy=True)  # (T, o)
     for expert in range(len(down)):
         for batch in batches(expert):
             residual[batch.token] -= batch.weight * expert_output(segments._replace(down=down), batch)
-    factors = [_factorise(batches(expert), down[expert], expert, ridge) for expert in range(len(down))]
+    factors = _factor_source(batches, down, ridge)
     for _ in range(sweeps):
-        for expert, factorised in enumerate(factors):
+        for expert in range(len(down)):
+            factorised = factors(expert)
             if factorised is None:
                 continue
             factor, penalty = factorised
@@ -91,6 +92,19 @@ def _batch_source(
         return compute
     kept = [list(compute(expert)) for expert in range(len(segments.down))]
     return kept.__getitem__
+
+
+def _factor_source(
+    batches: Callable[[int], Iterable[ExpertBatch]], down: Tensor, ridge: float
+) -> Callable[[int], tuple[Tensor, Tensor] | None]:
+    """`_factorise` of one expert: kept in memory where all experts' factors fit, made anew each time where not."""
+
+    def compute(expert: int) -> tuple[Tensor, Tensor] | None:
+        return _factorise(batches(expert), down[expert], expert, ridge)
+
+    if down.shape[0] * down.shape[1] ** 2 > MAX_ELEMENTS:
+        return compute
+    return [compute(expert) for expert in range(len(down))].__getitem__
 
 
 def _factorise(

@@ -51,9 +51,10 @@ def recognise_rule(rows: Tensor, routing: Routing, tolerance: float = 1e-2) -> R
         tolerance: largest relative deviation of a weight; loose enough for bfloat16.
 
     Returns:
-        The rule, or None where none fits (or the router does not read what the experts read).
+        The rule, or None where none fits (or the router does not read what the experts read, or its weights scale
+        the experts' inputs, by which the output is not linear in them).
     """
-    if rows.shape[1] != routing.hidden.shape[1]:
+    if routing.weighs_input or rows.shape[1] != routing.hidden.shape[1]:
         return None
     logits = routing.hidden.float() @ rows.float().T  # (T, N)
     weight = routing.weight.float()
@@ -81,7 +82,7 @@ def refit_router(
 
     Args:
         rows: (N, d) router weight.
-        segments: N experts, in a dtype to compute in.
+        segments: N experts.
         routing: T tokens as this router sends them.
         target: (T, o) output to reproduce.
         activation: the model's rule from pre-activations to neurons.

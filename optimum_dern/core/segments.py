@@ -39,7 +39,12 @@ class Segments(NamedTuple):
     output_bias: Tensor | None = None  # (E, o): belongs to the expert, not to a neuron
     biased: bool = False  # the last column of gate and up is a bias
 
-    def select(self, experts: Tensor) -> "Segments":
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """At least float32: weights are converted expert by expert, where they are used, never all at once."""
+        return torch.promote_types(self.up.dtype, torch.float32)
+
+    def select(self, experts: Tensor | slice) -> "Segments":
         """The segments of some of the experts, in the order given."""
         return Segments(*(part[experts] if isinstance(part, Tensor) else part for part in self))
 

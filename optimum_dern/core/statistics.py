@@ -18,14 +18,18 @@ __all__ = ["ExpertStatistics", "measure_experts"]
 
 @dataclass(frozen=True)
 class ExpertStatistics:
-    """Sums over the tokens of one layer; E experts, output width o; g is the weight applied, e(x) the output."""
+    """Sums over the tokens of one layer; E experts, output width o; g is the weight applied, e the output.
+
+    Where the weight scales the expert's input, e is what comes out of the scaled input: it is then the whole
+    contribution, and g does not multiply it once more.
+    """
 
     tokens: int  # T, routed or not
     count: Tensor  # (E,) tokens routed to the expert
     weight: Tensor  # (E,) sum of g
     output_norm: Tensor  # (E,) sum of |e|
     output_norm_squared: Tensor  # (E,) sum of |e|^2
-    weighted_output_norm: Tensor  # (E,) sum of g |e|
+    weighted_output_norm: Tensor  # (E,) sum of g |e|, the norm of the contribution
     output_sum: Tensor  # (E, o) sum of e
     coactivation: Tensor  # (E, E) sum over tokens that chose both of (g_i |e_i|) (g_j |e_j|)
 
@@ -58,9 +62,10 @@ def measure_experts(segments: Segments, routing: Routing, activation: Activation
     """
     num_experts, output_size = len(segments.up), segments.down.shape[-1]
     index, weight = routing.index, routing.weight.double()
+    output_weight = torch.ones_like(weight) if routing.weighs_input else weight  # (T, k)
     norms = torch.zeros_like(weight)  # (T, k)
     output_sum = weight.new_zeros(num_experts, output_size)
-    routed = segments.down.new_zeros(len(index), output_size)  # (T, o)
+    routed = segments.down.new_zeros(len(index), output_size, dtype=segments.compute_dtype)  # (T, o)
     for batch in expert_batches(segments, routing, activation):
         output = expert_output(segments, batch)  # (n, o)
         routed.index_add_(0, batch.token, batch.weight * output)
@@ -72,14 +77,14 @@ def measure_experts(segments: Segments, routing: Routing, activation: Activation
         return torch.zeros_like(output_sum[:, 0]).index_add_(0, index.flatten(), values.flatten())
 
     contribution = torch.zeros(len(index), num_experts, dtype=torch.float64, device=index.device)
-    contribution.scatter_add_(1, index, weight * norms)  # (T, E)
+    contribution.scatter_add_(1, index, output_weight * norms)  # (T, E)
     statistics = ExpertStatistics(
         tokens=len(index),
         count=sums(torch.ones_like(weight)),
         weight=sums(weight),
         output_norm=sums(norms),
         output_norm_squared=sums(norms**2),
-        weighted_output_norm=sums(weight * norms),
+        weighted_output_norm=sums(output_weight * norms),
         output_sum=output_sum,
         coactivation=contribution.T @ contribution,
     )

@@ -1,13 +1,17 @@
 """Compress a model layer by layer: record what a layer sees, compress it, go on with what it now gives.
 
-    calls of every decoder layer  ->  per layer: probe -> compress -> run  ->  next layer
+    calls of every decoder layer  ->  per layer: load -> probe -> compress -> run -> write, free  ->  next layer
+
+Where layers come from and go to is their provider's business: a model in memory, or a checkpoint on disk.
 
 Sequential calibration (the default) lets later layers see the outputs of already compressed ones, so that they can
 make up for them; with "oneshot" every layer sees the original model.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +24,7 @@ from ..core.selection import select_experts
 from ..core.statistics import measure_experts
 from ..methods import LayerProblem, get_method
 from ..models.structure import MoELayer, find_decoder_layers, layers_by_position
-from ..models.view import layer_activation, read_layer
+from ..models.view import layer_activation, read_layer, release_experts_, retained_routing
 from ..reporting.report import LayerReport
 from .choice import LayerTask, choose_candidate
 from .progress import progress_bar
@@ -28,13 +32,51 @@ from .rewriting import LayerData, LayerRewriter
 from .stream import HiddenStream
 
 
-__all__ = ["compress_layers_"]
+__all__ = ["LayerProvider", "LayersInMemory", "compress_layers_"]
 
 HELD_OUT_EVERY = 10  # a tenth of the calibration sequences judges the candidates
 
 
+class LayerProvider(Protocol):
+    """Where decoder layers come from and go to."""
+
+    finished: Mapping[int, LayerReport | None]  # layers that an earlier run has done
+
+    def outside(self) -> AbstractContextManager:
+        """What surrounds the decoder layers is in memory while the context is open."""
+
+    def loaded(self, position: int, compressed: bool = False) -> AbstractContextManager:
+        """The layer is in memory while the context is open; `compressed`, as an earlier run has left it."""
+
+    def finish(self, position: int, report: LayerReport | None) -> None:
+        """The layer, still in memory, is done; layers without experts have no report."""
+
+
+class LayersInMemory:
+    """Provides the layers of a model that is in memory as a whole."""
+
+    def __init__(self) -> None:
+        self.finished: dict[int, LayerReport | None] = {}
+
+    def outside(self) -> AbstractContextManager:
+        """Nothing to load."""
+        return nullcontext()
+
+    def loaded(self, position: int, compressed: bool = False) -> AbstractContextManager:
+        """Nothing to load."""
+        return nullcontext()
+
+    def finish(self, position: int, report: LayerReport | None) -> None:
+        """Nothing to write."""
+
+
 def compress_layers_(
-    model: nn.Module, layers: Sequence[MoELayer], batches: Sequence[dict], config: DernConfig, num_experts: int
+    model: nn.Module,
+    layers: Sequence[MoELayer],
+    batches: Sequence[dict],
+    config: DernConfig,
+    num_experts: int,
+    provider: LayerProvider | None = None,
 ) -> list[LayerReport]:
     """Compress every MoE layer of a model, in place.
 
@@ -44,6 +86,7 @@ def compress_layers_(
         batches: `input_ids` and `attention_mask` of the calibration sequences.
         config: what to do.
         num_experts: N, how many experts every layer keeps.
+        provider: of the layers; by default the model has them in memory.
 
     Returns:
         One report a layer.
@@ -51,29 +94,37 @@ def compress_layers_(
     Raises:
         ValueError: a layer received no token, or hidden states that are not finite.
     """
+    provider = provider or LayersInMemory()
     _, decoder_layers = find_decoder_layers(model, layers[0])
     positions = layers_by_position(model, layers)
     masks = [batch["attention_mask"].bool() for batch in batches]
     held_out = held_out_tokens(masks)
-    stream = HiddenStream(record_layer_calls(model, decoder_layers, batches))
     sequential = config.calibration_order == "sequential"
+    with provider.outside():
+        stream = HiddenStream(record_layer_calls(model, decoder_layers, batches))
     reports = []
     for position in progress_bar(range(len(decoder_layers)), "Compressing layers"):
         decoder_layer, layer = decoder_layers[position], positions.get(position)
-        if layer is None:
-            stream.advance(stream.run(position, decoder_layer))
-            continue
-        started = time.perf_counter()
-        with record_routing(layer.block, layer.experts, stop=sequential) as record:
-            if sequential:
-                stream.probe(position, decoder_layer)
+        done = position in provider.finished
+        with provider.loaded(position, compressed=done and sequential):
+            if done or layer is None:
+                report = provider.finished.get(position)
+                stream.advance(stream.run(position, decoder_layer))
             else:
-                outputs = stream.run(position, decoder_layer)
-        routing = record.without_padding(masks)
-        _check_routing(layer, routing)
-        data = LayerData(layer, routing, held_out, masks, record.block_calls)
-        reports.append(compress_layer_(data, config, num_experts, position, started))
-        stream.advance(stream.run(position, decoder_layer) if sequential else outputs)
+                started = time.perf_counter()
+                with record_routing(layer.block, layer.experts, stop=sequential) as record:
+                    if sequential:
+                        stream.probe(position, decoder_layer)
+                    else:
+                        outputs = stream.run(position, decoder_layer)
+                routing = record.without_padding(masks)
+                _check_routing(layer, routing)
+                data = LayerData(layer, routing, held_out, masks, record.block_calls)
+                report = compress_layer_(data, config, num_experts, position, started)
+                stream.advance(stream.run(position, decoder_layer) if sequential else outputs)
+            if not done:
+                provider.finish(position, report)
+        reports += [report] if report is not None else []
     return reports
 
 
@@ -84,21 +135,21 @@ def compress_layer_(
     """Compress one MoE layer, in place: score, select, propose candidates, choose, write."""
     layer, activation = data.layer, layer_activation(data.layer)
     weights = read_layer(layer)
-    segments = weights.segments.to(torch.promote_types(weights.segments.up.dtype, torch.float32))
-    statistics, target = measure_experts(segments, data.routing, activation)
+    statistics, target = measure_experts(weights.segments, data.routing, activation)
     if not torch.isfinite(target).all():
         raise ValueError(f"the outputs of {layer.name} contain NaN or infinity; check the weights and the dtype")
     scores = score_experts(config.selection, statistics, config.seed + position)
     protected = (config.protect_experts or {}).get(position, [])
     retained = select_experts(scores, num_experts, layer.num_groups, protected).to(data.routing.index.device)
     rows = layer.router_weight
-    problem = LayerProblem(segments, statistics, scores, retained, rows and weights.routing[rows.path])
+    problem = LayerProblem(weights.segments, statistics, scores, retained, rows and weights.routing[rows.path])
     candidates = get_method(config.method).compress_layer(problem, config)
 
-    rewriter = LayerRewriter(data, weights, retained)
-    held_out = data.held_out.to(target.device)
-    own_rows = None if rows is None else weights.routing[rows.path][retained]
-    task = LayerTask(target, held_out, activation, own_rows, rewriter.reroute)
+    rewriter = LayerRewriter(data, retained_routing(layer, weights, retained), rows and rows.path)
+    own_rows = None if rows is None else rewriter.routing[rows.path]
+    del weights, problem  # what nobody else holds on to need not wait for the candidates' refits
+    release_experts_(layer)
+    task = LayerTask(target, data.held_out.to(target.device), activation, own_rows, rewriter.reroute)
     choice = choose_candidate(candidates, task, config)
     rewriter.write(choice.candidate)
     return LayerReport(

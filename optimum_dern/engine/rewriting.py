@@ -1,6 +1,6 @@
-"""One layer on its way from E experts to N: write a candidate, and see how the router then sends the same tokens."""
+"""One layer on its way from E experts to N: write a candidate, and see how its router then sends the same tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,7 +9,7 @@ from ..calibration.recording import record_routing, run_until_stopped
 from ..core.mixture import Routing
 from ..methods import Candidate
 from ..models.structure import MoELayer
-from ..models.view import LayerWeights, retained_routing, write_layer_
+from ..models.view import LayerWeights, write_layer_, write_routing_
 
 
 __all__ = ["LayerData", "LayerRewriter"]
@@ -28,25 +28,26 @@ class LayerData:
 
 @dataclass(frozen=True)
 class LayerRewriter:
-    """Writes candidates into a layer; the original weights stay at hand, so it can be done any number of times."""
+    """Writes candidates into a layer, as often as need be."""
 
     data: LayerData
-    original: LayerWeights  # E experts
-    retained: Tensor  # (N,)
+    routing: Mapping[str, Tensor]  # router tensors of the N retained experts
+    router_path: str | None  # of these, the matrix that a candidate may replace
 
     def write(self, candidate: Candidate) -> None:
-        """Put a candidate's experts, and the router of the retained ones, into the model."""
-        layer = self.data.layer
-        routing = retained_routing(layer, self.original, self.retained)
-        if candidate.router_rows is not None:
-            routing[layer.router_weight.path] = candidate.router_rows
-        write_layer_(layer, LayerWeights(candidate.segments, routing))
+        """Put a candidate's experts and router into the model."""
+        write_layer_(self.data.layer, LayerWeights(candidate.segments, self._routing(candidate)))
 
     def reroute(self, candidate: Candidate) -> Routing:
-        """What the experts receive for the same inputs once the candidate is written (which this does)."""
-        self.write(candidate)
+        """What the experts receive for the same inputs once the candidate's router is in place (which this does)."""
+        write_routing_(self.data.layer, self._routing(candidate))
         block = self.data.layer.block
         with record_routing(block, self.data.layer.experts, stop=True) as record:
             for args, kwargs in self.data.block_calls:
                 run_until_stopped(block, *args, **kwargs)
         return record.without_padding(self.data.masks)
+
+    def _routing(self, candidate: Candidate) -> Mapping[str, Tensor]:
+        if candidate.router_rows is None:
+            return self.routing
+        return {**self.routing, self.router_path: candidate.router_rows}

@@ -5,19 +5,20 @@ The standard error treats sequences as independent draws and tokens within one a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..calibration.data import FILE_TYPES, load_batches
 from ..models.mode import evaluation_mode
 
 
-__all__ = ["TextLoss", "evaluate_loss", "evaluate_texts", "load_texts"]
+__all__ = ["TextLoss", "evaluate_loss", "evaluate_texts", "load_texts", "sequence_losses", "summarise"]
 
 ALL = 1 << 62  # samples: every one
 
@@ -49,15 +50,34 @@ def evaluate_loss(model: Any, batches: Sequence[dict]) -> TextLoss:
     Raises:
         ValueError: nothing to predict.
     """
-    sums, counts = [], []
     with evaluation_mode(model):
-        for batch in batches:
-            ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-            losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
-            predicted = (mask[:, 1:] * mask[:, :-1]).double()  # (B, S - 1)
-            sums += (losses.double() * predicted).sum(1).tolist()
-            counts += predicted.sum(1).tolist()
+        return summarise(_run(model, batch) for batch in batches)
+
+
+def sequence_losses(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[list[float], list[float]]:
+    """Sum of the next-token losses, and number of predicted tokens, of every sequence of a batch.
+
+    Args:
+        logits: (batch, sequence, vocabulary).
+        ids: (batch, sequence).
+        mask: (batch, sequence), zero for padding, which is neither predicted nor read.
+    """
+    logits = logits[:, :-1].float()
+    losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+    predicted = (mask[:, 1:] * mask[:, :-1]).double()  # (B, S - 1)
+    return (losses.double() * predicted).sum(1).tolist(), predicted.sum(1).tolist()
+
+
+def summarise(batches: Iterable[tuple[list[float], list[float]]]) -> TextLoss:
+    """The loss over all tokens from the `sequence_losses` of all batches.
+
+    Raises:
+        ValueError: nothing to predict.
+    """
+    sums, counts = [], []
+    for batch_sums, batch_counts in batches:
+        sums += batch_sums
+        counts += batch_counts
     tokens = sum(counts)
     if not tokens:
         raise ValueError("there is no token to predict; give sequences of at least two tokens")
@@ -86,3 +106,8 @@ def load_texts(source: Any, tokenizer: Any, sequence_length: int, batch_size: in
 def evaluate_texts(model: Any, texts: dict[str, list[dict]]) -> dict[str, TextLoss]:
     """`evaluate_loss` of every entry of `load_texts`."""
     return {name: evaluate_loss(model, batches) for name, batches in texts.items()}
+
+
+def _run(model: Any, batch: dict) -> tuple[list[float], list[float]]:
+    ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+    return sequence_losses(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids, mask)

@@ -5,6 +5,7 @@ call refuses whatever cannot work before any weight is read; the second compress
 quantisation off, so that what comes back is the plain model.
 """
 
+import tempfile
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ class DernModelForCausalLM:
             model: folder or Hub id.
             *args: of `AutoModelForCausalLM.from_pretrained`.
             dern_config: a `DernConfig`, or its fields as a dict; None loads the model as it is.
-            **kwargs: of `AutoModelForCausalLM.from_pretrained`.
+            **kwargs: of `AutoModelForCausalLM.from_pretrained`; with another `quantization_config`, the checkpoint is
+                compressed on disk first, in a temporary folder, and the result is loaded quantised.
 
         Returns:
             The model in its own transformers class, on evaluation mode; `model.dern_report` tells what was done.
@@ -95,7 +97,22 @@ class DernModelForCausalLM:
         Raises:
             ValueError: a model, count or dataset that cannot work, before weights are loaded.
         """
+        if dern_config is not None and kwargs.get("quantization_config") is not None:
+            return _compress_then_quantise(model, *args, dern_config=dern_config, **kwargs)
         return AutoModelForCausalLM.from_pretrained(model, *args, **_with_quantization_config(kwargs, dern_config))
+
+
+def _compress_then_quantise(model: str, *args: Any, dern_config: DernConfig | dict, **kwargs: Any) -> Any:
+    """Two steps through a temporary folder: a model in memory has room for one quantizer only."""
+    compressor = DernCompressor(_as_config(dern_config))
+    source = {name: kwargs.pop(name) for name in ("revision", "token") if name in kwargs}
+    trust = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
+    with tempfile.TemporaryDirectory(prefix="dern-") as folder:
+        report = compressor.compress_checkpoint(model, folder, **source, **trust)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, *args, **kwargs)
+    loaded.name_or_path = loaded.config.name_or_path = str(model)
+    loaded.dern_report = report
+    return loaded
 
 
 _ORIGINAL = AutoModelForCausalLM.__dict__["from_pretrained"]
@@ -125,9 +142,11 @@ def _with_quantization_config(kwargs: dict[str, Any], dern_config: DernConfig | 
         return kwargs
     if kwargs.get("quantization_config") is not None:
         raise ValueError(
-            "both dern_config and quantization_config are given, but a model is compressed before it is quantised: "
-            "save the compressed model, then load that with quantization_config"
+            "both dern_config and quantization_config are given; DernModelForCausalLM.from_pretrained takes both: it "
+            "compresses first, and loads the result quantised"
         )
-    if not isinstance(dern_config, DernConfig):
-        dern_config = DernConfig(**dern_config)
-    return {**kwargs, "quantization_config": dern_config}
+    return {**kwargs, "quantization_config": _as_config(dern_config)}
+
+
+def _as_config(dern_config: DernConfig | dict) -> DernConfig:
+    return dern_config if isinstance(dern_config, DernConfig) else DernConfig(**dern_config)

@@ -18,7 +18,7 @@ __all__ = ["METHODS", "Candidate", "LayerProblem", "Method", "get_method", "regi
 class LayerProblem:
     """What a method gets to see of a layer with E experts, N of which stay."""
 
-    segments: Segments  # E experts, float32 or float64
+    segments: Segments  # E experts, as the model stores them
     statistics: ExpertStatistics
     scores: Tensor  # (E,) saliency
     retained: Tensor  # (N,) ascending

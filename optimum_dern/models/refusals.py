@@ -1,30 +1,48 @@
 """Models and requests that cannot be compressed, refused with the reason before any work is done."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..core.selection import retained_count, select_experts
+from .overrides import routing_hook
 from .structure import MoELayer
 
 
-__all__ = ["REFUSED", "check_materialised", "check_model", "check_protection", "resolve_count"]
+__all__ = ["REFUSED", "check_config", "check_materialised", "check_model", "check_protection", "resolve_count"]
 
 REFUSED = {
     "jetmoe": "its expert count also sizes the attention experts, so the feed-forward ones cannot shrink alone",
     "dbrx": "its experts are stored as two-dimensional matrices of all experts together",
-    "llama4": "its routing weights scale the experts' inputs, which calibration does not record yet",
-    "llama4_text": "its routing weights scale the experts' inputs, which calibration does not record yet",
     "longcat_flash": "its router also chooses identity experts that have no weights",
     "inkling_mm_model": "its router's rows also score the shared experts",
     "inkling_text": "its router's rows also score the shared experts",
+    "inkling2": "its layers also read what earlier layers gave, which calibration layer by layer does not follow",
+    "inkling2_text": "its layers also read what earlier layers gave, which calibration layer by layer does not follow",
     "zaya": "its router has a class for skipping and passes state between layers",
-    "deepseek_v4": "its hash layers store expert numbers for every token of the vocabulary",
     "ernie4_5_vl_moe": "each of its layers has two sets of experts that share one count",
+    "ernie4_5_vl_moe_text": "each of its layers has two sets of experts that share one count",
     "doge": "its experts are product-key embeddings, not feed-forward networks",
     "openai_privacy_filter": "it is a token classifier, not a language model",
 }
+
+
+def check_config(config: Any) -> None:
+    """Refuse a family that cannot be compressed, by its config alone.
+
+    Args:
+        config: of transformers, nested or not; some of these families cannot even be built without weights.
+
+    Raises:
+        ValueError: naming the family and the reason.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{config.model_type} is an encoder-decoder; only decoder language models can be compressed")
+    for kind in (config.model_type, config.get_text_config().model_type):
+        if kind in REFUSED:
+            raise ValueError(f"{kind} models cannot be compressed: {REFUSED[kind]}")
 
 
 def check_model(model: nn.Module, layers: list[MoELayer]) -> None:
@@ -34,11 +52,7 @@ def check_model(model: nn.Module, layers: list[MoELayer]) -> None:
         ValueError: naming what was found and what to do instead.
     """
     config = model.config
-    for kind in {config.model_type, config.get_text_config().model_type}:
-        if kind in REFUSED:
-            raise ValueError(f"{kind} models cannot be compressed: {REFUSED[kind]}")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{config.model_type} is an encoder-decoder; only decoder language models can be compressed")
+    check_config(config)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} ({config.model_type}) has no Mixture-of-Experts layer to compress; "
@@ -124,8 +138,7 @@ def resolve_count(layer: MoELayer, sparsity: float, num_experts: int | None, mul
 
 
 def _check_layer(layer: MoELayer, hidden_size: int) -> None:
-    if not layer.routing:
-        raise ValueError(f"no router tensor with {layer.num_experts} entries was found beside {layer.name}.experts")
+    _check_router(layer)
     if layer.num_experts == hidden_size:
         raise ValueError(
             f"{layer.name} has as many experts as hidden units ({hidden_size}), so the router's expert dimension "
@@ -135,3 +148,21 @@ def _check_layer(layer: MoELayer, hidden_size: int) -> None:
         raise ValueError(f"{layer.name} normalises each expert's output; experts are then not sums of neurons")
     if getattr(layer.experts, "_is_expert_parallel", False):
         raise ValueError(f"{layer.name} is expert-parallel; load the model without expert parallelism")
+
+
+def _check_router(layer: MoELayer) -> None:
+    if not any(r.tensor.dim() == 2 and r.tensor.numel() > layer.num_experts for r in layer.routing):
+        raise ValueError(
+            f"no router weight with a row for each of the {layer.num_experts} experts was found beside "
+            f"{layer.name}.experts; this architecture is not supported"
+        )
+    if any(name.endswith("tid2eid") for name, _ in layer.block.named_buffers()):
+        raise ValueError(
+            f"{layer.name} is a hash layer: it stores expert numbers for every token of the vocabulary, and those of "
+            "dropped experts would lead nowhere; models with hash layers cannot be compressed"
+        )
+    if routing_hook(layer.experts) is None:
+        raise ValueError(
+            f"{layer.name}.experts ({type(layer.experts).__name__}) is not called with indices and weights, so "
+            "nothing shows which experts a token uses; this architecture is not supported"
+        )

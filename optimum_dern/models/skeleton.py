@@ -1,30 +1,57 @@
 """A model without weights: its modules on the meta device, from nothing but its config."""
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+
+from .refusals import check_config
 
 
 __all__ = ["build_skeleton"]
 
 
-def build_skeleton(model: str, revision: str | None = None, trust_remote_code: bool = False) -> nn.Module:
-    """Build a checkpoint's causal language model on the meta device.
+def build_skeleton(
+    model: str | Path,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    token: Any = None,
+    dtype: torch.dtype | None = None,
+    dequantised: bool = False,
+) -> nn.Module:
+    """Build a checkpoint's model on the meta device, in the class that its config names.
+
+    `AutoModelForCausalLM` would build only the language model of a checkpoint that has a vision tower too.
 
     Args:
         model: local folder or Hub id; only its config is read.
         revision: of a Hub model.
         trust_remote_code: run the checkpoint's own modelling code.
+        token: for a private Hub model.
+        dtype: of the model; by default that of its config.
+        dequantised: leave the config's quantisation out, since weights are dequantised when they are read.
 
     Returns:
-        The model, in the dtype of its config, without any storage.
+        The model, without any storage.
+
+    Raises:
+        ValueError: a family that cannot be compressed.
     """
+    import transformers
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(model, revision=revision, **options)
+    config = transformers.AutoConfig.from_pretrained(model, revision=revision, token=token, **options)
+    check_config(config)
+    for part in (config, config.get_text_config()) if dequantised else ():
+        vars(part).pop("quantization_config", None)
+    dtype = dtype or config.dtype or config.get_text_config().dtype
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with init_empty_weights(include_buffers=False):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=config.get_text_config().dtype, **options)
+        if architecture is not None and config.model_type == architecture.config_class.model_type:
+            skeleton = architecture._from_config(config, dtype=dtype)
+        else:
+            skeleton = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     skeleton.tie_weights()  # replacing parameters by empty ones has separated them
-    return skeleton
+    return skeleton.eval()

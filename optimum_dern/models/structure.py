@@ -6,14 +6,22 @@ experts belongs to the router.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from ..core.segments import ExpertLayout
 
 
-__all__ = ["COUNT_KEYS", "MoELayer", "RoutingTensor", "find_decoder_layers", "find_moe_layers", "layers_by_position"]
+__all__ = [
+    "COUNT_KEYS",
+    "MoELayer",
+    "RoutingTensor",
+    "experts_name",
+    "find_decoder_layers",
+    "find_moe_layers",
+    "layers_by_position",
+]
 
 # Config keys that hold the number of routed experts, and modules' attributes that repeat it.
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -54,6 +62,7 @@ class MoELayer:
     num_groups: int  # of a group-limited router, else 1
     topk_group: int
     routing: tuple[RoutingTensor, ...]
+    twins: tuple["MoELayer", ...] = ()  # other blocks that use the very same weights (DiffusionGemma's two passes)
 
     @property
     def router_weight(self) -> RoutingTensor | None:
@@ -64,7 +73,12 @@ class MoELayer:
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """All MoE layers of a model, in the order of its modules; weights may be on the meta device."""
-    return [_describe(model, name, experts) for name, experts in model.named_modules() if _is_experts(name, experts)]
+    found = [_describe(model, name, experts) for name, experts in model.named_modules() if _is_experts(name, experts)]
+    same: dict[tuple, list[MoELayer]] = {}
+    for layer in found:
+        tensors = [layer.experts.down_proj, *(r.tensor for r in layer.routing)]
+        same.setdefault(tuple(map(id, tensors)), []).append(layer)
+    return [replace(first, twins=tuple(twins)) for first, *twins in same.values()]
 
 
 def find_decoder_layers(model: nn.Module, layer: MoELayer) -> tuple[str, nn.ModuleList]:
@@ -78,9 +92,24 @@ def find_decoder_layers(model: nn.Module, layer: MoELayer) -> tuple[str, nn.Modu
     raise ValueError(f"{layer.name!r} is not inside a list of decoder layers; this architecture is not supported")
 
 
+def experts_name(layer: MoELayer) -> str:
+    """Name of a layer's experts module in the model."""
+    return next(f"{layer.name}.{name}" for name, module in layer.block.named_modules() if module is layer.experts)
+
+
 def layers_by_position(model: nn.Module, layers: list[MoELayer]) -> dict[int, MoELayer]:
-    """MoE layers by the index of the decoder layer that holds them."""
-    prefix, _ = find_decoder_layers(model, layers[0])
+    """MoE layers by the index of the decoder layer that holds them.
+
+    Raises:
+        ValueError: they are not all in the same list of decoder layers.
+    """
+    lists = list(dict.fromkeys(find_decoder_layers(model, layer)[0] for layer in layers))
+    if len(lists) > 1:
+        raise ValueError(
+            f"{type(model).__name__} has several stacks of MoE layers ({', '.join(lists)}); "
+            "compress the part that holds the language model alone"
+        )
+    prefix = lists[0]
     return {int(layer.name.removeprefix(f"{prefix}.").split(".")[0]): layer for layer in layers}
 
 
@@ -105,7 +134,7 @@ def _describe(model: nn.Module, name: str, experts: nn.Module) -> MoELayer:
         config=config,
         layout=ExpertLayout(
             gated=getattr(experts, "has_gate", "gate_up_proj" in experts._parameters),
-            transposed=getattr(experts, "is_transposed", False),
+            transposed=_is_transposed(experts),
             interleaved=not getattr(experts, "is_concatenated", True),
             biased=getattr(experts, "has_bias", False),
         ),
@@ -115,6 +144,14 @@ def _describe(model: nn.Module, name: str, experts: nn.Module) -> MoELayer:
         topk_group=_first(config, ("topk_group",), groups),
         routing=tuple(_routing_tensors(block, experts, num_experts)),
     )
+
+
+def _is_transposed(experts: nn.Module) -> bool:
+    """Whether weights are (E, in, out): what the module says, or what its shapes say (Llama 4 has no flags)."""
+    declared = getattr(experts, "is_transposed", None)
+    if declared is not None or "gate_up_proj" not in experts._parameters:
+        return bool(declared)
+    return experts.gate_up_proj.shape[1] != 2 * experts.down_proj.shape[2]  # else both are 2 f
 
 
 def _routing_tensors(block: nn.Module, experts: nn.Module, num_experts: int) -> Iterator[RoutingTensor]:

@@ -17,10 +17,12 @@ __all__ = [
     "LayerWeights",
     "layer_activation",
     "read_layer",
+    "release_experts_",
     "restored_on_error",
     "retained_routing",
     "write_counts_",
     "write_layer_",
+    "write_routing_",
 ]
 
 
@@ -70,10 +72,27 @@ def write_layer_(layer: MoELayer, weights: LayerWeights) -> None:
     """
     for name, value in parameters_from_segments(weights.segments, layer.layout).items():
         _replace(layer.experts, name, value)
-    for routing in layer.routing:
-        _replace(routing.module, routing.name, weights.routing[routing.path])
-    current = layer.experts.__dict__.get("num_experts", layer.num_experts)
-    _replace_counts(layer.block, {current, layer.num_experts}, weights.num_experts)
+    write_routing_(layer, weights.routing)
+    for twin in layer.twins:
+        _share(layer, twin)
+
+
+def write_routing_(layer: MoELayer, routing: Mapping[str, Tensor]) -> None:
+    """Replace a layer's router alone; its experts fit it again only after `write_layer_`."""
+    first = layer.routing[0]
+    before, after = first.tensor.shape[first.dim], routing[first.path].shape[first.dim]
+    for entry in layer.routing:
+        _replace(entry.module, entry.name, routing[entry.path])
+    for block in (layer.block, *(twin.block for twin in layer.twins)):  # routers with groups use their count
+        _replace_counts(block, {before, layer.num_experts}, after)
+
+
+def release_experts_(layer: MoELayer) -> None:
+    """Give the memory of a layer's experts back before `write_layer_` puts others into their place."""
+    for name, parameter in layer.experts._parameters.items():
+        if parameter is not None:
+            empty = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+            layer.experts._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
 
 
 @contextmanager
@@ -99,12 +118,17 @@ def write_counts_(model: nn.Module, layers: list[MoELayer], num_experts: int) ->
     for config in {id(layer.config): layer.config for layer in layers}.values():
         before = next(layer.num_experts for layer in layers if layer.config is config)
         for module in model.modules():
-            if getattr(module, "config", None) is config:
+            if _sizes(config, getattr(module, "config", None)):
                 _replace_own_counts(module, {before}, num_experts)
         stored = config.to_dict()
         for key in COUNT_KEYS:
             if stored.get(key) == before:
                 setattr(config, key, num_experts)
+
+
+def _sizes(config: object, own: object) -> bool:
+    """Whether a module whose config is `own` takes its counts from `config`, as models around a text model do too."""
+    return own is config or (hasattr(own, "get_text_config") and own.get_text_config() is config)
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:
@@ -114,6 +138,13 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[name] = value
     else:
         module._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
+
+
+def _share(layer: MoELayer, twin: MoELayer) -> None:
+    """Let a twin use the tensors that have been written into the layer."""
+    twin.experts._parameters.update(layer.experts._parameters)
+    for routing, other in zip(layer.routing, twin.routing, strict=True):
+        setattr(other.module, other.name, routing.tensor)
 
 
 def _replace_counts(block: nn.Module, before: set[int], after: int) -> None:

@@ -55,7 +55,7 @@ def scores_for(experts=6, seed=2):
 def reference_arguments(segments, routing):
     """The arguments that the reference's per-token functions share."""
     return (
-        (*segments[:3], *routing, scalar_activation(segments)),
+        (*segments[:3], *routing[:3], scalar_activation(segments)),
         {"output_bias": segments.output_bias, "biased": segments.biased},
     )
 

@@ -114,13 +114,22 @@ def test_expert_output_leaves_out_the_weight():
 
 
 def test_select_tokens():
-    """Tokens can be taken by mask or by index, all three tensors alike."""
+    """Tokens can be taken by mask, by index or by slice, all three tensors alike."""
     routing = make_routing()
     mask = torch.zeros(12, dtype=torch.bool)
     mask[[2, 7]] = True
-    for part, by_mask, by_index in zip(
-        routing, routing.select(mask), routing.select(torch.tensor([7, 2])), strict=True
-    ):
+    selected = [routing.select(tokens) for tokens in (mask, torch.tensor([7, 2]), slice(2, 4))]
+    for part, by_mask, by_index, by_slice in zip(*(r[:3] for r in (routing, *selected)), strict=True):
         assert torch.equal(by_mask, torch.stack([part[2], part[7]]))
         assert torch.equal(by_index, torch.stack([part[7], part[2]]))
+        assert torch.equal(by_slice, part[2:4])
     assert isinstance(routing.select(mask), Routing)
+
+
+@pytest.mark.parametrize("weighs_input", [False, True])
+def test_parts_make_a_whole(weighs_input):
+    """Parts of a routing put together again are the routing, whichever side its weights are on."""
+    routing = make_routing()._replace(weighs_input=weighs_input)
+    whole = Routing.concatenate([routing.select(slice(0, 5)), routing.select(slice(5, 12))])
+    assert all(torch.equal(a, b) for a, b in zip(whole[:3], routing[:3], strict=True))
+    assert whole.weighs_input is weighs_input

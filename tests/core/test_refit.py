@@ -39,7 +39,7 @@ def problem(kind="gated", dtype=torch.float64, tokens=24, unused=()):
 def reference_problem(segments, routing, target):
     """The same as features, down projections and the part of the target that they have to explain."""
     act = scalar_activation(segments)
-    features = reference_features(segments.gate, segments.up, *routing, act, segments.biased)
+    features = reference_features(segments.gate, segments.up, *routing[:3], act, segments.biased)
     (*positional, _), named = reference_arguments(segments, routing)
     positional[2] = torch.zeros_like(segments.down)
     offset = reference_layer_output(*positional, act, **named)  # what the output biases give

@@ -4,7 +4,7 @@ import copy
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
+import tempfile
 
 import pytest
 import torch
@@ -158,10 +158,8 @@ def test_a_checkpoint_that_does_not_fit_its_config(source, tmp_path):
         by_auto_class(tmp_path, DernConfig(dataset=random_tokens(), **FIELDS))
 
 
-def test_other_quantizers(source, tmp_path):
-    """A quantised source, and a second quantizer, are refused with the order to go by."""
-    with pytest.raises(ValueError, match="before it is quantised"):
-        by_facade(source, DernConfig(dataset=random_tokens()), quantization_config=SimpleNamespace())
+def test_a_quantised_source(source, tmp_path):
+    """A quantised checkpoint is not compressed: transformers names both configs."""
     for file in source.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
@@ -169,6 +167,53 @@ def test_other_quantizers(source, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
     with pytest.raises(ValueError, match="GPTQConfig"):
         by_auto_class(tmp_path, DernConfig(dataset=random_tokens()))
+
+
+@pytest.fixture
+def rounding_quantizer():
+    """A quantizer that any machine can run: it rounds the head's weights to whole eighths."""
+    from transformers.quantizers import auto
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class RoundingConfig(QuantizationConfigMixin):
+        def __init__(self, **kwargs):
+            self.quant_method = "rounding"
+
+    class RoundingQuantizer(HfQuantizer):
+        def _process_model_after_weight_loading(self, model, **kwargs):
+            model.lm_head.weight.data = (model.lm_head.weight * 8).round() / 8
+
+        def is_serializable(self):
+            return False
+
+        def is_trainable(self):
+            return False
+
+    auto.register_quantization_config("rounding")(RoundingConfig)
+    auto.register_quantizer("rounding")(RoundingQuantizer)
+    yield RoundingConfig
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop("rounding")
+    auto.AUTO_QUANTIZER_MAPPING.pop("rounding")
+
+
+def test_compressed_then_quantised(source, expected, rounding_quantizer, tmp_path, monkeypatch):
+    """With a second quantizer the facade compresses first and loads the result quantised; no file stays behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    config = DernConfig(dataset=sample_texts(), **FIELDS)
+    model = by_facade(source, config, quantization_config=rounding_quantizer(), dtype=torch.float32)
+    assert model.is_quantized and model.config.num_local_experts == 4
+    assert torch.equal(model.lm_head.weight, (expected.lm_head.weight * 8).round() / 8)
+    state = state_of(expected)
+    assert all(torch.equal(value, state[name]) for name, value in state_of(model).items() if name != "lm_head.weight")
+    assert model.name_or_path == str(source) and model.dern_report.after.experts == 4
+    assert list(tmp_path.iterdir()) == []
+    patch_transformers()
+    try:
+        with pytest.raises(ValueError, match="DernModelForCausalLM"):
+            AutoModelForCausalLM.from_pretrained(source, dern_config=config, quantization_config=rounding_quantizer())
+    finally:
+        unpatch_transformers()
 
 
 def test_compressed_checkpoints_load_unchanged(expected, tmp_path):

@@ -1,0 +1,136 @@
+"""From the names and layouts of a checkpoint to a model's parameters and back, by transformers' own rules.
+
+The only place that uses transformers' loading calls, which are half private: a release that changes them changes
+this file.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+
+__all__ = ["NameMap", "load_tensors_", "release_"]
+
+MTP = re.compile(r"(^|\.)mtp(\.|_)")  # multi-token prediction: no part of the model that transformers builds
+
+
+class NameMap:
+    """Which parameter of a model each tensor of a checkpoint ends up in, and the way back.
+
+    Args:
+        model: its weights need not be there.
+        names: of the checkpoint's tensors.
+    """
+
+    def __init__(self, model: Any, names: list[str]) -> None:
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        parameters = model.state_dict()
+        self.target: dict[str, str] = {}  # only of tensors that the model has a place for
+        for name in names:
+            target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+            if target not in parameters and name in parameters:
+                target, _ = rename_source_key(name, [], [], model.base_model_prefix, parameters)
+            if target in parameters:
+                self.target[name] = target
+        self._used = [entry for entry in mapping if entry.was_used()]
+
+    def sources(self, prefix: str) -> list[str]:
+        """Tensors that make up the parameters under a prefix."""
+        return [name for name, target in self.target.items() if target.startswith(prefix)]
+
+    def original(self, model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters under the names and in the pieces that the checkpoint has them in."""
+        model._weight_conversions = self._used or None  # every load leaves only what that load has used
+        return revert_weight_conversion(model, dict(parameters))
+
+    def by_expert(self, model: Any, parameter: str, shape: Sequence[int]) -> list[list[str]] | None:
+        """The tensors that make up each expert's part of a parameter; None where all experts share one tensor.
+
+        Args:
+            model: of the parameter.
+            parameter: its full name.
+            shape: of the parameter, experts first.
+        """
+        pieces = self.original(model, {parameter: torch.empty(shape, device="meta")})
+        if any(piece.dim() == len(shape) for piece in pieces.values()):
+            return None
+        names = list(pieces)
+        return [names[expert :: shape[0]] for expert in range(shape[0])]  # one run of all experts per projection
+
+    def is_extra_layer(self, name: str, decoder: str, count: int) -> bool:
+        """Whether a tensor belongs to a layer for multi-token prediction, which transformers does not build.
+
+        Args:
+            name: of a tensor without a place in the model.
+            decoder: name of the list of decoder layers.
+            count: how many decoder layers the model has.
+        """
+        number = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        return bool(MTP.search(name)) or (number is not None and int(number[1]) >= count)
+
+
+def load_tensors_(model: Any, tensors: Mapping[str, Any], device: torch.device) -> None:
+    """Fill those parameters of a model that some tensors of its checkpoint make up.
+
+    Args:
+        model: a skeleton.
+        tensors: by their names in the checkpoint; read one by one.
+        device: where the parameters shall be.
+
+    Raises:
+        ValueError: tensors that do not fit the model.
+    """
+    dtype = model.dtype
+    config = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model),  # made anew: converters keep what they have seen
+    )
+    with _loading_quietly():
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config, None)
+    if info.conversion_errors or info.mismatched_keys:
+        problems = [f"{name}: {error}" for name, error in info.conversion_errors.items()]
+        problems += [f"{name} is {found}, not {expected}" for name, found, expected in info.mismatched_keys]
+        raise ValueError(f"the checkpoint does not fit the model that its config describes: {'; '.join(problems[:3])}")
+
+
+def release_(module: nn.Module) -> None:
+    """Give a module's weights back, to be loaded again or not."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+@contextmanager
+def _loading_quietly() -> Iterator[None]:
+    """One tensor at a time instead of all at once, and no progress bar for every layer."""
+    before, bars = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD"), logging.is_progress_bar_enabled()
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        os.environ.pop("HF_DEACTIVATE_ASYNC_LOAD")
+        if before is not None:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,115 @@
+"""Before anything long: the source found and checked, the output folder found fit."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models.skeleton import build_skeleton
+from . import WORK_NAME
+from .dequantise import DequantisingReader, open_reader
+from .manifest import only_process
+from .quantisation import check_quantisation
+from .reader import CheckpointReader, weight_files
+from .resolve import fetch_weights, resolve_checkpoint
+
+
+__all__ = ["Source", "find_checkpoint", "open_checkpoint", "prepare_output"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint whose weights may still be on the Hub."""
+
+    name: str  # as the user gave it
+    folder: Path  # with everything else
+    commit: str | None  # of a Hub model
+    skeleton: Any  # its model, without weights
+    token: Any
+
+    def open_weights(self) -> CheckpointReader | DequantisingReader:
+        """Its tensors, downloaded where they are not here yet."""
+        if self.commit is not None:
+            fetch_weights(self.name, self.folder, self.token)
+        return open_reader(self.folder)
+
+
+def find_checkpoint(
+    model: str | Path,
+    revision: str | None = None,
+    token: Any = None,
+    trust_remote_code: bool = False,
+    dtype: str | None = None,
+) -> Source:
+    """Find a checkpoint, and refuse what is no use before its weights are downloaded.
+
+    Args:
+        model: folder or Hub id.
+        revision: of a Hub model.
+        token: for a private one.
+        trust_remote_code: run its own modelling code.
+        dtype: to compute in; by default that of its config.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none, or none with safetensors.
+        OSError: the Hub cannot give it.
+        ValueError: a family or a quantisation that cannot be compressed.
+    """
+    folder, commit = resolve_checkpoint(model, revision, token)
+    if commit is None:
+        weight_files(folder)
+    quantised = check_quantisation(json.loads((folder / "config.json").read_text("utf-8"))) is not None
+    as_dtype = None if dtype is None else getattr(torch, dtype)
+    skeleton = build_skeleton(folder, trust_remote_code=trust_remote_code, dtype=as_dtype, dequantised=quantised)
+    return Source(str(model), folder, commit, skeleton, token)
+
+
+def open_checkpoint(
+    model: str | Path, **options: Any
+) -> tuple[CheckpointReader | DequantisingReader, Any, str | None]:
+    """Find a checkpoint and open its weights at once.
+
+    Args:
+        model: folder or Hub id.
+        **options: of `find_checkpoint`.
+
+    Returns:
+        Its tensors, its model without weights, and the commit of a Hub model.
+    """
+    source = find_checkpoint(model, **options)
+    return source.open_weights(), source.skeleton, source.commit
+
+
+def prepare_output(source: Path, output: Path, restart: bool, overwrite: bool) -> Path:
+    """Check an output folder, and discard an unfinished run in it if asked to.
+
+    Args:
+        source: folder of the checkpoint that is to be compressed.
+        output: folder, which need not exist.
+        restart: discard an unfinished run.
+        overwrite: allow other files in it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: a file, the source itself, or a folder with other files.
+        RuntimeError: another process is at it.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; give a folder for the compressed checkpoint")
+    if output.resolve() == source.resolve():
+        raise ValueError("source and output are the same folder; the source would be lost, choose another output")
+    work = output / WORK_NAME
+    if work.is_dir() and restart:
+        with only_process(work):
+            shutil.rmtree(work)
+    if output.is_dir() and any(output.iterdir()) and not (overwrite or work.is_dir()):
+        raise ValueError(f"{output} is not empty; choose another folder, or allow to overwrite it")
+    return output

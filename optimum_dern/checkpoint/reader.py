@@ -1,0 +1,117 @@
+"""Read a checkpoint tensor by tensor: which exist, what they look like, and their values when somebody asks."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from .tensor_file import DTYPES, TensorInfo, read_header, read_tensor
+
+
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "CheckpointReader", "LazyTensor"]
+
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+
+
+class LazyTensor:
+    """A tensor of a checkpoint that is read when it is indexed, as transformers' loading does."""
+
+    def __init__(self, info: TensorInfo, read: Callable[[], Tensor]) -> None:
+        self.info, self.read = info, read
+
+    def __getitem__(self, index: object) -> Tensor:
+        return self.read()[index]
+
+    def get_shape(self) -> list[int]:
+        """The tensor's shape."""
+        return list(self.info.shape)
+
+    def get_dtype(self) -> str:
+        """The tensor's dtype, by the format's name."""
+        return self.info.dtype
+
+
+class CheckpointReader:
+    """A folder of safetensors files.
+
+    Args:
+        folder: with `model.safetensors`, or an index and its shards.
+
+    Raises:
+        FileNotFoundError: no safetensors, or a shard that is missing.
+        ValueError: a broken file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = json.loads((folder / "config.json").read_text("utf-8"))
+        self.infos: dict[str, TensorInfo] = {}
+        for path in weight_files(folder):
+            self.infos.update(read_header(path))
+        self.bytes_read = 0
+        self.after_read: Callable[[str, Tensor], None] | None = None  # sees every tensor that is read
+        self._files: dict[Path, int] = {}
+
+    @property
+    def stored(self) -> dict[str, TensorInfo]:
+        """The tensors of the files; `infos` differs from it where they are dequantised as they are read."""
+        return self.infos
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors together."""
+        return sum(info.size for info in self.infos.values())
+
+    @property
+    def largest_file(self) -> int:
+        """Bytes of the largest file."""
+        return max(path.stat().st_size for path in {info.path for info in self.infos.values()})
+
+    def lazy(self, name: str) -> LazyTensor:
+        """A tensor that is read once it is used."""
+        return LazyTensor(self.infos[name], lambda: self.read(name))
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as it is stored."""
+        info = self.infos[name]
+        if info.dtype not in DTYPES:
+            raise ValueError(f"{name} has the dtype {info.dtype}, which is not one of {', '.join(DTYPES)}")
+        if info.path not in self._files:
+            self._files[info.path] = os.open(info.path, os.O_RDONLY)
+        tensor = read_tensor(info, self._files[info.path])
+        self.bytes_read += info.size
+        if self.after_read is not None:
+            self.after_read(name, tensor)
+        return tensor
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint.
+
+    Raises:
+        FileNotFoundError: there are none, or some are missing.
+    """
+    if (folder / INDEX_NAME).is_file():
+        index = json.loads((folder / INDEX_NAME).read_text("utf-8"))
+        names = sorted(set(index["weight_map"].values()))
+    elif (folder / SINGLE_NAME).is_file():
+        names = [SINGLE_NAME]
+    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise FileNotFoundError(
+            f"{folder} holds pickled weights, which can run code when they are loaded; convert them once, with "
+            "transformers: AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER)"
+        )
+    else:
+        raise FileNotFoundError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {len(missing)} of its {len(names)} shards, such as {missing[0]}")
+    return [folder / name for name in names]

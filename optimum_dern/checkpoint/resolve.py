@@ -1,0 +1,151 @@
+"""From a folder or a Hub id to a local folder with everything that compression needs, and nothing else.
+
+Weights are fetched apart from the rest, so that whatever can be refused without them is refused before a download
+that may take hours.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .reader import INDEX_NAME, SINGLE_NAME
+from .sidecars import FOLDERS, WEIGHTS
+
+
+__all__ = ["fetch_weights", "resolve_checkpoint"]
+
+PICKLED = (".bin", ".pt", ".pth")
+LOGIN = "log in with `hf auth login`, or give token=..."
+
+
+def resolve_checkpoint(model: str | Path, revision: str | None = None, token: Any = None) -> tuple[Path, str | None]:
+    """Find a checkpoint's files, downloading those that are needed and no weights.
+
+    Args:
+        model: folder or Hub id.
+        revision: branch, tag or commit of a Hub model.
+        token: for a private one.
+
+    Returns:
+        The folder, and the commit of a Hub model.
+
+    Raises:
+        FileNotFoundError: a path, repository or revision that does not exist, or one without safetensors.
+        PermissionError: a repository that is not for everyone.
+        OSError: the Hub cannot give the files.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        folder, commit = path, None
+    elif isinstance(model, Path) or path.is_absolute() or path.exists() or not _is_hub_id(model):
+        what = "is a file, not a folder" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{str(model)!r} {what}; give the folder of a checkpoint, or a Hub id (owner/name)")
+    else:
+        folder = _fetch(model, revision, token, ignore_patterns=[*(f"*{kind}" for kind in WEIGHTS), "*/*", ".*"])
+        commit = folder.name
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{model} has no config.json; give a checkpoint that transformers loads")
+    if commit is not None:
+        _check_weights(model, folder, token)
+    return folder, commit
+
+
+def fetch_weights(model: str, folder: Path, token: Any = None) -> None:
+    """Download a Hub model's weights, and what else lies in folders of its repository and is needed.
+
+    Args:
+        model: Hub id.
+        folder: where `resolve_checkpoint` found the rest; weights that are here already stay.
+        token: for a private repository.
+
+    Raises:
+        OSError: the Hub cannot give them.
+    """
+    index = folder / INDEX_NAME
+    files = {SINGLE_NAME}
+    if index.is_file():
+        files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    _fetch(model, folder.name, token, allow_patterns=[*sorted(files), *(f"{name}/*" for name in FOLDERS)])
+
+
+def _is_hub_id(model: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _fetch(model: str, revision: str | None, token: Any, **patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with _explained(model, revision):
+        return Path(snapshot_download(model, revision=revision, token=token, **patterns))
+
+
+def _check_weights(model: str, folder: Path, token: Any) -> None:
+    """Refuse a Hub model without safetensors, its folder having everything else."""
+    if (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file():
+        return
+    from huggingface_hub import HfApi
+
+    with _explained(model, folder.name):
+        files = HfApi(token=token).list_repo_files(model, revision=folder.name)
+    if SINGLE_NAME in files:
+        return
+    if any(name.endswith(PICKLED) for name in files):
+        raise FileNotFoundError(
+            f"{model} holds pickled weights, which can run code when they are loaded; convert them once, with "
+            f"transformers: AutoModelForCausalLM.from_pretrained({model!r}, revision={folder.name!r}, dtype='auto')"
+            ".save_pretrained(NEW_FOLDER), and give that folder"
+        )
+    raise FileNotFoundError(f"{model} has neither {SINGLE_NAME} nor {INDEX_NAME}; give the checkpoint in safetensors")
+
+
+@contextmanager
+def _explained(model: str, revision: str | None) -> Iterator[None]:
+    """Turn whatever the Hub's client raises into one error that says what to do.
+
+    Raises:
+        OSError: instead of any other error.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise _explanation(error, model, revision) from error
+
+
+def _explanation(error: BaseException, model: str, revision: str | None) -> OSError:
+    from huggingface_hub import constants, errors
+
+    answered = error
+    while not hasattr(answered, "response") and answered.__cause__ is not None:
+        answered = answered.__cause__  # "not in the cache" hides why the Hub did not give it
+    error = answered if hasattr(answered, "response") else error
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        url = f"{constants.ENDPOINT}/{model}"
+        return PermissionError(f"{model} is gated: ask for access at {url}, then {LOGIN}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"{model!r} is neither a local folder nor a model on the Hub that you can see; check the name, or, if it "
+            f"is private, {LOGIN}"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return FileNotFoundError(f"{model} has no revision {revision!r}; give one of its branches, tags or commits")
+    if status in (401, 403):
+        return PermissionError(f"the Hub refuses {model} to your token, or without one (HTTP {status}); {LOGIN}")
+    if constants.HF_HUB_OFFLINE:
+        return FileNotFoundError(
+            f"{model} is not wholly in the local cache, and HF_HUB_OFFLINE is set; unset it, or give a local folder"
+        )
+    reason = f"HTTP {status}" if status else f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return OSError(
+        f"could not download {model} from {constants.ENDPOINT} ({reason}); check the connection and the free disk "
+        "space, then give the same command again: what has been downloaded stays"
+    )

@@ -1,16 +1,19 @@
-"""A first model card: what the checkpoint is, what it lost, and how to make it again."""
+"""The model card: what the checkpoint is, what it lost, and how to make it again."""
 
 import dataclasses
 import json
 import os
+import re
 import shlex
 from typing import Any
 
+from .licence import source_licence
 from .report import CompressionReport
 
 
 __all__ = ["model_card", "reproduction_command"]
 
+IN_MEMORY = re.compile(r" in memory \(\w+\)$")  # the end of what describes data that has no name or path
 TAGS = ["moe", "dern", "expert-pruning", "compressed"]
 
 TEMPLATE = """---
@@ -48,7 +51,9 @@ No evaluation was run when this checkpoint was made: measure it on your own task
 table shows. `dern_report.json` tells which experts stayed in every layer and what each candidate's error was.
 
 ## Reproduce
-
+{% if versions %}
+With {{ versions }}{% if in_memory %}; `DATA` stands for the calibration data, which was given in memory{% endif %}:
+{% endif %}
 ```bash
 {{ command }}
 ```
@@ -73,17 +78,21 @@ def model_card(report: CompressionReport) -> Any:
 
     source = report.source
     is_hub_id = bool(source) and source.count("/") == 1 and source[0] not in "./~" and not os.path.isdir(source)
+    name = source.rstrip("/").split("/")[-1] if source else report.model_type
+    title = f"{name}, {report.after.experts} of {report.before.experts} experts"
     data = ModelCardData(
         base_model=[source] if is_hub_id else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=TAGS,
+        model_name=title if report.evaluation else None,
+        eval_results=_evaluation_results(report) or None,
+        **source_licence(source, report.revision, is_hub_id),
     )
-    name = source.rstrip("/").split("/")[-1] if source else report.model_type
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE,
-        title=f"{name}, {report.after.experts} of {report.before.experts} experts",
+        title=title,
         source=f"[{source}](https://huggingface.co/{source})" if is_hub_id else f"`{name}`",
         before=report.before,
         after=report.after,
@@ -95,11 +104,16 @@ def model_card(report: CompressionReport) -> Any:
         calibration=report.calibration,
         evaluation=_evaluation_rows(report),
         command=reproduction_command(report),
+        versions=", ".join(f"{tool} {version}" for tool, version in report.versions.items()),
+        in_memory=_is_in_memory(report.config["dataset"]),
     )
 
 
 def reproduction_command(report: CompressionReport) -> str:
-    """The command line that makes the same checkpoint: every field that differs from the defaults."""
+    """The command line that makes the same checkpoint: every field that differs from the defaults.
+
+    Calibration data that was given in memory has no name that a command could give; `DATA` stands for it.
+    """
     from ..config import DernConfig
 
     defaults = DernConfig(preset=report.config["preset"], sparsity=report.config["sparsity"]).to_dict()
@@ -117,9 +131,30 @@ def reproduction_command(report: CompressionReport) -> str:
             words += [flag, json.dumps(value)]
         else:
             words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    dataset = report.config["dataset"]
+    dataset = "DATA" if _is_in_memory(report.config["dataset"]) else report.config["dataset"]
     sources = [f"{name}={weight}" for name, weight in dataset.items()] if isinstance(dataset, dict) else [dataset]
     return shlex.join([*words, "--dataset", *map(str, sources)])
+
+
+def _is_in_memory(dataset: Any) -> bool:
+    return isinstance(dataset, str) and IN_MEMORY.search(dataset) is not None
+
+
+def _evaluation_results(report: CompressionReport) -> list[Any]:
+    """The measured losses in the form that the Hub reads from a card's metadata."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=name,
+            dataset_name=name,
+            metric_type="loss",
+            metric_name="loss, nats per token",
+            metric_value=round(pair["after"]["loss"], 4),
+        )
+        for name, pair in report.evaluation.items()
+    ]
 
 
 def _size_rows(report: CompressionReport) -> list[dict[str, str]]:

@@ -2,13 +2,18 @@
 
 import argparse
 import shlex
+import subprocess
+import sys
 
 import pytest
+from hub import LoopbackHub
+from hub.card import card_problems
 from huggingface_hub import ModelCard
+from huggingface_hub import __version__ as HUB_VERSION
 from tiny import random_tokens
 
 from optimum_dern import CompressionReport, DernConfig
-from optimum_dern.calibration.description import describe_dataset
+from optimum_dern.calibration.description import describe_dataset, recordable_dataset
 from optimum_dern.commands import compress
 from optimum_dern.commands.arguments import config_from_arguments
 from optimum_dern.evaluation.perplexity import TextLoss
@@ -149,6 +154,87 @@ def test_defaults_are_left_out():
 
 
 def test_data_in_memory_is_named():
-    """Data that no command can give is described."""
-    text = model_card(make_report(DernConfig(dataset=random_tokens(3)))).text
+    """Data that no command can give is described, and the command says where it goes."""
+    report = make_report(DernConfig(dataset=random_tokens(3)), versions={"torch": "2.6"})
+    report.config["dataset"] = recordable_dataset(report.config["dataset"])
+    text = model_card(report).text
     assert "from `3 dicts in memory (list)`" in text
+    assert reproduction_command(report).endswith("--dataset DATA")
+    assert "`DATA` stands for" in text
+    assert "`DATA` stands for" not in model_card(make_report(versions={"torch": "2.6"})).text
+
+
+def test_versions():
+    """The command makes the same checkpoint with the same tools, so they are named."""
+    text = model_card(make_report(versions={"optimum-dern": "0.1.0", "torch": "2.6"})).text
+    assert "With optimum-dern 0.1.0, torch 2.6:\n\n```bash" in text
+    assert "With " not in model_card(make_report()).text
+
+
+def evaluated(**fields):
+    """A report with losses on two texts."""
+    report = make_report(**fields)
+    before = {"news": TextLoss(2.5, 0.01, 1000), "code: C": TextLoss(1.5, 0.01, 1000)}
+    report.add_evaluation(before, {"news": TextLoss(2.75, 0.02, 1000), "code: C": TextLoss(1.66666, 0.02, 1000)})
+    return report
+
+
+def test_evaluation_is_in_the_metadata():
+    """The compressed model's losses, as the Hub shows them; none where none was measured."""
+    results = ModelCard(str(model_card(evaluated()))).data.eval_results
+    assert {result.dataset_name: result.metric_value for result in results} == {"news": 2.75, "code: C": 1.6667}
+    assert {(result.task_type, result.metric_type) for result in results} == {("text-generation", "loss")}
+    assert "model-index" not in model_card(make_report()).content
+
+
+VALIDATE = (
+    "import sys; from huggingface_hub import ModelCard; [ModelCard.load(name).validate() for name in sys.argv[1:]]"
+)
+
+
+@pytest.mark.skipif(
+    HUB_VERSION.startswith("1."), reason="this check of huggingface_hub 1 asks no Hub but the real one"
+)
+def test_the_hub_accepts_the_card(tmp_path):
+    """By the client's own check, which asks the Hub; what is wrong is refused there."""
+    cards = {
+        "hub.md": model_card(evaluated()),
+        "local.md": model_card(make_report(source="./olmoe")),
+        "memory.md": model_card(make_report(DernConfig(dataset=random_tokens(3)), source=None)),
+    }
+    for name, card in cards.items():
+        card.save(tmp_path / name)
+    (tmp_path / "wrong.md").write_text(
+        str(cards["hub.md"]).replace("base_model:\n- ", "base_model:\n- /home/"), "utf-8"
+    )
+    with LoopbackHub() as hub:
+        for names, fault in ((list(cards), None), (["wrong.md"], "base_model is not valid")):
+            done = subprocess.run(
+                [sys.executable, "-c", VALIDATE, *(str(tmp_path / name) for name in names)],
+                env=hub.environment(tmp_path),
+                capture_output=True,
+                text=True,
+            )
+            assert (done.returncode == 0) == (fault is None), done.stderr
+            assert fault is None or fault in done.stderr
+    assert [stage for stage, _, _ in hub.requests] == ["validate"] * 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("---\n", ""),
+        ("tags:\n", "tags: [\n"),
+        ("- moe\n", "- 5\n"),
+        ("pipeline_tag: text-generation", "pipeline_tag: Text Generation"),
+        ("library_name: transformers", "license: other"),
+        ("  - task:\n      type: text-generation\n    dataset", "  - dataset"),
+        ("value: 2.75", "other: 2.75"),
+    ],
+)
+def test_the_check_finds_faults(old, new):
+    """So that a card which passes means something."""
+    content = str(model_card(evaluated()))
+    assert card_problems(content) == []
+    assert old in content
+    assert card_problems(content.replace(old, new, 1)) != []

@@ -1,0 +1,28 @@
+"""Compress a small trained model in memory and publish it on the Hub, privately.
+
+python examples/push_to_hub.py me/upcycled-DERN-4     (after `hf auth login`)
+"""
+
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_dern import DernCompressor
+
+
+repo_id = sys.argv[1]
+folder = Path(__file__).parent / "tiny_moe"
+model = AutoModelForCausalLM.from_pretrained(folder / "upcycled")
+tokenizer = AutoTokenizer.from_pretrained(folder / "upcycled")
+
+compressor = DernCompressor(
+    num_experts=4,  # of 8; or sparsity=0.5
+    dataset=str(folder / "text" / "calibration"),
+    num_samples=16,  # quick; hundreds for a model that you mean to keep
+    sequence_length=256,
+    batch_size=8,
+)
+compressor.compress_model(model, tokenizer)
+url = compressor.push_to_hub(model, repo_id, tokenizer, private=True)  # one commit; a card that is there stays
+print(url)

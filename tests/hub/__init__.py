@@ -1,0 +1,13 @@
+"""A Hub on the loopback interface: repositories with a history, tokens, large files, and failures on demand.
+
+It speaks as much of the Hub's protocol as pushing and pulling a model takes, over real HTTP.  Whatever talks to it
+must be a process of its own, with the variables of `LoopbackHub.environment`: the client reads them when it is
+imported.
+"""
+
+from .protocol import BROKEN, READER, WRITER
+from .repository import Commit, Repository
+from .server import LoopbackHub
+
+
+__all__ = ["BROKEN", "READER", "WRITER", "Commit", "LoopbackHub", "Repository"]

@@ -83,6 +83,7 @@ class DernCompressor:
         device: str | None = None,
         dtype: str | None = None,
         max_shard_size: str | int | None = None,
+        max_memory: str | int | None = None,
         restart: bool = False,
         overwrite: bool = False,
     ) -> CompressionReport:
@@ -100,6 +101,8 @@ class DernCompressor:
             device: where layers are computed; by default a GPU where there is one.
             dtype: of the output, "bfloat16", "float16" or "float32"; by default as stored.
             max_shard_size: of one safetensors file; by default as large as the source's largest.
+            max_memory: bytes, or a text such as "8GiB", that a CPU run may take; hidden states go to a file where that
+                keeps it, and what cannot keep it is refused.
             restart: discard an unfinished run in the output folder.
             overwrite: allow other files in the output folder; an earlier checkpoint there is replaced at the end.
 
@@ -118,6 +121,7 @@ class DernCompressor:
         from .checkpoint.shards import parse_bytes
         from .checkpoint.tensor_file import dtype_name
         from .engine.checkpoint import CheckpointTask, compress_checkpoint
+        from .engine.memory import plan_memory
         from .models.structure import find_moe_layers
 
         source = find_checkpoint(model, revision, token, trust_remote_code, dtype)
@@ -130,6 +134,9 @@ class DernCompressor:
         tokenizer = source.folder if tokenizer is None and holds_text(self.config.dataset) else tokenizer
         batches = self._load_batches(skeleton, tokenizer)
         shard_size = parse_bytes(max_shard_size) if max_shard_size else None
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        bound = parse_bytes(max_memory) if max_memory else None
+        memory = plan_memory(skeleton, layers, tokens, self.config, num_experts, bound)
         reader = source.open_weights()
         self.report = compress_checkpoint(
             CheckpointTask(
@@ -143,6 +150,7 @@ class DernCompressor:
                 num_experts=num_experts,
                 output=output,
                 device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+                spill=memory.spilled,
                 dtype=dtype and dtype_name(getattr(torch, dtype)),
                 max_shard_size=shard_size or reader.largest_file,
             )

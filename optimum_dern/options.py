@@ -3,6 +3,7 @@
 Kept apart from transformers, so that the command line can list and check the options without importing it.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,9 @@ class DernOptions:
     batch_size: int = _option(1, "calibration sequences per forward pass")
     seed: int = _option(0, "of the calibration draw and of every random choice")
     text_column: str = _option("text", "column of calibration rows that holds the text")
-    protect_experts: Mapping[int, list[int]] | None = _option(None, "decoder layer -> experts that are never dropped")
+    protect_experts: Mapping[int, list[int]] | str | None = _option(
+        None, "experts never dropped: decoder layer -> experts, or an earlier dern_report.json, whose experts stay"
+    )
     experts_multiple_of: int = _option(1, "round the retained count up to a multiple (serving kernels like 4 or 8)")
     quant_method: str = _option("dern", "fixed: how transformers recognises this config")
 
@@ -100,6 +103,8 @@ class DernOptions:
                 setattr(self, name, value)
         for name in CHOICES:
             self._choose(name)
+        if isinstance(self.protect_experts, str | Path):
+            self._retain_as_reported(Path(self.protect_experts))
         self._check_amount()
         for name in POSITIVE_INTEGERS:
             value = getattr(self, name)
@@ -134,6 +139,16 @@ class DernOptions:
                 f"sparsity={self.sparsity!r}, but it must be at least 0 and below 1 (the fraction dropped)"
             )
 
+    def _retain_as_reported(self, path: Path) -> None:
+        """Take the retained experts of an earlier report, and with them, unless told otherwise, their number."""
+        try:
+            layers = json.loads(path.read_text("utf-8"))["layers"]
+            self.protect_experts = {layer["layer"]: layer["retained"] for layer in layers}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"protect_experts={str(path)!r} is not a dern_report.json ({error!r})") from error
+        if self.sparsity is None and self.num_experts is None:
+            self.num_experts = max(map(len, self.protect_experts.values()), default=None)
+
     def _check_similarity(self) -> None:
         weights = tuple(float(weight) for weight in self.similarity_weights)
         if len(weights) != 3 or min(weights) < 0 or not sum(weights) > 0:
@@ -148,6 +163,7 @@ class DernOptions:
 def _normalised_protection(protect: Any) -> dict[int, list[int]]:
     if not isinstance(protect, Mapping):
         raise ValueError(
-            f"protect_experts={protect!r}, but it must map decoder layers to lists of experts, like {{3: [0, 5]}}"
+            f"protect_experts={protect!r}, but it must map decoder layers to lists of experts, like {{3: [0, 5]}}, or "
+            "be the path of a dern_report.json"
         )
     return {int(layer): sorted({int(expert) for expert in experts}) for layer, experts in protect.items()}

@@ -215,3 +215,19 @@ def test_transformers_takes_it_for_a_quantisation_config():
     assert isinstance(config, QuantizationConfigMixin)
     assert json.loads(config.to_json_string(use_diff=False))["num_experts"] == 4
     assert "num_experts" in repr(config)
+
+
+def test_retained_experts_of_an_earlier_report(tmp_path):
+    """The path of a report protects the experts that it kept, and takes their number unless another is asked for."""
+    layers = [{"layer": 1, "retained": [0, 2, 5]}, {"layer": 3, "retained": [1, 2, 7]}]
+    path = tmp_path / "dern_report.json"
+    path.write_text(json.dumps({"layers": layers}), "utf-8")
+    config = DernConfig(protect_experts=path)
+    assert config.protect_experts == {1: [0, 2, 5], 3: [1, 2, 7]}
+    assert (config.num_experts, config.sparsity) == (3, None)
+    assert DernConfig(protect_experts=str(path), num_experts=4).num_experts == 4
+    path.write_text("[]", "utf-8")
+    with pytest.raises(ValueError, match="is not a dern_report.json"):
+        DernConfig(protect_experts=path)
+    with pytest.raises(ValueError, match="is not a dern_report.json"):
+        DernConfig(protect_experts=tmp_path / "nowhere.json")

@@ -79,7 +79,7 @@ def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None
     elif field.name == "similarity_weights":
         group.add_argument(flag, type=float, nargs=3, metavar=("GATE", "UP", "DOWN"), **options)
     elif field.name == "protect_experts":
-        group.add_argument(flag, type=_json_object, metavar="JSON", **options)
+        group.add_argument(flag, type=_json_object_or_path, metavar="JSON", **options)
     elif field.name in CHOICES:
         group.add_argument(flag, choices=CHOICES[field.name], **options)
     else:
@@ -111,7 +111,9 @@ class _DatasetAction(argparse.Action):
         setattr(namespace, self.dest, values[0] if list(mix) == values[:1] else mix)
 
 
-def _json_object(text: str) -> dict:
+def _json_object_or_path(text: str) -> dict | str:
+    if not text.lstrip().startswith(("{", "[")):
+        return text
     value = json.loads(text)
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--restart", action="store_true", help="discard an unfinished run in OUTPUT")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     parser.add_argument("--max-shard-size", metavar="SIZE", help='of one file, such as "5GB" (default: the source\'s)')
+    parser.add_argument("--max-memory", metavar="SIZE", help='refuse what would take more, such as "8GiB"')
     parser.add_argument("--device", default=None, help="cpu, cuda, mps (default: cuda where there is one)")
     add_config_arguments(parser)
 
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
         device=device,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
+        max_memory=args.max_memory,
         restart=args.restart,
         overwrite=args.overwrite,
     )

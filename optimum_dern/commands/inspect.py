@@ -9,8 +9,11 @@ from .tables import print_table
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "run"]
 
-HELP = "Show what would be compressed, and the sizes before and after, without loading weights."
-DESCRIPTION = "Read a checkpoint's config, build the model without weights, and show what compression would do to it."
+HELP = "Show what would be compressed, sizes before and after, memory, disk and time, without loading weights."
+DESCRIPTION = (
+    "Read a checkpoint's config, build the model without weights, show what compression would do to it, and predict\n"
+    "what it takes."
+)
 EPILOG = """examples:
   optimum-dern inspect mistralai/Mixtral-8x7B-v0.1 --num-experts 4
   optimum-dern inspect ./olmoe --sparsity 0.25 --json
@@ -21,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add_model_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of a table")
+    parser.add_argument("--max-memory", metavar="SIZE", help='refuse what would take more, such as "8GiB"')
     add_config_arguments(parser)
 
 
@@ -29,6 +33,11 @@ def run(args: argparse.Namespace) -> None:
     config = config_from_arguments(args)
     check_model_name(args.model)
 
+    import torch
+
+    from ..checkpoint.shards import parse_bytes
+    from ..engine.duration import measure_rate, predict_seconds
+    from ..engine.memory import plan_memory
     from ..models.refusals import check_model, resolve_count
     from ..models.size import measure_model, predict_size
     from ..models.skeleton import build_skeleton
@@ -40,8 +49,9 @@ def run(args: argparse.Namespace) -> None:
     count = resolve_count(layers[0], config.sparsity, config.num_experts, config.experts_multiple_of)
     before, after = measure_model(model, layers), predict_size(model, layers, count)
     tokens = config.num_samples * config.sequence_length
-    hidden_size = model.config.get_text_config().hidden_size
-    memory = estimate_memory(layers, before.bytes + after.bytes, tokens, hidden_size, model.dtype)
+    bound = parse_bytes(args.max_memory) if args.max_memory else None
+    memory = plan_memory(model, layers, tokens, config, count, bound)
+    rate = measure_rate(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     facts = {
         "model": args.model,
         "model_type": model.config.model_type,
@@ -52,23 +62,19 @@ def run(args: argparse.Namespace) -> None:
         "parameters": [before.parameters, after.parameters],
         "active_parameters": [before.active_parameters, after.active_parameters],
         "bytes": [before.bytes, after.bytes],
-        "memory_bytes": memory,
+        "calibration_tokens": tokens,
+        "memory_bytes": memory.peak,
+        "layer_bytes": memory.layer,
+        "working_bytes": memory.working,
+        "hidden_bytes": memory.hidden,
+        "hidden_in_file": memory.spilled,
+        "disk_bytes": after.bytes + (memory.hidden if memory.spilled else 0),
+        "seconds": predict_seconds(layers, tokens, config, count, rate),
     }
     if args.json:
         print(json.dumps(facts))
         return
     _print_facts(facts)
-
-
-def estimate_memory(layers: list, model_bytes: int, tokens: int, hidden_size: int, dtype) -> int:
-    """Bytes that in-memory compression needs: both models, hidden states, and one layer's working set in float32.
-
-    The original experts stay until the last layer is done, so that an error can put them back.  The working set is
-    the layer's experts twice (original and candidate), the recorded inputs, the target and the residual of the refit.
-    """
-    experts = max(sum(p.numel() for p in layer.experts.parameters(recurse=False)) for layer in layers)
-    hidden = tokens * hidden_size * (2 * dtype.itemsize + 3 * 4)
-    return model_bytes + 2 * experts * 4 + hidden
 
 
 def _print_facts(facts: dict) -> None:
@@ -80,4 +86,18 @@ def _print_facts(facts: dict) -> None:
     for name in ("parameters", "active_parameters", "bytes"):
         rows.append((name.replace("_", " "), *(f"{value:,}" for value in facts[name])))
     print_table(("", "original", "compressed"), rows)
-    print(f"memory to compress it in memory: about {facts['memory_bytes'] / 2**30:.2f} GiB")
+    gib = 2**30
+    where = "in a file" if facts["hidden_in_file"] else "in memory"
+    print(f"with {facts['calibration_tokens']:,} calibration tokens, a layer at a time, about:")
+    print(
+        f"  memory {facts['memory_bytes'] / gib:.2f} GiB: largest layer {facts['layer_bytes'] / gib:.2f}, work on it "
+        f"{facts['working_bytes'] / gib:.2f}, hidden states {facts['hidden_bytes'] / gib:.2f} {where}"
+    )
+    print(f"  disk   {facts['disk_bytes'] / gib:.2f} GiB")
+    print(f"  time   {_duration(facts['seconds'])} on this machine, loading and writing aside")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

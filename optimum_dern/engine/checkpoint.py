@@ -50,6 +50,7 @@ class CheckpointTask:
     output: Path
     device: torch.device
     max_shard_size: int
+    spill: bool  # hidden states into a file
     dtype: str | None  # of the output, by the format's name; None as stored
 
 
@@ -93,7 +94,8 @@ def _compress(
     before, after = measure_model(model, layers), predict_size(model, layers, task.num_experts)
     loader = PartLoader(model, layers, task.reader, names, task.device)
     provider = CheckpointLayers(loader, layers, plan, writer, manifest, task.num_experts)
-    reports = compress_layers_(model, layers, task.batches, task.config, task.num_experts, provider)
+    spill = writer.folder / "hidden.bin" if task.spill else None
+    reports = compress_layers_(model, layers, task.batches, task.config, task.num_experts, provider, spill)
     provider.copy_rest()
     writer.close()
     return CompressionReport(

@@ -11,6 +11,7 @@ make up for them; with "oneshot" every layer sees the original model.
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -77,6 +78,7 @@ def compress_layers_(
     config: DernConfig,
     num_experts: int,
     provider: LayerProvider | None = None,
+    spill: Path | None = None,
 ) -> list[LayerReport]:
     """Compress every MoE layer of a model, in place.
 
@@ -87,6 +89,7 @@ def compress_layers_(
         config: what to do.
         num_experts: N, how many experts every layer keeps.
         provider: of the layers; by default the model has them in memory.
+        spill: file for the hidden states; in memory by default.
 
     Returns:
         One report a layer.
@@ -101,7 +104,7 @@ def compress_layers_(
     held_out = held_out_tokens(masks)
     sequential = config.calibration_order == "sequential"
     with provider.outside():
-        stream = HiddenStream(record_layer_calls(model, decoder_layers, batches))
+        stream = HiddenStream(record_layer_calls(model, decoder_layers, batches), spill)
     reports = []
     for position in progress_bar(range(len(decoder_layers)), "Compressing layers"):
         decoder_layer, layer = decoder_layers[position], positions.get(position)
@@ -109,19 +112,20 @@ def compress_layers_(
         with provider.loaded(position, compressed=done and sequential):
             if done or layer is None:
                 report = provider.finished.get(position)
-                stream.advance(stream.run(position, decoder_layer))
+                stream.step(position, decoder_layer)
             else:
                 started = time.perf_counter()
                 with record_routing(layer.block, layer.experts, stop=sequential) as record:
                     if sequential:
                         stream.probe(position, decoder_layer)
                     else:
-                        outputs = stream.run(position, decoder_layer)
+                        stream.step(position, decoder_layer)
                 routing = record.without_padding(masks)
                 _check_routing(layer, routing)
                 data = LayerData(layer, routing, held_out, masks, record.block_calls)
                 report = compress_layer_(data, config, num_experts, position, started)
-                stream.advance(stream.run(position, decoder_layer) if sequential else outputs)
+                if sequential:
+                    stream.step(position, decoder_layer)
             if not done:
                 provider.finish(position, report)
         reports += [report] if report is not None else []

@@ -1,6 +1,7 @@
 """The hidden states of all calibration sequences, walking through the decoder one layer at a time."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +19,33 @@ class HiddenStream:
 
     Every layer is called with the arguments that the model itself would give it (`record_layer_calls`), so it sees
     what it sees in a whole-model forward.
+
+    Args:
+        calls: of `record_layer_calls`.
+        spill: file for the hidden states; in memory by default.
     """
 
-    def __init__(self, calls: list[list[Call]]) -> None:
-        self.calls = calls
+    def __init__(self, calls: list[list[Call]], spill: Path | None = None) -> None:
         self.hidden: list[Tensor] = [call.hidden for call in calls[0]]
+        self.device = self.hidden[0].device
+        self.spilled = spill is not None
+        if spill is not None:
+            self.hidden = copies_in_file(self.hidden, spill)
+        self.calls = [[call._replace(hidden=None) for call in layer] for layer in calls]  # the first ones can go
         self.states: list[tuple] = [() for _ in calls[0]]  # all outputs of the last layer, where any is handed on
         self.hands_on = any(_is_state(value) for layer in calls for call in layer for value in call.kwargs.values())
 
     @torch.no_grad()
-    def run(self, position: int, layer: nn.Module) -> list[Output]:
-        """Outputs of one layer for every micro-batch, for `advance`; the stream itself stays where it is."""
-        outputs = []
+    def step(self, position: int, layer: nn.Module) -> None:
+        """Run one layer and step to the next: its outputs take the place of its inputs, batch by batch."""
         for batch in range(len(self.hidden)):
             output = self._call(position, layer, batch)
-            outputs.append(output[0] if isinstance(output, tuple) and not self.hands_on else output)
-        return outputs
+            hidden = output[0] if isinstance(output, tuple) else output
+            self.states[batch] = output if isinstance(output, tuple) and self.hands_on else ()
+            if self.spilled:
+                self.hidden[batch].copy_(hidden)
+            else:
+                self.hidden[batch] = hidden
 
     @torch.no_grad()
     def probe(self, position: int, layer: nn.Module) -> None:
@@ -44,15 +56,20 @@ class HiddenStream:
             except StopForward:
                 continue
 
-    def advance(self, outputs: Sequence[Output]) -> None:
-        """Step to the next layer with these outputs."""
-        self.states = [output if isinstance(output, tuple) else () for output in outputs]
-        self.hidden = [output[0] if isinstance(output, tuple) else output for output in outputs]
-
     def _call(self, position: int, layer: nn.Module, batch: int) -> Output:
         call, states = self.calls[position][batch], self.states[batch]
         kwargs = {name: states[value.output] if _is_state(value) else value for name, value in call.kwargs.items()}
-        return layer(self.hidden[batch], *call.args, **kwargs)
+        return layer(self.hidden[batch].to(self.device), *call.args, **kwargs)
+
+
+def copies_in_file(tensors: Sequence[Tensor], path: Path) -> list[Tensor]:
+    """Copies of tensors that live in a memory-mapped file, whose pages the system may take back at any time."""
+    sizes = [-(-tensor.nbytes // 64) * 64 for tensor in tensors]  # aligned
+    data = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=torch.uint8)
+    copies = []
+    for part, tensor in zip(data.split(sizes), tensors, strict=True):
+        copies.append(part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor))
+    return copies
 
 
 def _is_state(value: object) -> bool:

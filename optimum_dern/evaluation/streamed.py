@@ -42,7 +42,7 @@ def evaluate_checkpoint(
         stream = HiddenStream(record_layer_calls(skeleton, decoder_layers, batches))
     for position in progress_bar(range(len(decoder_layers)), "Evaluating layers"):
         with loader.loaded(position):
-            stream.advance(stream.run(position, decoder_layers[position]))
+            stream.step(position, decoder_layers[position])
     losses = []
     with loader.outside(head=True):
         for batch, hidden in zip(batches, stream.hidden, strict=True):

@@ -27,6 +27,9 @@ from optimum_dern import DernCompressor
 from optimum_dern.checkpoint.layers import CheckpointLayers
 from optimum_dern.checkpoint.manifest import Manifest
 from optimum_dern.checkpoint.reader import CheckpointReader
+from optimum_dern.engine.memory import plan_memory
+from optimum_dern.models.skeleton import build_skeleton
+from optimum_dern.models.structure import find_moe_layers
 
 
 FIELDS = {"num_experts": 4, "batch_size": 4}
@@ -348,3 +351,34 @@ def test_nothing_to_compress(sources, tmp_path):
     """Keeping every expert would only copy the checkpoint."""
     with pytest.raises(ValueError, match="nothing to compress"):
         DernCompressor(dataset=random_tokens(), num_experts=EXPERTS).compress_checkpoint(sources("mixtral"), tmp_path)
+
+
+def test_hidden_states_in_a_file(sources, tmp_path):
+    """A bound that only a file for the hidden states keeps changes no bit of the result; a tighter one is refused."""
+    options = {**QUICK, "dataset": random_tokens(40, 100)}
+    skeleton = build_skeleton(sources("mixtral"))
+    layers = find_moe_layers(skeleton)
+    plan = plan_memory(skeleton, layers, 4000, DernCompressor(**options).config, 4)
+    bound = plan.peak - 1
+    assert plan_memory(skeleton, layers, 4000, DernCompressor(**options).config, 4, bound).spilled
+    DernCompressor(**options).compress_checkpoint(sources("mixtral"), tmp_path / "free")
+    compressor = DernCompressor(**options)
+    compressor.compress_checkpoint(sources("mixtral"), tmp_path / "spilled", max_memory=bound)
+    assert content(tmp_path / "free") == content(tmp_path / "spilled")
+    with pytest.raises(ValueError, match="needs at least"):
+        compressor.compress_checkpoint(sources("mixtral"), tmp_path / "refused", max_memory="100MB")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_the_experts_of_an_earlier_report(sources, tmp_path):
+    """Retained experts that one run has chosen are applied as they are by another, whatever its criterion."""
+    options = {**QUICK, "dataset": random_tokens(12)}
+    first = DernCompressor(**options, selection="random", seed=5).compress_checkpoint(
+        sources("mixtral"), tmp_path / "a"
+    )
+    del options["num_experts"]
+    second = DernCompressor(**options, protect_experts=tmp_path / "a" / "dern_report.json")
+    report = second.compress_checkpoint(sources("mixtral"), tmp_path / "b")
+    assert [layer.retained for layer in report.layers] == [layer.retained for layer in first.layers]
+    plain = DernCompressor(**options, num_experts=4).compress_checkpoint(sources("mixtral"), tmp_path / "c")
+    assert [layer.retained for layer in plain.layers] != [layer.retained for layer in first.layers]

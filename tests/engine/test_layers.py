@@ -56,17 +56,16 @@ def layer_by_layer(model, batches):
     stream = HiddenStream(record_layer_calls(model, decoder, batches))
     entered, routed = {}, {}
     for i, decoder_layer in enumerate(decoder):
-        entered[i] = stream.hidden
+        entered[i] = list(stream.hidden)
         layer = layers.get(f"{prefix}.{i}.mlp")
         if layer is None:
-            outputs = stream.run(i, decoder_layer)
+            stream.step(i, decoder_layer)
         else:
-            with record_routing(layer.block, layer.experts) as record:
-                outputs = stream.run(i, decoder_layer)
             with record_routing(layer.block, layer.experts, stop=True) as probed:
                 stream.probe(i, decoder_layer)
+            with record_routing(layer.block, layer.experts) as record:
+                stream.step(i, decoder_layer)
             routed[layer.name] = (record.without_padding(masks), probed.without_padding(masks))
-        stream.advance(outputs)
     return entered, routed, [model.model.norm(hidden) for hidden in stream.hidden]
 
 

@@ -1,0 +1,75 @@
+"""How long a compression will take: its arithmetic, counted from shapes, over a rate that is measured for a moment.
+
+An estimate: it counts products of matrices only, and assumes that a third of the recombination's k-means iterations
+run and that every step of the refits is tried.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from ..config import DernConfig
+from ..models.structure import MoELayer
+from .choice import ROUNDS
+
+
+__all__ = ["count_operations", "measure_rate", "predict_seconds"]
+
+PROBE_SIZE = 768  # as large as the products of small experts: large ones are faster, so this errs on the slow side
+OVERHEAD = 1.5  # everything that is not a product of matrices
+
+
+def predict_seconds(
+    layers: Sequence[MoELayer], tokens: int, config: DernConfig, num_experts: int, rate: float
+) -> float:
+    """Seconds that all layers take.
+
+    Args:
+        layers: MoE layers; weights need not be there.
+        tokens: of the calibration data.
+        config: what is done to a layer.
+        num_experts: N.
+        rate: operations per second, of `measure_rate`.
+    """
+    return OVERHEAD * sum(count_operations(layer, tokens, config, num_experts) for layer in layers) / rate
+
+
+def count_operations(layer: MoELayer, tokens: int, config: DernConfig, num_experts: int) -> float:
+    """Floating-point operations of one layer, a multiplication and an addition being two."""
+    parts = 2 if layer.layout.gated else 1
+    shape = layer.experts.down_proj.shape
+    width, size = (shape[1], shape[2]) if layer.layout.transposed else (shape[2], shape[1])
+    routed = 2.0 * tokens * layer.top_k * width * size  # one projection of all tokens' experts
+    experts, attention = (parts + 1) * routed, 8.0 * tokens * size**2
+    total = 2 * experts + 2 * attention  # measured, and run once compressed
+    if config.method == "dern":
+        dropped, pool = layer.num_experts - num_experts, width * layer.num_experts / num_experts
+        total += 2.0 * dropped * width * num_experts * width * 2 * size
+        total += 2.0 * num_experts * pool * width * (parts + 1) * size * config.cluster_iterations / 3
+    if config.refit:
+        gram = 2.0 * tokens * layer.top_k * width**2 + num_experts * width**3 / 3
+        candidates = 2 if config.method == "dern" and config.guard else 1
+        total += candidates * (gram + experts + 2 * config.refit_sweeps * routed)
+        steps = ROUNDS * (config.router_refit + config.neuron_refit)
+        total += steps * (gram + experts + 2 * routed)
+        total += ROUNDS * config.neuron_refit * 9 * 2 * (parts + 1) * routed
+    return total
+
+
+def measure_rate(device: torch.device, seconds: float = 0.3) -> float:
+    """Operations per second of float32 matrix products on a device, measured for a moment."""
+    matrix = torch.randn(PROBE_SIZE, PROBE_SIZE, device=device, generator=torch.Generator(device).manual_seed(0))
+    matrix @ matrix
+    _finish(device)
+    started, runs = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        matrix @ matrix
+        _finish(device)
+        runs += 1
+    return runs * 2 * PROBE_SIZE**3 / (time.perf_counter() - started)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,5 +1,6 @@
 """The examples run as they stand, on the trained models of the repository."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,21 +9,61 @@ import pytest
 
 
 ROOT = Path(__file__).parent.parent
+EVALUATION = ROOT / "examples" / "tiny_moe" / "text" / "evaluation"
+
+
+def run_example(name, folder, *arguments):
+    """What a script prints, run in a folder of its own."""
+    command = [sys.executable, ROOT / "examples" / name, *arguments]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def table_of(text):
+    """Rows of numbers by their first words."""
+    rows = [line.rsplit(maxsplit=2) for line in text.splitlines() if line[-1:].isdigit()]
+    return {name.strip(): [float(cell.replace(",", "")) for cell in cells] for name, *cells in rows}
 
 
 @pytest.mark.slow
 def test_quickstart_then_generate(tmp_path):
     """Compress and save with one script, write words with the other, in plain transformers."""
-    first = subprocess.run(
-        [sys.executable, ROOT / "examples" / "quickstart.py"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert first.returncode == 0, first.stderr
-    assert "of the bytes" in first.stdout
-    second = subprocess.run(
-        [sys.executable, ROOT / "examples" / "generate.py", "build/quickstart", "The city of"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert second.returncode == 0, second.stderr
-    assert second.stdout.startswith("4 experts: 'The city of")
+    assert "of the bytes" in run_example("quickstart.py", tmp_path)
+    text = run_example("generate.py", tmp_path, "build/quickstart", "The city of")
+    assert text.startswith("4 experts: 'The city of")
+
+
+@pytest.mark.slow
+def test_evaluate_with_trainer(tmp_path):
+    """The table holds both models' metrics on the same tokens, and they hang together."""
+    table = table_of(run_example("evaluate_with_trainer.py", tmp_path))
+    assert table["experts a layer"] == [8, 4]
+    assert table["parameters"][1] < 0.6 * table["parameters"][0]
+    assert table["tokens"] == [256 * 255] * 2
+    before, after = table["token_loss"]
+    assert 3.2 < before < after < before + 0.1
+    assert table["perplexity"] == pytest.approx([math.exp(before), math.exp(after)], rel=1e-3)
+    for first, top in zip(table["token_accuracy"], table["top5_accuracy"], strict=True):
+        assert 0.3 < first < 0.36 < 0.5 < top < 0.6
+
+
+@pytest.mark.slow
+def test_heal_with_lora(tmp_path):
+    """Healing takes back a part of the loss, and the saved checkpoint is the healed model."""
+    pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from optimum_dern.evaluation.perplexity import evaluate_loss, load_texts
+
+    table = table_of(run_example("heal_with_lora.py", tmp_path))
+    before, compressed, healed = (table[name][0] for name in ("before compression", "compressed", "healed"))
+    assert before < compressed < before + 0.1
+    assert healed < compressed - 0.003
+    folder = tmp_path / "build" / "healed"
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    assert model.config.num_local_experts == 4
+    texts = load_texts(EVALUATION, AutoTokenizer.from_pretrained(folder), 256)
+    loss = evaluate_loss(model, [batch for batches in texts.values() for batch in batches[:6]])
+    assert loss.loss == pytest.approx(healed, abs=2e-4)

@@ -4,7 +4,6 @@ The mean over all predicted tokens, not the mean of batch means: sequences of di
 The standard error treats sequences as independent draws and tokens within one as dependent.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from ..calibration.data import FILE_TYPES, load_batches
 from ..models.mode import evaluation_mode
+from .metrics import mean_and_error, perplexity_of
 
 
 __all__ = ["TextLoss", "evaluate_loss", "evaluate_texts", "load_texts", "sequence_losses", "summarise"]
@@ -33,7 +33,7 @@ class TextLoss:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return perplexity_of(self.loss)
 
 
 @torch.no_grad()
@@ -81,10 +81,7 @@ def summarise(batches: Iterable[tuple[list[float], list[float]]]) -> TextLoss:
     tokens = sum(counts)
     if not tokens:
         raise ValueError("there is no token to predict; give sequences of at least two tokens")
-    loss = sum(sums) / tokens
-    spread = sum((s - loss * n) ** 2 for s, n in zip(sums, counts, strict=True))  # of a ratio estimator
-    correction = len(sums) / (len(sums) - 1) if len(sums) > 1 else 1.0
-    return TextLoss(loss, math.sqrt(spread * correction) / tokens, int(tokens))
+    return TextLoss(*mean_and_error(sums, counts), int(tokens))
 
 
 def load_texts(source: Any, tokenizer: Any, sequence_length: int, batch_size: int = 8) -> dict[str, list[dict]]:

@@ -35,6 +35,15 @@ def test_quickstart_then_generate(tmp_path):
 
 
 @pytest.mark.slow
+def test_compress_at_load(tmp_path):
+    """What transformers loads is compressed, writes words, and saves itself."""
+    text = run_example("compress_at_load.py", tmp_path)
+    assert "MixtralForCausalLM with 4 experts" in text and "'The city of" in text
+    saved = {file.name for file in (tmp_path / "build" / "compress_at_load").iterdir()}
+    assert saved >= {"config.json", "model.safetensors", "README.md", "dern_report.json", "tokenizer.json"}
+
+
+@pytest.mark.slow
 def test_evaluate_with_trainer(tmp_path):
     """The table holds both models' metrics on the same tokens, and they hang together."""
     table = table_of(run_example("evaluate_with_trainer.py", tmp_path))

@@ -8,7 +8,10 @@ TEXT = examples/tiny_moe/text
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test quality style clean
+# A test process for every core, one thread each.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+.PHONY: demo test test-versions quality style clean
 
 demo: $(VENV)/.installed
 	@for model in upcycled scratch; do \
@@ -20,8 +23,12 @@ demo: $(VENV)/.installed
 	@echo; echo "plain transformers loads the result, without this package:"
 	@$(BIN)/python examples/generate.py $(DEMO)/upcycled
 
-test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed $(VENV)/transformers-4
+	DERN_TRANSFORMERS4=$(abspath $(VENV)/transformers-4) $(PYTEST)
+
+# The fast tests with the oldest transformers that is supported; `make test` has the newest.
+test-versions: $(VENV)/transformers-oldest
+	PYTHONPATH=$(abspath $<) $(PYTEST) -m "not slow"
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -42,6 +49,14 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[tests,quality]'
 	@mkdir -p build
 	@touch $@
+
+# Other releases of transformers in folders of their own, over the same torch.
+$(VENV)/transformers-oldest: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ transformers==5.18.0
+
+$(VENV)/transformers-4: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ \
+	  transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
 
 clean:
 	rm -rf build $(VENV)

@@ -34,6 +34,8 @@ readers, init = [], CheckpointReader.__init__
 CheckpointReader.__init__ = lambda self, folder: (init(self, folder), readers.append(self))[0]
 tokens = torch.randint(1000, (options.pop("sequences"), options["sequence_length"]), generator=torch.manual_seed(0))
 import transformers, optimum_dern.engine.checkpoint
+from optimum_dern.engine.allocator import return_large_blocks
+return_large_blocks()  # as the command line does
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 started = time.perf_counter()
 DernCompressor(dataset=[{"input_ids": row} for row in tokens], **options).compress_checkpoint(source, output)
@@ -51,7 +53,7 @@ def main() -> None:
     """Run every depth, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 12])
-    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--experts", type=int, default=40)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--width", type=int, default=1792)
     parser.add_argument("--limit", default="3GiB", help="address space of the compressing process")

@@ -9,6 +9,7 @@ from .versions import __version__
 
 
 if TYPE_CHECKING:
+    from .checkpoint.hub_errors import HubPushError
     from .checkpoint.loading import load_compressed_model
     from .compressor import DernCompressor
     from .config import DernConfig
@@ -20,6 +21,7 @@ _LOCATIONS = {
     "DernCompressor": ".compressor",
     "DernConfig": ".config",
     "DernModelForCausalLM": ".integration.transformers",
+    "HubPushError": ".checkpoint.hub_errors",
     "load_compressed_model": ".checkpoint.loading",
     "patch_transformers": ".integration.transformers",
     "unpatch_transformers": ".integration.transformers",
@@ -29,6 +31,7 @@ __all__ = [
     "DernCompressor",
     "DernConfig",
     "DernModelForCausalLM",
+    "HubPushError",
     "__version__",
     "load_compressed_model",
     "patch_transformers",

@@ -46,6 +46,7 @@ class DernCompressor:
         Raises:
             ValueError: a model, count or dataset that cannot work.
         """
+        from .checkpoint.orientation import keep_orientation_
         from .checkpoint.publishing import keep_publishable_
         from .checkpoint.source import source_config
         from .engine.layers import compress_layers_
@@ -60,6 +61,7 @@ class DernCompressor:
         num_experts = self.check(model, layers)
         check_materialised(layers)
         before, source = measure_model(model, layers), source_config(model)
+        keep_orientation_(model)
         batches = self._load_batches(model, tokenizer) if batches is None else batches
         reports = []
         if num_experts < before.experts:
@@ -89,7 +91,8 @@ class DernCompressor:
     ) -> CompressionReport:
         """Compress a checkpoint on disk into another, with one decoder layer in memory at a time.
 
-        Interrupted at any moment, the same call goes on at the first unfinished layer.
+        Interrupted at any moment, the same call goes on at the first unfinished layer.  Where `accelerate launch` or
+        `torchrun` has started several processes, all make this call, and share the work.
 
         Args:
             model: folder or Hub id of a safetensors checkpoint.
@@ -98,7 +101,7 @@ class DernCompressor:
             revision: branch, tag or commit of a Hub model.
             token: for a private one.
             trust_remote_code: run modelling code from the checkpoint.
-            device: where layers are computed; by default a GPU where there is one.
+            device: where layers are computed; by default a GPU where there is one, for each process its own.
             dtype: of the output, "bfloat16", "float16" or "float32"; by default as stored.
             max_shard_size: of one safetensors file; by default as large as the source's largest.
             max_memory: bytes, or a text such as "8GiB", that a CPU run may take; hidden states go to a file where that
@@ -112,7 +115,8 @@ class DernCompressor:
         Raises:
             ValueError: a checkpoint, count, dataset or output folder that cannot work.
             FileNotFoundError: weights that are not there, or only pickled ones.
-            RuntimeError: another process is at the output folder.
+            RuntimeError: another run is at the output folder.
+            ProcessFailed: another process of this run has ended.
         """
         import torch
 
@@ -121,40 +125,42 @@ class DernCompressor:
         from .checkpoint.shards import parse_bytes
         from .checkpoint.tensor_file import dtype_name
         from .engine.checkpoint import CheckpointTask, compress_checkpoint
+        from .engine.distributed import joined_processes
         from .engine.memory import plan_memory
         from .models.structure import find_moe_layers
 
-        source = find_checkpoint(model, revision, token, trust_remote_code, dtype)
-        skeleton = source.skeleton
-        layers = find_moe_layers(skeleton)
-        num_experts = self.check(skeleton, layers)
-        if num_experts == layers[0].num_experts:
-            raise ValueError(f"nothing to compress: every layer would keep all of its {num_experts} experts")
-        output = prepare_output(source.folder, Path(output), restart, overwrite)
-        tokenizer = source.folder if tokenizer is None and holds_text(self.config.dataset) else tokenizer
-        batches = self._load_batches(skeleton, tokenizer)
         shard_size = parse_bytes(max_shard_size) if max_shard_size else None
-        tokens = sum(batch["input_ids"].numel() for batch in batches)
         bound = parse_bytes(max_memory) if max_memory else None
-        memory = plan_memory(skeleton, layers, tokens, self.config, num_experts, bound)
-        reader = source.open_weights()
-        self.report = compress_checkpoint(
-            CheckpointTask(
-                model=skeleton,
-                layers=layers,
-                reader=reader,
-                name=str(model),
-                revision=source.commit,
-                batches=batches,
-                config=self.config,
-                num_experts=num_experts,
-                output=output,
-                device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-                spill=memory.spilled,
-                dtype=dtype and dtype_name(getattr(torch, dtype)),
-                max_shard_size=shard_size or reader.largest_file,
+        with joined_processes(device) as processes:
+            source = processes.main_first(lambda: find_checkpoint(model, revision, token, trust_remote_code, dtype))
+            skeleton = source.skeleton
+            layers = find_moe_layers(skeleton)
+            num_experts = self.check(skeleton, layers)
+            if num_experts == layers[0].num_experts:
+                raise ValueError(f"nothing to compress: every layer would keep all of its {num_experts} experts")
+            output = processes.on_main(lambda: prepare_output(source.folder, Path(output), restart, overwrite))
+            tokenizer = source.folder if tokenizer is None and holds_text(self.config.dataset) else tokenizer
+            batches = processes.on_main(lambda: self._load_batches(skeleton, tokenizer))
+            tokens = sum(batch["input_ids"].numel() for batch in processes.share(batches))
+            memory = plan_memory(skeleton, layers, tokens, self.config, num_experts, bound)
+            reader = processes.main_first(source.open_weights)
+            self.report = compress_checkpoint(
+                CheckpointTask(
+                    model=skeleton,
+                    layers=layers,
+                    reader=reader,
+                    name=str(model),
+                    revision=source.commit,
+                    batches=batches,
+                    config=self.config,
+                    num_experts=num_experts,
+                    output=output,
+                    max_shard_size=shard_size or reader.largest_file,
+                    spill=memory.spilled,
+                    dtype=dtype and dtype_name(getattr(torch, dtype)),
+                    processes=processes,
+                )
             )
-        )
         return self.report
 
     def prepare(self, model: Any, tokenizer: Any = None) -> list[dict]:

@@ -7,6 +7,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch  # noqa: E402
+from family_table import pytest_addoption, pytest_terminal_summary  # noqa: E402, F401 - hooks of `--family-table`
 
 
 torch.set_num_threads(1)
+
+
+def pytest_report_header() -> str:
+    """Which transformers the run is about."""
+    from importlib.metadata import version
+
+    return f"transformers {version('transformers')}, torch {torch.__version__}"

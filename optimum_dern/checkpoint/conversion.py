@@ -57,7 +57,7 @@ class NameMap:
 
     def original(self, model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters under the names and in the pieces that the checkpoint has them in."""
-        model._weight_conversions = self._used or None  # every load leaves only what that load has used
+        model._weight_conversions = self._used  # every load leaves only what that load has used
         return revert_weight_conversion(model, dict(parameters))
 
     def by_expert(self, model: Any, parameter: str, shape: Sequence[int]) -> list[list[str]] | None:

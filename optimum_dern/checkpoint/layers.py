@@ -24,7 +24,8 @@ __all__ = ["CheckpointLayers"]
 class CheckpointLayers:
     """Provides the engine with decoder layers out of a checkpoint, and takes the compressed ones.
 
-    Tensors that pass through are written when they are read, so the source is read once.
+    Tensors that pass through are written when they are read, so the source is read once.  Of several processes, the
+    one whose manifest writes does so for all; the others only load.
 
     Args:
         loader: of the source's parts.
@@ -49,7 +50,8 @@ class CheckpointLayers:
         self.num_experts = num_experts
         self.positions = layers_by_position(self.model, layers)
         self.finished = {position: note and LayerReport(**note) for position, note in manifest.layers.items()}
-        self.reader.after_read = self._copy
+        if manifest.writes:
+            self.reader.after_read = self._copy
 
     def outside(self) -> AbstractContextManager:
         """Embeddings and positions, for as long as the context is open."""
@@ -73,16 +75,19 @@ class CheckpointLayers:
 
     def finish(self, position: int, report: LayerReport | None) -> None:
         """Write a layer's experts and router, and note that it is done."""
+        self.finished[position] = report
+        if not self.manifest.writes:
+            return
         if report is not None:
             self._write_experts(self.positions[position], report.retained)
         self.writer.flush()
         self.manifest.finish_layer(position, report and asdict(report))
-        self.finished[position] = report
 
     def copy_rest(self) -> None:
         """Write the tensors that pass through and were not needed so far."""
-        for name in sorted(self.plan.copied - self.manifest.tensors.keys()):
-            self.reader.read(name)
+        if self.manifest.writes:
+            for name in sorted(self.plan.copied - self.manifest.tensors.keys()):
+                self.reader.read(name)
         self.reader.close()
         self.writer.flush()
         self.manifest.save()
@@ -107,7 +112,8 @@ class CheckpointLayers:
 
     def _write(self, tensors: Mapping[str, Tensor], retained: list[int]) -> None:
         for name, tensor in tensors.items():
-            tensor = tensor.transpose(-1, -2) if name in self.plan.transposed else tensor
+            if tuple(tensor.shape) != self.writer.places[name].shape:  # fused, and stored the other way round
+                tensor = tensor.transpose(-1, -2)
             tensor = self._in_stored_dtype(name, tensor.cpu(), retained)
             self.manifest.tensors[name] = self.writer.write(name, tensor)
 

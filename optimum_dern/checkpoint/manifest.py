@@ -23,12 +23,15 @@ class Manifest:
         folder: working folder.
         fingerprint: everything that the result depends on, by name.
 
+    A copy in another process of the run sets `writes` to False: one process writes for all.
+
     Raises:
         ValueError: the folder holds another run; the message names what differs.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
         self.path = folder / "manifest.json"
+        self.writes = True
         # Written and read once, so that tuples and numbers compare as JSON has them.
         self.state: dict[str, Any] = {"fingerprint": json.loads(json.dumps(fingerprint)), "layers": {}, "tensors": {}}
         if self.path.exists():
@@ -63,6 +66,8 @@ class Manifest:
 
     def save(self) -> None:
         """Replace the manifest on the disk."""
+        if not self.writes:
+            return
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(self.state, file)

@@ -26,7 +26,6 @@ class OutputPlan:
 
     copied: set[str] = field(default_factory=set)  # tensors that pass through as they are
     rewritten: dict[str, list[str]] = field(default_factory=dict)  # tensors of each MoE layer, by the block's name
-    transposed: set[str] = field(default_factory=set)  # of these, stored the other way round than transformers saves
     dropped: list[str] = field(default_factory=list)  # layers for multi-token prediction
     tensors: list[OutputTensor] = field(default_factory=list)  # everything, layer by layer
 
@@ -57,25 +56,26 @@ def plan_output(
     """
     plan = OutputPlan()
     decoder, decoder_layers = find_decoder_layers(model, layers[0])
-    replaced: set[str] = set()
-    usual = reader.infos[next(iter(names.original(model, layer_parameters(layers[0], layers[0].num_experts))))].dtype
+    replaced: dict[str, Tensor] = {}
+    for layer in layers:
+        if layer.twins:
+            raise ValueError(f"two stacks share the experts of {layer.name}; compress this model in memory instead")
+        before = names.original(model, layer_parameters(layer, layer.num_experts))
+        for name, tensor in before.items():
+            _check_stored(reader, name, tensor, layer)
+        replaced |= before
+        plan.rewritten[layer.name] = list(names.original(model, layer_parameters(layer, num_experts)))
+    usual = reader.infos[next(iter(replaced))].dtype
 
     def stored(name: str) -> str:
         found = reader.infos[name].dtype
         return dtype if dtype and found == usual else found
 
     for layer in layers:
-        before = names.original(model, layer_parameters(layer, layer.num_experts))
         after = names.original(model, layer_parameters(layer, num_experts))
-        plan.rewritten[layer.name] = list(after)
-        for name, tensor in before.items():
-            _check_stored(reader, name, tensor, layer)
-            if reader.infos[name].shape != tuple(tensor.shape):
-                plan.transposed.add(name)
-        replaced |= before.keys()
         for name, tensor in after.items():
-            shape = tensor.transpose(-1, -2).shape if name in plan.transposed else tensor.shape
-            plan.tensors.append(OutputTensor(name, stored(name), tuple(shape)))
+            shape = _shape(reader.infos[name].shape, replaced[name].shape, tensor.shape)
+            plan.tensors.append(OutputTensor(name, stored(name), shape))
     for name, info in reader.infos.items():
         if name in replaced:
             continue
@@ -100,6 +100,16 @@ def layer_parameters(layer: MoELayer, num_experts: int) -> dict[str, Tensor]:
         shape[routing.dim] = num_experts
         shapes[f"{layer.name}.{routing.path}"] = tuple(shape)
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _shape(stored: Sequence[int], before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:
+    """A stored tensor's shape with N experts, from what transformers would save for E and for N.
+
+    Fused experts may be stored the other way round; the experts are their first dimension all the same.
+    """
+    if len(stored) == 3:
+        return (after[0], *stored[1:])
+    return tuple(s if b == a else a for s, b, a in zip(stored, before, after, strict=True))
 
 
 def _check_stored(reader: CheckpointReader, name: str, tensor: Tensor, layer: MoELayer) -> None:

@@ -43,6 +43,7 @@ def find_checkpoint(
     token: Any = None,
     trust_remote_code: bool = False,
     dtype: str | None = None,
+    need_weights: bool = True,
 ) -> Source:
     """Find a checkpoint, and refuse what is no use before its weights are downloaded.
 
@@ -52,6 +53,7 @@ def find_checkpoint(
         token: for a private one.
         trust_remote_code: run its own modelling code.
         dtype: to compute in; by default that of its config.
+        need_weights: a folder without weights is an error.
 
     Returns:
         The checkpoint.
@@ -62,7 +64,7 @@ def find_checkpoint(
         ValueError: a family or a quantisation that cannot be compressed.
     """
     folder, commit = resolve_checkpoint(model, revision, token)
-    if commit is None:
+    if commit is None and need_weights:
         weight_files(folder)
     quantised = check_quantisation(json.loads((folder / "config.json").read_text("utf-8"))) is not None
     as_dtype = None if dtype is None else getattr(torch, dtype)

@@ -72,16 +72,14 @@ def read_tensor(info: TensorInfo, file: int) -> Tensor:
         info: which.
         file: descriptor of `info.path`.
     """
-    data = bytearray(info.size)
-    view, done = memoryview(data), 0
+    data = torch.empty(info.size, dtype=torch.uint8)  # aligned by torch: alignment can change the last bits of sums
+    view, done = memoryview(data.numpy()), 0
     while done < info.size:
         count = os.preadv(file, [view[done:]], info.start + done)
         if not count:
             raise OSError(f"{info.path.name} ended in the middle of a tensor; download it again")
         done += count
-    if not data:
-        return torch.empty(info.shape, dtype=DTYPES[info.dtype])
-    return torch.frombuffer(data, dtype=torch.uint8).view(DTYPES[info.dtype]).view(info.shape)
+    return data.view(DTYPES[info.dtype]).view(info.shape)
 
 
 def create_file(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> dict[str, TensorInfo]:

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ HELP = "Compress a checkpoint and write an ordinary, smaller one."
 DESCRIPTION = (
     "Drop the experts that the router uses least, recombine their neurons into the retained ones where that helps,\n"
     "refit, and write a checkpoint that plain transformers loads.  One decoder layer is in memory at a time;\n"
-    "the same command goes on where an interrupted run has stopped."
+    "the same command goes on where an interrupted run has stopped.  accelerate launch or torchrun with several\n"
+    "processes split the calibration text among them; the result is that of one process."
 )
 EPILOG = """examples:
   optimum-dern compress Qwen/Qwen3-30B-A3B out --dataset c4
   optimum-dern compress ./mixtral out --num-experts 4 --dataset notes.txt --evaluate held_out.txt
   optimum-dern compress ./olmoe out --preset paper --dataset wikitext2
+  accelerate launch --num_processes 4 -m optimum_dern compress ./olmoe out --dataset c4
   optimum-dern compress ./olmoe out --method prune --selection reap --dataset code.jsonl=2 wikitext2=1
 """
 
@@ -45,6 +49,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Compress, write and evaluate a layer at a time; prints the before/after table."""
+    from ..engine.allocator import return_large_blocks
+    from ..engine.distributed import joined_processes
+
+    return_large_blocks()
+    with joined_processes(args.device) as processes:
+        try:
+            report, texts = _compress(args)
+        except Exception:
+            if processes.is_first_to_fail():
+                raise
+            sys.exit(2)  # one error is enough: that of the process that has failed first
+    if processes.is_main:
+        if texts:
+            _evaluate(report, args, texts, processes.device)
+        _print_result(report, args)
+    if processes.count > 1:
+        sys.stdout.flush()
+        os._exit(0)  # a thread that torch leaves behind may abort an ordinary exit, and the launcher stops the others
+
+
+def _compress(args: argparse.Namespace) -> tuple[Any, dict[str, list[dict]]]:
+    """Everything up to a finished checkpoint: its report, and the texts to evaluate on."""
     config = config_from_arguments(args)
     check_model_name(args.model)
     _check_output(args)
@@ -54,29 +80,24 @@ def run(args: argparse.Namespace) -> None:
         )
     _check_sources(config.dataset, args.evaluate)
 
-    import torch
-
     from ..compressor import DernCompressor
 
     compressor = DernCompressor(config)
     compressor.check_names()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     texts = _load_texts(args, config.sequence_length) if args.evaluate else {}
     report = compressor.compress_checkpoint(
         args.model,
         args.output,
-        **source,
-        device=device,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        device=args.device,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         max_memory=args.max_memory,
         restart=args.restart,
         overwrite=args.overwrite,
     )
-    if texts:
-        _evaluate(report, args, texts, torch.device(device), source)
-    _print_result(report, args)
+    return report, texts
 
 
 def _load_texts(args: argparse.Namespace, sequence_length: int) -> dict[str, list[dict]]:
@@ -91,13 +112,14 @@ def _load_texts(args: argparse.Namespace, sequence_length: int) -> dict[str, lis
     return load_texts(args.evaluate, tokenizer, min(sequence_length, limit))
 
 
-def _evaluate(report: Any, args: argparse.Namespace, texts: dict[str, list[dict]], device: Any, source: dict) -> None:
+def _evaluate(report: Any, args: argparse.Namespace, texts: dict[str, list[dict]], device: Any) -> None:
     """Measure both checkpoints, and put the losses into the report and the card."""
     from ..checkpoint.publishing import write_report
     from ..evaluation.streamed import evaluate_checkpoint
 
-    before = evaluate_checkpoint(args.model, texts, device, **source)
-    after = evaluate_checkpoint(args.output, texts, device, trust_remote_code=args.trust_remote_code)
+    own_code = {"trust_remote_code": args.trust_remote_code}
+    before = evaluate_checkpoint(args.model, texts, device, revision=args.revision, **own_code)
+    after = evaluate_checkpoint(args.output, texts, device, **own_code)
     report.add_evaluation(before, after)
     write_report(args.output, report)
 

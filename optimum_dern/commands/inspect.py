@@ -35,15 +35,16 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
+    from ..checkpoint.preparation import find_checkpoint
     from ..checkpoint.shards import parse_bytes
     from ..engine.duration import measure_rate, predict_seconds
     from ..engine.memory import plan_memory
     from ..models.refusals import check_model, resolve_count
     from ..models.size import measure_model, predict_size
-    from ..models.skeleton import build_skeleton
     from ..models.structure import find_moe_layers
 
-    model = build_skeleton(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    options = {"trust_remote_code": args.trust_remote_code, "need_weights": False}
+    model = find_checkpoint(args.model, args.revision, **options).skeleton
     layers = find_moe_layers(model)
     check_model(model, layers)
     count = resolve_count(layers[0], config.sparsity, config.num_experts, config.experts_multiple_of)

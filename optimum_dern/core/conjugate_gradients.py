@@ -5,12 +5,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .reduction import Reduce, alone, any_process
+
 
 __all__ = ["conjugate_gradients"]
 
 
 def conjugate_gradients(
-    operator: Callable[[Tensor], Tensor], right: Tensor, iterations: int, tolerance: float
+    operator: Callable[[Tensor], Tensor],
+    right: Tensor,
+    iterations: int,
+    tolerance: float,
+    reduce: Reduce = alone,
 ) -> Tensor:
     """Solve operator(x) = right.
 
@@ -19,6 +25,7 @@ def conjugate_gradients(
         right: right-hand side.
         iterations: at most this many.
         tolerance: stop once |residual| <= tolerance * |right|.
+        reduce: over the processes where the operator is reduced; all of them hold the whole x, and stop together.
 
     Returns:
         x, of the shape of `right`.
@@ -27,7 +34,7 @@ def conjugate_gradients(
     direction, energy = residual.clone(), residual.square().sum()
     goal = energy * tolerance**2
     for _ in range(iterations):
-        if energy <= goal:
+        if not any_process(~(energy <= goal), reduce):
             break
         image = operator(direction)
         length = energy / (direction * image).sum()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .conjugate_gradients import conjugate_gradients
 from .mixture import Activation, ExpertBatch, Routing, expert_batches, expert_inputs, expert_output
+from .reduction import Reduce, alone
 from .segments import Segments
 
 
@@ -34,6 +35,7 @@ def refit_neurons(
     ridge: float,
     iterations: int = 8,
     tolerance: float = 1e-3,
+    reduce: Reduce = alone,
 ) -> Segments:
     """One Gauss-Newton step of the gate and up projections towards a target output.
 
@@ -45,6 +47,7 @@ def refit_neurons(
         ridge: relative to the mean diagonal of the normal equations.
         iterations: of conjugate gradients, at most; stopping early regularises too.
         tolerance: relative residual that ends them.
+        reduce: over the processes that share the tokens.
 
     Returns:
         Segments with new gate and up projections.
@@ -62,7 +65,7 @@ def refit_neurons(
             pull = batch.weight * (output[batch.token] @ segments.down[batch.expert].to(output).T)  # (n, f)
             for position, slope in enumerate(slopes):
                 step[position, batch.expert] += (slope * pull).T @ hidden
-        return step
+        return reduce(step)
 
     def normal(step: Tensor) -> Tensor:
         """J^T J of a step."""
@@ -72,10 +75,11 @@ def refit_neurons(
             output[batch.token] += batch.weight * (change @ segments.down[batch.expert].to(output))
         return transposed(output)
 
-    penalty = ridge * _mean_diagonal(segments, batches, len(parts))
+    penalty = ridge * _mean_diagonal(segments, batches, len(parts), reduce)
     if not penalty > 0:
         return segments
-    step = conjugate_gradients(lambda v: normal(v) + penalty * v, transposed(residual), iterations, tolerance)
+    right = transposed(residual)
+    step = conjugate_gradients(lambda v: normal(v) + penalty * v, right, iterations, tolerance, reduce)
     up = segments.up + step[-1]
     return segments._replace(gate=None if segments.gate is None else segments.gate + step[0], up=up)
 
@@ -106,11 +110,14 @@ def _slopes(segments: Segments, expert: int, hidden: Tensor, activation: Activat
         return torch.autograd.grad(neurons.sum(), inputs)
 
 
-def _mean_diagonal(segments: Segments, batches: Callable[[], Iterable[LinearisedBatch]], parts: int) -> float:
+def _mean_diagonal(
+    segments: Segments, batches: Callable[[], Iterable[LinearisedBatch]], parts: int, reduce: Reduce
+) -> float:
     """Mean diagonal entry of J^T J."""
     total = 0.0
     for batch, hidden, slopes in batches():
         energy = segments.down[batch.expert].to(hidden.dtype).square().sum(1)  # (f,)
         length = (batch.weight.squeeze(1) ** 2) * hidden.square().sum(1)  # (n,)
         total += sum((length @ slope.square() * energy).sum().item() for slope in slopes)
+    total = reduce(torch.tensor(total, dtype=torch.float64, device=segments.up.device)).item()
     return total / (parts * segments.up.numel())

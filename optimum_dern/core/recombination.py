@@ -1,6 +1,6 @@
 """One layer of DERN: segments of dropped experts move to retained ones, which merge them back to the old width."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,9 @@ from .clustering import initial_centroids, spherical_kmeans
 from .segments import Segments, similarity_vectors
 
 
-__all__ = ["Recombination", "recombine_layer"]
+__all__ = ["Map", "Recombination", "recombine_layer"]
+
+Map = Callable[[Callable[[int], tuple[Tensor, ...]], Iterable[int]], Iterable[tuple[Tensor, ...]]]  # as the builtin
 
 
 class Recombination(NamedTuple):
@@ -34,6 +36,7 @@ def recombine_layer(
     tolerance: float = 1e-4,
     importance_weighting: bool = True,
     seed: int = 0,
+    map_experts: Map = map,
 ) -> Recombination:
     """Steps 2 and 3 of DERN (arXiv 2509.10377) on one layer.
 
@@ -48,6 +51,7 @@ def recombine_layer(
         tolerance: k-means stopping rule, see `spherical_kmeans`.
         importance_weighting: weigh segments by saliency instead of evenly.
         seed: for random initial centroids.
+        map_experts: calls a function on experts in turn; another one than the builtin may share them among processes.
 
     Returns:
         The recombined layer.  An expert that received nothing is returned bit for bit.
@@ -55,23 +59,25 @@ def recombine_layer(
     dropped = torch.ones(len(segments.up), dtype=torch.bool, device=retained.device)
     dropped[retained] = False
     dropped = dropped.nonzero().squeeze(1)  # (E - N,)
-    destination, similarity = _assign(segments, dropped, retained, similarity_weights, threshold)
+    destination, similarity = _assign(segments, dropped, retained, similarity_weights, threshold, map_experts)
 
     importance = saliency.double() if importance_weighting else torch.ones(len(segments.up), dtype=torch.float64)
     importance = (importance / importance.max().clamp(min=1e-300)).to(
         segments.up.device, segments.compute_dtype
     )  # only ratios count: no underflow
-    result = segments.select(retained)  # indexing copies: the input stays as it was
-    for position, expert in enumerate(retained.tolist()):
+
+    def cluster(position: int) -> tuple[Tensor]:
         source, neuron = torch.where(destination == position)
-        if not len(source):
-            continue
-        source = dropped[source]
+        expert, source = retained[position].item(), dropped[source]
         pool, response = _pool(segments, expert, source, neuron)
         width = segments.up.shape[1]
         weights = torch.cat([importance[expert].expand(width), importance[source]])  # (f + m,)
         start = initial_centroids(pool, response, width, init, seed + position)
-        centroids, _ = spherical_kmeans(pool, weights, start, iterations, tolerance)
+        return (spherical_kmeans(pool, weights, start, iterations, tolerance)[0],)
+
+    result = segments.select(retained)  # indexing copies: the input stays as it was
+    receiving = destination[destination >= 0].unique().tolist()
+    for position, (centroids,) in zip(receiving, map_experts(cluster, receiving), strict=True):
         for part, value in zip(result[:3], segments.split(centroids), strict=True):
             if part is not None:
                 part[position] = value
@@ -79,16 +85,17 @@ def recombine_layer(
 
 
 def _assign(
-    segments: Segments, dropped: Tensor, retained: Tensor, weights: Sequence[float], threshold: float
+    segments: Segments, dropped: Tensor, retained: Tensor, weights: Sequence[float], threshold: float, map_experts: Map
 ) -> tuple[Tensor, Tensor]:
     """`assign_segments` one dropped expert at a time: destination and best cosine, (E - N, f) each."""
 
     def vectors(expert: int) -> Tensor:
         return similarity_vectors(segments.select(slice(expert, expert + 1)).to(segments.compute_dtype), weights)[0]
 
-    nearest = [
-        assign_segments(vectors(expert), map(vectors, retained.tolist()), threshold) for expert in dropped.tolist()
-    ]
+    def assign(expert: int) -> tuple[Tensor, Tensor]:
+        return assign_segments(vectors(expert), (vectors(other) for other in retained.tolist()), threshold)
+
+    nearest = list(map_experts(assign, dropped.tolist()))
     if not nearest:
         none = segments.up.new_zeros(0, segments.up.shape[1], dtype=segments.compute_dtype)
         return none.long(), none

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .mixture import Activation, ExpertBatch, Routing, expert_batches, expert_output
+from .reduction import Reduce, alone, any_process
 from .segments import Segments
 
 
@@ -36,6 +37,7 @@ def refit_down(
     ridge: float,
     sweeps: int = 3,
     start: Tensor | None = None,
+    reduce: Reduce = alone,
 ) -> Segments:
     """Refit the down projections of one layer to a target output.
 
@@ -47,6 +49,7 @@ def refit_down(
         ridge: relative to the mean eigenvalue of A_i; 0.01 is mild.
         sweeps: passes over the experts.
         start: (N, f, o) down projections to start from; by default the D_i0.
+        reduce: over the processes that share the tokens.
 
     Returns:
         Segments with new down projections; an expert without tokens, or whose system is singular, keeps its own.
@@ -63,7 +66,7 @@ def refit_down(
     for expert in range(len(down)):
         for batch in batches(expert):
             residual[batch.token] -= batch.weight * expert_output(segments._replace(down=down), batch)
-    factors = _factor_source(batches, down, ridge)
+    factors = _factor_source(batches, down, ridge, reduce)
     for _ in range(sweeps):
         for expert in range(len(down)):
             factorised = factors(expert)
@@ -73,6 +76,7 @@ def refit_down(
             correlation = torch.zeros_like(down[expert])  # (f, o)
             for batch in batches(expert):
                 correlation += (batch.weight * batch.neurons).T @ residual[batch.token]
+            correlation = reduce(correlation)
             step = torch.cholesky_solve(correlation - penalty * (down[expert] - original[expert]), factor)
             down[expert] += step
             for batch in batches(expert):
@@ -95,12 +99,12 @@ def _batch_source(
 
 
 def _factor_source(
-    batches: Callable[[int], Iterable[ExpertBatch]], down: Tensor, ridge: float
+    batches: Callable[[int], Iterable[ExpertBatch]], down: Tensor, ridge: float, reduce: Reduce
 ) -> Callable[[int], tuple[Tensor, Tensor] | None]:
     """`_factorise` of one expert: kept in memory where all experts' factors fit, made anew each time where not."""
 
     def compute(expert: int) -> tuple[Tensor, Tensor] | None:
-        return _factorise(batches(expert), down[expert], expert, ridge)
+        return _factorise(batches(expert), down[expert], expert, ridge, reduce)
 
     if down.shape[0] * down.shape[1] ** 2 > MAX_ELEMENTS:
         return compute
@@ -108,7 +112,7 @@ def _factor_source(
 
 
 def _factorise(
-    batches: Iterable[ExpertBatch], down: Tensor, expert: int, ridge: float
+    batches: Iterable[ExpertBatch], down: Tensor, expert: int, ridge: float, reduce: Reduce
 ) -> tuple[Tensor, Tensor] | None:
     """Cholesky factor of A + lambda I and lambda itself; None where there is nothing to solve."""
     width = len(down)
@@ -116,12 +120,13 @@ def _factorise(
     for batch in batches:
         features = batch.weight * batch.neurons  # (n, f)
         gram += features.T @ features
+    gram = reduce(gram)
     penalty = ridge * gram.trace() / width
     if not penalty > 0:
         return None
     gram.diagonal().add_(penalty)
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed:
+    if any_process(failed, reduce):
         logger.warning("expert %d: singular refit system, its down projection stays; raise refit_ridge", expert)
         return None
     return factor, penalty

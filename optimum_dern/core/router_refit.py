@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .conjugate_gradients import conjugate_gradients
 from .mixture import Activation, Routing, expert_batches, expert_output
+from .reduction import Reduce, alone, any_process, largest
 from .segments import Segments
 
 
@@ -42,13 +43,16 @@ class RouterRule(NamedTuple):
     scale: float
 
 
-def recognise_rule(rows: Tensor, routing: Routing, tolerance: float = 1e-2) -> RouterRule | None:
+def recognise_rule(
+    rows: Tensor, routing: Routing, tolerance: float = 1e-2, reduce: Reduce = alone
+) -> RouterRule | None:
     """Find the rule by which a router makes its weights.
 
     Args:
         rows: (N, d) router weight.
         routing: T tokens as this router sends them.
         tolerance: largest relative deviation of a weight; loose enough for bfloat16.
+        reduce: over the processes that share the tokens.
 
     Returns:
         The rule, or None where none fits (or the router does not read what the experts read, or its weights scale
@@ -58,11 +62,14 @@ def recognise_rule(rows: Tensor, routing: Routing, tolerance: float = 1e-2) -> R
         return None
     logits = routing.hidden.float() @ rows.float().T  # (T, N)
     weight = routing.weight.float()
+    bound, total = tolerance * largest(weight, reduce), reduce(weight.sum())
     for phi in ("exp", "sigmoid"):
         for over_all in (False, True):
             share = _shares(logits, routing.index, phi, over_all).gather(1, routing.index)  # (T, k)
-            scale = (weight.sum() / share.sum()).item()
-            if torch.isfinite(share).all() and (weight - scale * share).abs().max() <= tolerance * weight.max():
+            if any_process(~torch.isfinite(share).all(), reduce):
+                continue
+            scale = (total / reduce(share.sum())).item()
+            if largest((weight - scale * share).abs(), reduce) <= bound:
                 return RouterRule(phi, over_all, scale)
     return None
 
@@ -77,6 +84,7 @@ def refit_router(
     ridge: float,
     iterations: int = 50,
     tolerance: float = 1e-4,
+    reduce: Reduce = alone,
 ) -> Tensor:
     """One Gauss-Newton step of the router towards a target output.
 
@@ -90,6 +98,7 @@ def refit_router(
         ridge: relative to the mean diagonal of the normal equations.
         iterations: of conjugate gradients, at most.
         tolerance: relative residual that ends them.
+        reduce: over the processes that share the tokens.
 
     Returns:
         (N, d) new rows in the dtype of `rows`.
@@ -105,7 +114,7 @@ def refit_router(
     def transposed(moments: Tensor) -> Tensor:
         """J^T of per-token moments (T, k + 1): (N, d)."""
         by_logit = torch.zeros_like(share).scatter_(1, routing.index, weight * moments[:, :-1])
-        return (by_logit - share * moments[:, -1:]).T @ hidden
+        return reduce((by_logit - share * moments[:, -1:]).T @ hidden)
 
     def normal(step: Tensor) -> Tensor:
         """J^T J of a step (N, d)."""
@@ -116,10 +125,11 @@ def refit_router(
 
     by_logit = torch.zeros_like(share).scatter_(1, routing.index, weight**2 * gram.diagonal(dim1=1, dim2=2)[:, :-1])
     trace = (by_logit.sum(1) * hidden.square().sum(1)).sum()  # of J^T J, its cross terms with y' left out
-    penalty = ridge * trace / rows.numel()
+    penalty = ridge * reduce(trace) / rows.numel()
     if not penalty > 0:
         return rows
-    step = conjugate_gradients(lambda v: normal(v) + penalty * v, transposed(residual), iterations, tolerance)
+    right = transposed(residual)
+    step = conjugate_gradients(lambda v: normal(v) + penalty * v, right, iterations, tolerance, reduce)
     return (rows.to(step) + step).to(rows.dtype)
 
 
@@ -136,7 +146,7 @@ def _token_grams(
 ) -> tuple[Tensor, Tensor]:
     """Gram matrices of [e_1 .. e_k, y'] per token, and their products with the residual y - y'."""
     top_k, grams, products = routing.index.shape[1], [], []
-    for start in range(0, len(target), CHUNK_TOKENS):
+    for start in range(0, max(1, len(target)), CHUNK_TOKENS):  # a process may have no tokens to fit
         part = routing.select(slice(start, start + CHUNK_TOKENS))
         outputs = target.new_zeros(len(part.index), top_k + 1, target.shape[1])  # (n, k + 1, o)
         for batch in expert_batches(segments, part, activation):

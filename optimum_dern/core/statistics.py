@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .mixture import Activation, Routing, expert_batches, expert_output
+from .reduction import Reduce
 from .segments import Segments
 
 
@@ -46,6 +47,11 @@ class ExpertStatistics:
     def merge(self, other: "ExpertStatistics") -> "ExpertStatistics":
         """The statistics of both sets of tokens together."""
         return ExpertStatistics(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def reduced(self, reduce: Reduce) -> "ExpertStatistics":
+        """The statistics of the tokens of all processes."""
+        tokens = reduce(torch.tensor(self.tokens, device=self.count.device))
+        return ExpertStatistics(int(tokens), *(reduce(getattr(self, f.name)) for f in fields(self)[1:]))
 
 
 def measure_experts(segments: Segments, routing: Routing, activation: Activation) -> tuple[ExpertStatistics, Tensor]:

@@ -4,12 +4,10 @@ import hashlib
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..calibration.description import describe_calibration, recordable_dataset
 from ..checkpoint import WORK_NAME
@@ -28,6 +26,7 @@ from ..models.structure import MoELayer
 from ..models.view import write_counts_
 from ..reporting.report import CompressionReport
 from ..versions import tool_versions
+from .distributed import ALONE, Processes
 from .layers import compress_layers_
 from .progress import peak_memory_bytes
 
@@ -48,10 +47,10 @@ class CheckpointTask:
     config: DernConfig
     num_experts: int
     output: Path
-    device: torch.device
     max_shard_size: int
     spill: bool  # hidden states into a file
     dtype: str | None  # of the output, by the format's name; None as stored
+    processes: Processes  # that share the work
 
 
 def compress_checkpoint(task: CheckpointTask) -> CompressionReport:
@@ -65,20 +64,25 @@ def compress_checkpoint(task: CheckpointTask) -> CompressionReport:
 
     Raises:
         ValueError: an unfinished run in the output folder that differs.
-        RuntimeError: another process is at the output folder.
+        RuntimeError: another run is at the output folder.
+        ProcessFailed: another process of this run has ended.
     """
+    processes = task.processes
     names = NameMap(task.model, list(task.reader.infos))
     plan = plan_output(task.model, task.layers, task.reader, names, task.num_experts, task.dtype)
     shards = plan_shards(plan.tensors, task.max_shard_size)
     calibration = describe_calibration(task.config.dataset, task.batches)
-    with working_folder(task.output) as work:
-        manifest = Manifest(work, _fingerprint(task, calibration))
-        manifest.save()
+    with working_folder(task.output, processes) as work:
+        manifest = processes.on_main(lambda: Manifest(work, _fingerprint(task, calibration)))
+        manifest.writes = processes.is_main
+        processes.on_main(manifest.save)
         if manifest.report is None:
-            manifest.complete(_compress(task, names, plan, ShardWriter(work, shards), manifest, calibration).to_dict())
-        report = CompressionReport.from_dict(manifest.report)
+            _check_shared(manifest)
+            writer = processes.main_first(lambda: ShardWriter(work, shards))
+            manifest.complete(_compress(task, names, plan, writer, manifest, calibration).to_dict())
+        report = CompressionReport.from_dict(processes.on_main(lambda: manifest.report))
         write_counts_(task.model, task.layers, task.num_experts)
-        _publish(task, report, ShardWriter(work, shards, complete=True), manifest)
+        processes.on_main(lambda: _publish(task, report, ShardWriter(work, shards, complete=True), manifest))
     return report
 
 
@@ -92,10 +96,11 @@ def _compress(
 ) -> CompressionReport:
     started, model, layers = time.perf_counter(), task.model, task.layers
     before, after = measure_model(model, layers), predict_size(model, layers, task.num_experts)
-    loader = PartLoader(model, layers, task.reader, names, task.device)
+    loader = PartLoader(model, layers, task.reader, names, task.processes.device)
     provider = CheckpointLayers(loader, layers, plan, writer, manifest, task.num_experts)
-    spill = writer.folder / "hidden.bin" if task.spill else None
-    reports = compress_layers_(model, layers, task.batches, task.config, task.num_experts, provider, spill)
+    spill = writer.folder / f"hidden-{task.processes.rank}.bin" if task.spill else None
+    options = task.config, task.num_experts, provider, spill, task.processes
+    reports = compress_layers_(model, layers, task.batches, *options)
     provider.copy_rest()
     writer.close()
     return CompressionReport(
@@ -110,18 +115,31 @@ def _compress(
         layers=reports,
         versions=tool_versions(),
         seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory_bytes(task.device),
+        peak_memory_bytes=peak_memory_bytes(task.processes.device),
     )
 
 
 @contextmanager
-def working_folder(output: Path) -> Iterator[Path]:
-    """The working folder inside an output folder, kept from other processes; removed when the work is done."""
-    work = output / WORK_NAME
+def working_folder(output: Path, processes: Processes = ALONE) -> Iterator[Path]:
+    """The working folder inside an output folder, kept from other runs; removed when the work is done."""
+    with ExitStack() as stack:
+        yield processes.on_main(lambda: stack.enter_context(_locked(output / WORK_NAME)))
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[Path]:
     work.mkdir(parents=True, exist_ok=True)
     with only_process(work):
         yield work
         shutil.rmtree(work)
+
+
+def _check_shared(manifest: Manifest) -> None:
+    """Layers of an earlier run are read back by every process."""
+    if not manifest.path.exists():
+        raise FileNotFoundError(
+            f"a process of this run does not find {manifest.path}; machines need an output folder that they share"
+        )
 
 
 def _publish(task: CheckpointTask, report: CompressionReport, writer: ShardWriter, manifest: Manifest) -> None:
@@ -148,7 +166,7 @@ def _fingerprint(task: CheckpointTask, calibration: dict[str, Any]) -> dict[str,
         **{f"option {name}": value for name, value in task.config.to_dict().items() if name != "dataset"},
         "calibration data": calibration["sha256"],
         "experts": task.num_experts,
-        "device": task.device.type,
+        "device": task.processes.device.type,
         "max_shard_size": task.max_shard_size,
         "dtype": task.dtype,
         **{f"version of {name}": version for name, version in tool_versions().items()},

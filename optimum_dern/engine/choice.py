@@ -9,6 +9,7 @@ from torch import Tensor
 from ..config import DernConfig
 from ..core.mixture import Activation, Routing, routed_output
 from ..core.neuron_refit import refit_neurons
+from ..core.reduction import Reduce, alone
 from ..core.refit import refit_down
 from ..core.router_refit import recognise_rule, refit_router
 from ..methods import Candidate
@@ -29,6 +30,7 @@ class LayerTask:
     activation: Activation
     router_rows: Tensor | None  # (N, d) of the retained experts, where the router has one matrix
     reroute: Callable[[Candidate], Routing]  # the same T tokens once a candidate's router is in place
+    reduce: Reduce = alone  # over the processes, each of which has its own T tokens
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def choose_candidate(candidates: Mapping[str, Candidate], task: LayerTask, confi
     def judge(variant: Variant) -> float:
         routing = variant.routing.select(task.held_out)
         output = routed_output(variant.candidate.segments, routing, task.activation)
-        error = relative_error(output, task.target[task.held_out])
+        error = relative_error(output, task.target[task.held_out], task.reduce)
         errors[variant.name] = min(error, errors.get(variant.name, error))  # a step may be tried several times
         return error
 
@@ -99,10 +101,10 @@ def choose_candidate(candidates: Mapping[str, Candidate], task: LayerTask, confi
     return Choice(best.name, best.candidate, errors, facts)
 
 
-def relative_error(output: Tensor, target: Tensor) -> float:
+def relative_error(output: Tensor, target: Tensor, reduce: Reduce = alone) -> float:
     """|output - target|^2 / |target|^2, summed over all tokens; infinite where the output is not finite."""
-    error = (output - target).double().square().sum() / target.double().square().sum().clamp(min=1e-30)
-    return error.nan_to_num(torch.inf).item()
+    error, total = reduce((output - target).double().square().sum()), reduce(target.double().square().sum())
+    return (error / total.clamp(min=1e-30)).nan_to_num(torch.inf).item()
 
 
 def _variants(name: str, candidate: Candidate, task: LayerTask, config: DernConfig) -> Iterator[Variant]:
@@ -125,10 +127,11 @@ def _router_step(variant: Variant, task: LayerTask, config: DernConfig) -> Varia
     """The router, then the down projections for it; None where the router follows no rule that is known."""
     candidate = variant.candidate
     rows = task.router_rows if candidate.router_rows is None else candidate.router_rows
-    rule = None if rows is None else recognise_rule(rows, variant.routing)
+    rule = None if rows is None else recognise_rule(rows, variant.routing, reduce=task.reduce)
     if rule is None:
         return None
-    rows = refit_router(rows, candidate.segments, *_fitted(variant.routing, task), rule, config.refit_ridge)
+    data = _fitted(variant.routing, task)
+    rows = refit_router(rows, candidate.segments, *data, rule, config.refit_ridge, reduce=task.reduce)
     source = replace(variant.source, router_rows=rows)
     routing = task.reroute(source)
     refitted = _refit_down(source, routing, task, config.refit_ridge, 1, candidate.segments.down)
@@ -138,7 +141,7 @@ def _router_step(variant: Variant, task: LayerTask, config: DernConfig) -> Varia
 def _neuron_step(variant: Variant, task: LayerTask, config: DernConfig) -> Variant:
     """Gate and up projections, then the down projections for them."""
     data = _fitted(variant.routing, task)
-    segments = refit_neurons(variant.candidate.segments, *data, config.refit_ridge)
+    segments = refit_neurons(variant.candidate.segments, *data, config.refit_ridge, reduce=task.reduce)
     source = replace(variant.source, segments=segments._replace(down=variant.source.segments.down))
     refitted = _refit_down(source, variant.routing, task, config.refit_ridge, 1, segments.down)
     return Variant(_with_suffix(variant.name, "neurons"), refitted, variant.routing, source)
@@ -147,7 +150,8 @@ def _neuron_step(variant: Variant, task: LayerTask, config: DernConfig) -> Varia
 def _refit_down(
     source: Candidate, routing: Routing, task: LayerTask, ridge: float, sweeps: int, start: Tensor | None = None
 ) -> Candidate:
-    return replace(source, segments=refit_down(source.segments, *_fitted(routing, task), ridge, sweeps, start))
+    data = _fitted(routing, task)
+    return replace(source, segments=refit_down(source.segments, *data, ridge, sweeps, start, task.reduce))
 
 
 def _fitted(routing: Routing, task: LayerTask) -> tuple[Routing, Tensor, Activation]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..calibration.recording import record_layer_calls, record_routing
 from ..config import DernConfig
 from ..core.mixture import Routing
+from ..core.reduction import Reduce, any_process
 from ..core.saliency import score_experts
 from ..core.selection import select_experts
 from ..core.statistics import measure_experts
@@ -28,6 +29,7 @@ from ..models.structure import MoELayer, find_decoder_layers, layers_by_position
 from ..models.view import layer_activation, read_layer, release_experts_, retained_routing
 from ..reporting.report import LayerReport
 from .choice import LayerTask, choose_candidate
+from .distributed import ALONE, Processes
 from .progress import progress_bar
 from .rewriting import LayerData, LayerRewriter
 from .stream import HiddenStream
@@ -79,6 +81,7 @@ def compress_layers_(
     num_experts: int,
     provider: LayerProvider | None = None,
     spill: Path | None = None,
+    processes: Processes = ALONE,
 ) -> list[LayerReport]:
     """Compress every MoE layer of a model, in place.
 
@@ -90,6 +93,7 @@ def compress_layers_(
         num_experts: N, how many experts every layer keeps.
         provider: of the layers; by default the model has them in memory.
         spill: file for the hidden states; in memory by default.
+        processes: that share the batches, all of which each is given.
 
     Returns:
         One report a layer.
@@ -101,7 +105,8 @@ def compress_layers_(
     _, decoder_layers = find_decoder_layers(model, layers[0])
     positions = layers_by_position(model, layers)
     masks = [batch["attention_mask"].bool() for batch in batches]
-    held_out = held_out_tokens(masks)
+    held_out = held_out_tokens(masks).split([int(mask.sum()) for mask in masks])  # of all batches, then of one's own
+    batches, masks, held_out = processes.share(batches), processes.share(masks), torch.cat(processes.share(held_out))
     sequential = config.calibration_order == "sequential"
     with provider.outside():
         stream = HiddenStream(record_layer_calls(model, decoder_layers, batches), spill)
@@ -121,9 +126,9 @@ def compress_layers_(
                     else:
                         stream.step(position, decoder_layer)
                 routing = record.without_padding(masks)
-                _check_routing(layer, routing)
+                _check_routing(layer, routing, processes.reduce)
                 data = LayerData(layer, routing, held_out, masks, record.block_calls)
-                report = compress_layer_(data, config, num_experts, position, started)
+                report = compress_layer_(data, config, num_experts, position, started, processes)
                 if sequential:
                     stream.step(position, decoder_layer)
             if not done:
@@ -134,33 +139,42 @@ def compress_layers_(
 
 @torch.no_grad()
 def compress_layer_(
-    data: LayerData, config: DernConfig, num_experts: int, position: int, started: float
+    data: LayerData,
+    config: DernConfig,
+    num_experts: int,
+    position: int,
+    started: float,
+    processes: Processes = ALONE,
 ) -> LayerReport:
     """Compress one MoE layer, in place: score, select, propose candidates, choose, write."""
     layer, activation = data.layer, layer_activation(data.layer)
     weights = read_layer(layer)
     statistics, target = measure_experts(weights.segments, data.routing, activation)
-    if not torch.isfinite(target).all():
+    if any_process(~torch.isfinite(target).all(), processes.reduce):
         raise ValueError(f"the outputs of {layer.name} contain NaN or infinity; check the weights and the dtype")
+    statistics = statistics.reduced(processes.reduce)
     scores = score_experts(config.selection, statistics, config.seed + position)
     protected = (config.protect_experts or {}).get(position, [])
     retained = select_experts(scores, num_experts, layer.num_groups, protected).to(data.routing.index.device)
     rows = layer.router_weight
-    problem = LayerProblem(weights.segments, statistics, scores, retained, rows and weights.routing[rows.path])
+    problem = LayerProblem(
+        weights.segments, statistics, scores, retained, rows and weights.routing[rows.path], processes.map
+    )
     candidates = get_method(config.method).compress_layer(problem, config)
 
     rewriter = LayerRewriter(data, retained_routing(layer, weights, retained), rows and rows.path)
     own_rows = None if rows is None else rewriter.routing[rows.path]
     del weights, problem  # what nobody else holds on to need not wait for the candidates' refits
     release_experts_(layer)
-    task = LayerTask(target, data.held_out.to(target.device), activation, own_rows, rewriter.reroute)
+    held_out = data.held_out.to(target.device)
+    task = LayerTask(target, held_out, activation, own_rows, rewriter.reroute, processes.reduce)
     choice = choose_candidate(candidates, task, config)
     rewriter.write(choice.candidate)
     return LayerReport(
         name=layer.name,
         layer=position,
         tokens=statistics.tokens,
-        held_out_tokens=int(data.held_out.sum()) if config.guard else 0,
+        held_out_tokens=int(processes.reduce(held_out.sum())) if config.guard else 0,
         load=(statistics.count / statistics.count.sum()).tolist(),
         saliency=scores.tolist(),
         retained=retained.tolist(),
@@ -191,8 +205,8 @@ def held_out_tokens(masks: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.full((length,), sequence in chosen) for sequence, length in enumerate(lengths)])
 
 
-def _check_routing(layer: MoELayer, routing: Routing) -> None:
-    if not len(routing.index):
+def _check_routing(layer: MoELayer, routing: Routing, reduce: Reduce) -> None:
+    if not any_process(torch.tensor(len(routing.index) > 0, device=routing.index.device), reduce):
         raise ValueError(f"no calibration token reached {layer.name}; give more calibration text")
-    if not torch.isfinite(routing.hidden).all():
+    if any_process(~torch.isfinite(routing.hidden).all(), reduce):
         raise ValueError(f"the inputs of {layer.name} contain NaN or infinity; try another dtype, such as bfloat16")

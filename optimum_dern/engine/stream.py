@@ -32,7 +32,9 @@ class HiddenStream:
         if spill is not None:
             self.hidden = copies_in_file(self.hidden, spill)
         self.calls = [[call._replace(hidden=None) for call in layer] for layer in calls]  # the first ones can go
-        self.states: list[tuple] = [() for _ in calls[0]]  # all outputs of the last layer, where any is handed on
+        self.states: list[tuple] = [
+            () for _ in calls[0]
+        ]  # outputs of the last layer besides them, where any is handed on
         self.hands_on = any(_is_state(value) for layer in calls for call in layer for value in call.kwargs.values())
 
     @torch.no_grad()
@@ -41,7 +43,7 @@ class HiddenStream:
         for batch in range(len(self.hidden)):
             output = self._call(position, layer, batch)
             hidden = output[0] if isinstance(output, tuple) else output
-            self.states[batch] = output if isinstance(output, tuple) and self.hands_on else ()
+            self.states[batch] = (None, *output[1:]) if isinstance(output, tuple) and self.hands_on else ()
             if self.spilled:
                 self.hidden[batch].copy_(hidden)
             else:

@@ -24,6 +24,7 @@ class Dern:
             tolerance=config.cluster_tolerance,
             importance_weighting=config.importance_weighting,
             seed=config.seed,
+            map_experts=problem.map_experts,
         )
         rows = None
         if config.router_update == "rows":

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..config import DernConfig
+from ..core.recombination import Map
 from ..core.segments import Segments
 from ..core.statistics import ExpertStatistics
 
@@ -23,6 +24,7 @@ class LayerProblem:
     scores: Tensor  # (E,) saliency
     retained: Tensor  # (N,) ascending
     router_rows: Tensor | None  # (E, d), where the router has one matrix
+    map_experts: Map = map  # for work that goes expert by expert: several processes share it
 
 
 @dataclass(frozen=True)

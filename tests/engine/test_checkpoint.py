@@ -382,3 +382,16 @@ def test_the_experts_of_an_earlier_report(sources, tmp_path):
     assert [layer.retained for layer in report.layers] == [layer.retained for layer in first.layers]
     plain = DernCompressor(**options, num_experts=4).compress_checkpoint(sources("mixtral"), tmp_path / "c")
     assert [layer.retained for layer in plain.layers] != [layer.retained for layer in first.layers]
+
+
+def test_experts_stored_fused(tmp_path):
+    """Experts in one tensor, though the family usually stores them one by one, are written the same way."""
+    make_model("deepseek_v3").save_pretrained(tmp_path / "source", save_original_format=False)
+    names = weights(tmp_path / "source").keys()
+    assert any(name.endswith("mlp.experts.gate_up_proj") for name in names)
+    compressor = DernCompressor(dataset=random_tokens(12), **QUICK)
+    compressor.compress_checkpoint(tmp_path / "source", tmp_path / "out")
+    assert weights(tmp_path / "out").keys() == names
+    expected = compressor.compress_model(AutoModelForCausalLM.from_pretrained(tmp_path / "source")).state_dict()
+    for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict().items():
+        assert torch.equal(tensor, expected[name]), name

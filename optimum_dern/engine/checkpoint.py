@@ -16,7 +16,7 @@ from ..checkpoint.layers import CheckpointLayers
 from ..checkpoint.loader import PartLoader
 from ..checkpoint.manifest import Manifest, only_process
 from ..checkpoint.output_plan import OutputPlan, plan_output
-from ..checkpoint.publishing import MANIFEST_NAME, write_json, write_sidecars
+from ..checkpoint.publishing import MANIFEST_NAME, write_json, write_report, write_sidecars
 from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.shards import ShardWriter, plan_shards
 from ..checkpoint.sidecars import copy_companions
@@ -148,6 +148,7 @@ def _publish(task: CheckpointTask, report: CompressionReport, writer: ShardWrite
     copy_companions(task.reader.folder, task.output)
     write_json(task.output / MANIFEST_NAME, {"tensors": dict(sorted(manifest.tensors.items()))})
     write_sidecars(task.model, task.output, report, task.reader.config)
+    write_report(task.output, report)  # the card, too, where an earlier checkpoint has left one
     for file in stale - {task.output / name for name in writer.plan}:
         file.unlink()
     writer.publish(task.output)

@@ -46,6 +46,7 @@ class DernCompressor:
         Raises:
             ValueError: a model, count or dataset that cannot work.
         """
+        from .calibration.model_batches import load_model_batches
         from .checkpoint.orientation import keep_orientation_
         from .checkpoint.publishing import keep_publishable_
         from .checkpoint.source import source_config
@@ -62,7 +63,7 @@ class DernCompressor:
         check_materialised(layers)
         before, source = measure_model(model, layers), source_config(model)
         keep_orientation_(model)
-        batches = self._load_batches(model, tokenizer) if batches is None else batches
+        batches = load_model_batches(self.config, model, tokenizer) if batches is None else batches
         reports = []
         if num_experts < before.experts:
             with evaluation_mode(model), restored_on_error(layers):
@@ -121,6 +122,7 @@ class DernCompressor:
         import torch
 
         from .calibration.data import holds_text
+        from .calibration.model_batches import load_model_batches
         from .checkpoint.preparation import find_checkpoint, prepare_output
         from .checkpoint.shards import parse_bytes
         from .checkpoint.tensor_file import dtype_name
@@ -140,7 +142,7 @@ class DernCompressor:
                 raise ValueError(f"nothing to compress: every layer would keep all of its {num_experts} experts")
             output = processes.on_main(lambda: prepare_output(source.folder, Path(output), restart, overwrite))
             tokenizer = source.folder if tokenizer is None and holds_text(self.config.dataset) else tokenizer
-            batches = processes.on_main(lambda: self._load_batches(skeleton, tokenizer))
+            batches = processes.on_main(lambda: load_model_batches(self.config, skeleton, tokenizer))
             tokens = sum(batch["input_ids"].numel() for batch in processes.share(batches))
             memory = plan_memory(skeleton, layers, tokens, self.config, num_experts, bound)
             reader = processes.main_first(source.open_weights)
@@ -176,8 +178,10 @@ class DernCompressor:
         Raises:
             ValueError: a model, count or dataset that cannot work.
         """
+        from .calibration.model_batches import load_model_batches
+
         self.check(model)
-        return self._load_batches(model, tokenizer)
+        return load_model_batches(self.config, model, tokenizer)
 
     def check(self, model: Any, layers: list | None = None) -> int:
         """Refuse whatever cannot work before any long work begins.
@@ -322,39 +326,3 @@ class DernCompressor:
         if self.report is None:
             raise ValueError("this compressor has not compressed a model yet; call compress_model first")
         return self.report
-
-    def _load_batches(self, model: Any, tokenizer: Any) -> list[dict]:
-        from .calibration.data import holds_text, load_batches
-        from .checkpoint.source import source_tokenizer
-
-        config = self.config
-        if tokenizer is None and holds_text(config.dataset):
-            tokenizer = source_tokenizer(model)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.sequence_length
-        batches = load_batches(
-            config.dataset,
-            load_tokenizer(tokenizer),
-            num_samples=config.num_samples,
-            sequence_length=min(config.sequence_length, limit),
-            batch_size=config.batch_size,
-            seed=config.seed,
-            text_column=config.text_column,
-        )
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        for batch in batches:
-            outside = batch["input_ids"][(batch["input_ids"] < 0) | (batch["input_ids"] >= vocabulary)]
-            if len(outside):
-                raise ValueError(
-                    f"the calibration data has token {outside[0].item()}, but the model's vocabulary has {vocabulary} "
-                    "entries; give the tokenizer that belongs to the model"
-                )
-        return batches
-
-
-def load_tokenizer(tokenizer: Any) -> Any:
-    """A tokenizer object from an object, a Hub id or a path; None stays None."""
-    if isinstance(tokenizer, str | Path):
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(tokenizer)
-    return tokenizer

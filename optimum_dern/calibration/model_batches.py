@@ -1,0 +1,57 @@
+"""Calibration batches for a model: its own tokenizer, no longer than it can read, no token that it does not have."""
+
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.source import source_tokenizer
+from ..config import DernConfig
+from .data import holds_text, load_batches
+
+
+__all__ = ["load_model_batches"]
+
+
+def load_model_batches(config: DernConfig, model: Any, tokenizer: Any = None) -> list[dict]:
+    """The calibration data that a config asks for, in the form that a model takes.
+
+    Args:
+        config: what data, how much of it, and how it is drawn.
+        model: its weights need not be there.
+        tokenizer: object, Hub id or path, for text; by default the one of the model's checkpoint.
+
+    Returns:
+        Dicts of `input_ids` and `attention_mask`, each (batch, sequence) int64.
+
+    Raises:
+        ValueError: data that cannot be read, is empty, or belongs to another vocabulary.
+    """
+    if tokenizer is None and holds_text(config.dataset):
+        tokenizer = source_tokenizer(model)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.sequence_length
+    batches = load_batches(
+        config.dataset,
+        _as_tokenizer(tokenizer),
+        num_samples=config.num_samples,
+        sequence_length=min(config.sequence_length, limit),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        text_column=config.text_column,
+    )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for batch in batches:
+        outside = batch["input_ids"][(batch["input_ids"] < 0) | (batch["input_ids"] >= vocabulary)]
+        if len(outside):
+            raise ValueError(
+                f"the calibration data has token {outside[0].item()}, but the model's vocabulary has {vocabulary} "
+                "entries; give the tokenizer that belongs to the model"
+            )
+    return batches
+
+
+def _as_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer object from an object, a Hub id or a path; None stays None."""
+    if isinstance(tokenizer, str | Path):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(tokenizer)
+    return tokenizer

@@ -35,7 +35,7 @@ CheckpointReader.__init__ = lambda self, folder: (init(self, folder), readers.ap
 tokens = torch.randint(1000, (options.pop("sequences"), options["sequence_length"]), generator=torch.manual_seed(0))
 import transformers, optimum_dern.engine.checkpoint
 from optimum_dern.engine.allocator import return_large_blocks
-return_large_blocks()  # as the command line does
+return_large_blocks()  # as the command line does with --max-memory
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 started = time.perf_counter()
 DernCompressor(dataset=[{"input_ids": row} for row in tokens], **options).compress_checkpoint(source, output)

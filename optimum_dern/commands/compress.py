@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
     from ..engine.allocator import return_large_blocks
     from ..engine.distributed import joined_processes
 
-    return_large_blocks()
+    if args.max_memory:
+        return_large_blocks()
     with joined_processes(args.device) as processes:
         try:
             report, texts = _compress(args)

@@ -82,8 +82,10 @@ class NameMap:
             decoder: name of the list of decoder layers.
             count: how many decoder layers the model has.
         """
-        number = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-        return bool(MTP.search(name)) or (number is not None and int(number[1]) >= count)
+        # What the checkpoint calls the list of decoder layers: its names may differ from the model's.
+        stored = {source.split(".0.")[0] for source in self.sources(f"{decoder}.0.") if ".0." in source}
+        numbers = [name.removeprefix(f"{own}.").split(".")[0] for own in stored if name.startswith(f"{own}.")]
+        return bool(MTP.search(name)) or any(number.isdigit() and int(number) >= count for number in numbers)
 
 
 def load_tensors_(model: Any, tensors: Mapping[str, Any], device: torch.device) -> None:

@@ -24,6 +24,7 @@ from tiny import (
 from transformers import AutoModelForCausalLM
 
 from optimum_dern import DernCompressor
+from optimum_dern.checkpoint.conversion import NameMap
 from optimum_dern.checkpoint.layers import CheckpointLayers
 from optimum_dern.checkpoint.manifest import Manifest
 from optimum_dern.checkpoint.reader import CheckpointReader
@@ -395,3 +396,13 @@ def test_experts_stored_fused(tmp_path):
     expected = compressor.compress_model(AutoModelForCausalLM.from_pretrained(tmp_path / "source")).state_dict()
     for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_only_decoder_layers_are_extra(sources):
+    """Layers past the end of the decoder are dropped; numbered ones elsewhere, such as a vision tower, are not."""
+    skeleton = build_skeleton(sources("mixtral"))
+    names = NameMap(skeleton, list(CheckpointReader(sources("mixtral")).infos))
+    assert names.is_extra_layer("model.layers.2.enorm.weight", "model.layers", 2)
+    assert names.is_extra_layer("mtp.fc.weight", "model.layers", 2)
+    assert not names.is_extra_layer("model.layers.1.rotary_emb.inv_freq", "model.layers", 2)
+    assert not names.is_extra_layer("vision.layers.30.weight", "model.layers", 2)

@@ -21,17 +21,12 @@ from ..calibration.recording import record_layer_calls, record_routing
 from ..config import DernConfig
 from ..core.mixture import Routing
 from ..core.reduction import Reduce, any_process
-from ..core.saliency import score_experts
-from ..core.selection import select_experts
-from ..core.statistics import measure_experts
-from ..methods import LayerProblem, get_method
 from ..models.structure import MoELayer, find_decoder_layers, layers_by_position
-from ..models.view import layer_activation, read_layer, release_experts_, retained_routing
 from ..reporting.report import LayerReport
-from .choice import LayerTask, choose_candidate
+from .compression import compress_layer_
 from .distributed import ALONE, Processes
 from .progress import progress_bar
-from .rewriting import LayerData, LayerRewriter
+from .rewriting import LayerData
 from .stream import HiddenStream
 
 
@@ -135,55 +130,6 @@ def compress_layers_(
                 provider.finish(position, report)
         reports += [report] if report is not None else []
     return reports
-
-
-@torch.no_grad()
-def compress_layer_(
-    data: LayerData,
-    config: DernConfig,
-    num_experts: int,
-    position: int,
-    started: float,
-    processes: Processes = ALONE,
-) -> LayerReport:
-    """Compress one MoE layer, in place: score, select, propose candidates, choose, write."""
-    layer, activation = data.layer, layer_activation(data.layer)
-    weights = read_layer(layer)
-    statistics, target = measure_experts(weights.segments, data.routing, activation)
-    if any_process(~torch.isfinite(target).all(), processes.reduce):
-        raise ValueError(f"the outputs of {layer.name} contain NaN or infinity; check the weights and the dtype")
-    statistics = statistics.reduced(processes.reduce)
-    scores = score_experts(config.selection, statistics, config.seed + position)
-    protected = (config.protect_experts or {}).get(position, [])
-    retained = select_experts(scores, num_experts, layer.num_groups, protected).to(data.routing.index.device)
-    rows = layer.router_weight
-    problem = LayerProblem(
-        weights.segments, statistics, scores, retained, rows and weights.routing[rows.path], processes.map
-    )
-    candidates = get_method(config.method).compress_layer(problem, config)
-
-    rewriter = LayerRewriter(data, retained_routing(layer, weights, retained), rows and rows.path)
-    own_rows = None if rows is None else rewriter.routing[rows.path]
-    del weights, problem  # what nobody else holds on to need not wait for the candidates' refits
-    release_experts_(layer)
-    held_out = data.held_out.to(target.device)
-    task = LayerTask(target, held_out, activation, own_rows, rewriter.reroute, processes.reduce)
-    choice = choose_candidate(candidates, task, config)
-    rewriter.write(choice.candidate)
-    return LayerReport(
-        name=layer.name,
-        layer=position,
-        tokens=statistics.tokens,
-        held_out_tokens=int(processes.reduce(held_out.sum())) if config.guard else 0,
-        load=(statistics.count / statistics.count.sum()).tolist(),
-        saliency=scores.tolist(),
-        retained=retained.tolist(),
-        errors=choice.errors,
-        winner=choice.name,
-        moved_share=choice.facts.get("moved_share"),
-        similarity_quantiles=choice.facts.get("similarity_quantiles"),
-        seconds=time.perf_counter() - started,
-    )
 
 
 def held_out_tokens(masks: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ class Dern:
 
     def compress_layer(self, problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
         recombined = recombine_layer(
-            problem.segments,
+            problem.layer.segments,
             problem.retained,
             problem.scores,
             threshold=config.similarity_threshold,
@@ -28,11 +28,11 @@ class Dern:
         )
         rows = None
         if config.router_update == "rows":
-            if problem.router_rows is None:
+            if problem.layer.router_rows is None:
                 raise ValueError("router_update='rows' needs a router with one weight row per expert; use 'none'")
-            rows = add_moved_rows(problem.router_rows, problem.retained, recombined.destination)
+            rows = add_moved_rows(problem.layer.router_rows, problem.retained, recombined.destination)
         facts = _facts(recombined)
-        pruned = Candidate(problem.segments.select(problem.retained), facts=facts)
+        pruned = Candidate(problem.layer.segments.select(problem.retained), facts=facts)
         if not facts["moved_share"]:  # then both are the same to the bit
             return {"pruned": pruned}
         return {"pruned": pruned, "recombined": Candidate(recombined.segments, rows, facts)}

@@ -9,4 +9,4 @@ class Prune:
     """Drop experts by any saliency (REAP, arXiv 2510.13999, and its relatives are this with another `selection`)."""
 
     def compress_layer(self, problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
-        return {"pruned": Candidate(problem.segments.select(problem.retained))}
+        return {"pruned": Candidate(problem.layer.segments.select(problem.retained))}

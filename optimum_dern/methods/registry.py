@@ -7,9 +7,9 @@ from typing import Protocol
 from torch import Tensor
 
 from ..config import DernConfig
+from ..core.observation import ObservedLayer
 from ..core.recombination import Map
 from ..core.segments import Segments
-from ..core.statistics import ExpertStatistics
 
 
 __all__ = ["METHODS", "Candidate", "LayerProblem", "Method", "get_method", "register_method"]
@@ -19,11 +19,9 @@ __all__ = ["METHODS", "Candidate", "LayerProblem", "Method", "get_method", "regi
 class LayerProblem:
     """What a method gets to see of a layer with E experts, N of which stay."""
 
-    segments: Segments  # E experts, as the model stores them
-    statistics: ExpertStatistics
+    layer: ObservedLayer
     scores: Tensor  # (E,) saliency
     retained: Tensor  # (N,) ascending
-    router_rows: Tensor | None  # (E, d), where the router has one matrix
     map_experts: Map = map  # for work that goes expert by expert: several processes share it
 
 

@@ -18,9 +18,9 @@ def zero_method(monkeypatch):
 
         def compress_layer(self, problem, config):
             self.problems.append(problem)
-            kept = problem.segments.select(problem.retained)
+            kept = problem.layer.segments.select(problem.retained)
             silent = kept._replace(down=torch.zeros_like(kept.down))
-            rows = 2 * problem.router_rows[problem.retained]
+            rows = 2 * problem.layer.router_rows[problem.retained]
             return {"pruned": Candidate(kept), "zero": Candidate(silent, rows, {"moved_share": 0.25})}
 
     return Zero
@@ -31,12 +31,12 @@ def test_a_method_of_ones_own(zero_method):
     model, original = make_model("mixtral"), make_model("mixtral")
     report = compress(model, method="zero", guard=False, refit=False).report
     for layer, problem in zip(report.layers, zero_method.problems, strict=True):
-        assert problem.segments.gate.shape == (EXPERTS, WIDTH, HIDDEN)
-        assert problem.statistics.tokens == 12 * 24
+        assert problem.layer.segments.gate.shape == (EXPERTS, WIDTH, HIDDEN)
+        assert problem.layer.statistics.tokens == 12 * 24
         assert problem.scores.tolist() == layer.saliency
         assert problem.retained.tolist() == layer.retained
         gate = original.get_submodule(layer.name).gate.weight
-        assert torch.equal(problem.router_rows, gate)
+        assert torch.equal(problem.layer.router_rows, gate)
         assert torch.equal(model.get_submodule(layer.name).gate.weight, 2 * gate[layer.retained])
         assert not model.get_submodule(layer.name).experts.down_proj.any()
         assert (layer.winner, layer.moved_share) == ("zero", 0.25)

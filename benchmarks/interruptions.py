@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 
-TIMED = ("dern_report.json", "README.md")  # they tell seconds and memory
+TIMED = ("dern_report.json", "dern_report.html", "dern_report.png", "README.md")  # they tell seconds and memory
 
 
 def main() -> None:

@@ -1,9 +1,12 @@
 """Peak memory, time and bytes read of compressing a checkpoint that is larger than the memory allowed for it.
 
 Writes random Mixtral-layout checkpoints of several depths, compresses each in a process of its own under an
-address-space limit, and prints a table and one JSON line.
+address-space limit, and prints a table and one JSON line.  With `--max-memory` the process gets that bound, which is
+also the limit of its anonymous memory: what is in files does not count there, and is reported beside it.
 
 python benchmarks/memory.py --layers 4 8 12 --limit 3GiB --threads 2
+python benchmarks/memory.py --layers 2 --experts 146 --max-memory 1.5GiB --sequences 8 --sequence-length 128
+python benchmarks/memory.py --layers 2 --method dern --recommended --max-memory 8GiB
 """
 
 import argparse
@@ -23,9 +26,10 @@ from optimum_dern.checkpoint.shards import OutputTensor, ShardWriter, parse_byte
 
 
 CHILD = """
-import json, resource, sys, time
+import json, resource, sys, threading, time
 limit, threads, source, output, options = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5], json.loads(sys.argv[5])
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+kind = resource.RLIMIT_DATA if options.get("max_memory") else resource.RLIMIT_AS
+resource.setrlimit(kind, (limit, limit))
 import torch
 torch.set_num_threads(threads)
 from optimum_dern import DernCompressor
@@ -33,16 +37,34 @@ from optimum_dern.checkpoint.reader import CheckpointReader
 readers, init = [], CheckpointReader.__init__
 CheckpointReader.__init__ = lambda self, folder: (init(self, folder), readers.append(self))[0]
 tokens = torch.randint(1000, (options.pop("sequences"), options["sequence_length"]), generator=torch.manual_seed(0))
-import transformers, optimum_dern.engine.checkpoint
+import transformers, optimum_dern.engine.checkpoint, optimum_dern.engine.preparation as preparation
+plans, plan = [], preparation.plan_memory
+preparation.plan_memory = lambda *args: (plans.append(plan(*args)), plans[-1])[1]
+peaks = {"RssAnon": 0, "RssFile": 0, "VmRSS": 0}
+
+def sample():
+    while True:
+        for line in open("/proc/self/status"):
+            name, _, value = line.partition(":")
+            if name in peaks:
+                peaks[name] = max(peaks[name], int(value.split()[0]) * 1024)
+        time.sleep(0.02)
+
 from optimum_dern.engine.allocator import return_large_blocks
 return_large_blocks()  # as the command line does with --max-memory
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 started = time.perf_counter()
-DernCompressor(dataset=[{"input_ids": row} for row in tokens], **options).compress_checkpoint(source, output)
+threading.Thread(target=sample, daemon=True).start()
+bound = {"max_memory": options.pop("max_memory")} if "max_memory" in options else {}
+DernCompressor(dataset=[{"input_ids": row} for row in tokens], **options).compress_checkpoint(source, output, **bound)
 print(json.dumps({
     "seconds": time.perf_counter() - started,
     "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     "interpreter_bytes": base,
+    "sampled_bytes": peaks,
+    "predicted_bytes": plans[0].peak,
+    "experts_in_file": plans[0].experts_in_file,
+    "hidden_in_file": plans[0].spilled,
     "bytes_read": readers[0].bytes_read,
     "source_bytes": readers[0].bytes,
 }))
@@ -59,6 +81,8 @@ def main() -> None:
     parser.add_argument("--limit", default="3GiB", help="address space of the compressing process")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--method", default="prune")
+    parser.add_argument("--recommended", action="store_true", help="with the refits of router and neurons")
+    parser.add_argument("--max-memory", help="the bound to keep; replaces --limit")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--folder", type=Path, help="for the checkpoints; a temporary one by default")
@@ -83,13 +107,14 @@ def measure(args: argparse.Namespace, layers: int, folder: Path) -> dict:
     options = {
         "sparsity": 0.5,
         "method": args.method,
-        "router_refit": False,
-        "neuron_refit": False,
+        **({} if args.recommended else {"router_refit": False, "neuron_refit": False}),
         "sequences": args.sequences,
         "sequence_length": args.sequence_length,
         "batch_size": 1,
     }
-    limit = str(parse_bytes(args.limit))
+    if args.max_memory:
+        options["max_memory"] = args.max_memory
+    limit = str(parse_bytes(args.max_memory or args.limit))
     words = [limit, str(args.threads), str(folder / "source"), str(folder / "out"), json.dumps(options)]
     started = time.perf_counter()
     # Arrow's own allocator reserves a gigabyte of addresses, which the limit would count.
@@ -113,10 +138,13 @@ def measure(args: argparse.Namespace, layers: int, folder: Path) -> dict:
 def row_text(row: dict) -> str:
     """A line of the table."""
     gib = 2**30
+    sampled = ", ".join(f"{name} {value / gib:.2f}" for name, value in row["sampled_bytes"].items())
+    where = f"experts in {'a file' if row['experts_in_file'] else 'memory'}"
     return (
         f"{row['layers']:3d} layers, {row['source_bytes'] / gib:5.2f} GiB: peak {row['peak_bytes'] / gib:.2f} GiB = "
         f"{row['peak_over_layer']:.2f} x the largest layer ({row['layer_bytes'] / gib:.2f} GiB) + hidden states "
-        f"({row['interpreter_bytes'] / gib:.2f} GiB before the start); read {row['read_over_size']:.3f} x its size; "
+        f"({row['interpreter_bytes'] / gib:.2f} GiB before the start); predicted {row['predicted_bytes'] / gib:.2f}; "
+        f"sampled {sampled}; {where}; read {row['read_over_size']:.3f} x its size; "
         f"{row['seconds']:.0f} s, {row['seconds'] / row['layers']:.1f} s a layer"
     )
 

@@ -1,11 +1,12 @@
 """`DernCompressor`: the Optimum-style entry point, from a model and some text to a smaller model and a report."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .config import DernConfig
-from .reporting.report import CompressionReport, LayerReport, ModelSize
+from .reporting.report import CompressionReport
 
 
 __all__ = ["DernCompressor"]
@@ -46,16 +47,15 @@ class DernCompressor:
         Raises:
             ValueError: a model, count or dataset that cannot work.
         """
-        from .calibration.model_batches import load_model_batches
+        from .calibration.description import describe_calibration
         from .checkpoint.orientation import keep_orientation_
         from .checkpoint.publishing import keep_publishable_
-        from .checkpoint.source import source_config
-        from .engine.layers import compress_layers_
-        from .models.mode import evaluation_mode
+        from .checkpoint.source import model_source, source_config
+        from .engine.in_memory import compress_in_memory_
+        from .engine.reports import make_report
         from .models.refusals import check_materialised
         from .models.size import measure_model
         from .models.structure import find_moe_layers
-        from .models.view import restored_on_error, write_counts_
 
         started = time.perf_counter()
         layers = find_moe_layers(model)
@@ -63,14 +63,20 @@ class DernCompressor:
         check_materialised(layers)
         before, source = measure_model(model, layers), source_config(model)
         keep_orientation_(model)
-        batches = load_model_batches(self.config, model, tokenizer) if batches is None else batches
+        batches = self._load_batches(model, tokenizer) if batches is None else batches
         reports = []
         if num_experts < before.experts:
-            with evaluation_mode(model), restored_on_error(layers):
-                reports = compress_layers_(model, layers, batches, self.config, num_experts)
-            write_counts_(model, layers, num_experts)
-        seconds = time.perf_counter() - started
-        self.report = self._make_report(model, before, batches, reports, seconds)
+            reports = compress_in_memory_(model, layers, batches, self.config, num_experts)
+        self.report = make_report(
+            self.config,
+            model.config.model_type,
+            model_source(model),
+            (before, measure_model(model, find_moe_layers(model))),
+            reports,
+            describe_calibration(self.config.dataset, batches),
+            started,
+            model.device,
+        )
         keep_publishable_(model, self.report, source)
         return model
 
@@ -80,6 +86,9 @@ class DernCompressor:
         output: str | Path,
         tokenizer: Any = None,
         *,
+        num_experts: int | Sequence[int] | None = None,
+        sparsity: float | Sequence[float] | None = None,
+        statistics: str | Path | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         trust_remote_code: bool = False,
@@ -89,16 +98,23 @@ class DernCompressor:
         max_memory: str | int | None = None,
         restart: bool = False,
         overwrite: bool = False,
-    ) -> CompressionReport:
+    ) -> CompressionReport | list[CompressionReport]:
         """Compress a checkpoint on disk into another, with one decoder layer in memory at a time.
 
         Interrupted at any moment, the same call goes on at the first unfinished layer.  Where `accelerate launch` or
         `torchrun` has started several processes, all make this call, and share the work.
 
+        Several amounts give several checkpoints out of one pass over the source and the calibration data, each to
+        the bit what a run of its own gives, in folders of `output` such as `96-experts`.
+
         Args:
             model: folder or Hub id of a safetensors checkpoint.
             output: folder; it must be empty or hold an unfinished run of the same kind.
             tokenizer: object, Hub id or path; by default the checkpoint's own.
+            num_experts: how many experts stay per layer, instead of the config's amount; a list for several results.
+            sparsity: fraction of the experts dropped, likewise.
+            statistics: a `dern_statistics.safetensors` that a oneshot run has left, instead of calibration data, for
+                what needs no more: no refit, no guard.
             revision: branch, tag or commit of a Hub model.
             token: for a private one.
             trust_remote_code: run modelling code from the checkpoint.
@@ -111,59 +127,39 @@ class DernCompressor:
             overwrite: allow other files in the output folder; an earlier checkpoint there is replaced at the end.
 
         Returns:
-            The report, also `self.report`.
+            The report, a list of them for a list of amounts; the last one is also `self.report`.
 
         Raises:
-            ValueError: a checkpoint, count, dataset or output folder that cannot work.
+            ValueError: a checkpoint, count, dataset, statistics file or output folder that cannot work.
             FileNotFoundError: weights that are not there, or only pickled ones.
             RuntimeError: another run is at the output folder.
             ProcessFailed: another process of this run has ended.
         """
-        import torch
-
-        from .calibration.data import holds_text
-        from .calibration.model_batches import load_model_batches
-        from .checkpoint.preparation import find_checkpoint, prepare_output
-        from .checkpoint.shards import parse_bytes
-        from .checkpoint.tensor_file import dtype_name
-        from .engine.checkpoint import CheckpointTask, compress_checkpoint
+        from .engine.checkpoint import compress_checkpoint
         from .engine.distributed import joined_processes
-        from .engine.memory import plan_memory
-        from .models.structure import find_moe_layers
+        from .engine.preparation import CheckpointRequest, prepare_task
+        from .engine.requests import configs_for
 
-        shard_size = parse_bytes(max_shard_size) if max_shard_size else None
-        bound = parse_bytes(max_memory) if max_memory else None
+        request = CheckpointRequest(
+            model=model,
+            output=output,
+            configs=configs_for(self.config, num_experts, sparsity),
+            tokenizer=tokenizer,
+            statistics=statistics,
+            revision=revision,
+            token=token,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            max_memory=max_memory,
+            restart=restart,
+            overwrite=overwrite,
+        )
         with joined_processes(device) as processes:
-            source = processes.main_first(lambda: find_checkpoint(model, revision, token, trust_remote_code, dtype))
-            skeleton = source.skeleton
-            layers = find_moe_layers(skeleton)
-            num_experts = self.check(skeleton, layers)
-            if num_experts == layers[0].num_experts:
-                raise ValueError(f"nothing to compress: every layer would keep all of its {num_experts} experts")
-            output = processes.on_main(lambda: prepare_output(source.folder, Path(output), restart, overwrite))
-            tokenizer = source.folder if tokenizer is None and holds_text(self.config.dataset) else tokenizer
-            batches = processes.on_main(lambda: load_model_batches(self.config, skeleton, tokenizer))
-            tokens = sum(batch["input_ids"].numel() for batch in processes.share(batches))
-            memory = plan_memory(skeleton, layers, tokens, self.config, num_experts, bound)
-            reader = processes.main_first(source.open_weights)
-            self.report = compress_checkpoint(
-                CheckpointTask(
-                    model=skeleton,
-                    layers=layers,
-                    reader=reader,
-                    name=str(model),
-                    revision=source.commit,
-                    batches=batches,
-                    config=self.config,
-                    num_experts=num_experts,
-                    output=output,
-                    max_shard_size=shard_size or reader.largest_file,
-                    spill=memory.spilled,
-                    dtype=dtype and dtype_name(getattr(torch, dtype)),
-                    processes=processes,
-                )
-            )
-        return self.report
+            reports = compress_checkpoint(prepare_task(request, processes))
+        self.report = reports[-1]
+        several = isinstance(num_experts, Sequence) or isinstance(sparsity, Sequence)
+        return reports if several else self.report
 
     def prepare(self, model: Any, tokenizer: Any = None) -> list[dict]:
         """Do what comes before the long work, on a model whose weights need not be there yet.
@@ -178,10 +174,8 @@ class DernCompressor:
         Raises:
             ValueError: a model, count or dataset that cannot work.
         """
-        from .calibration.model_batches import load_model_batches
-
         self.check(model)
-        return load_model_batches(self.config, model, tokenizer)
+        return self._load_batches(model, tokenizer)
 
     def check(self, model: Any, layers: list | None = None) -> int:
         """Refuse whatever cannot work before any long work begins.
@@ -196,29 +190,12 @@ class DernCompressor:
         Raises:
             ValueError: what was found, what is allowed, and the mend.
         """
-        from .models.refusals import check_model, check_protection, resolve_count
-        from .models.structure import find_moe_layers, layers_by_position
+        from .engine.requests import check_data, check_request
+        from .models.structure import find_moe_layers
 
-        config, layers = self.config, find_moe_layers(model) if layers is None else layers
-        self.check_names()
-        check_model(model, layers)
-        if config.dataset is None:
-            raise ValueError("no calibration data: give dataset=..., for example a list of texts, a file, or 'c4'")
-        count = resolve_count(layers[0], config.sparsity, config.num_experts, config.experts_multiple_of)
-        check_protection(layers_by_position(model, layers), config.protect_experts or {}, count)
+        count = check_request(self.config, model, find_moe_layers(model) if layers is None else layers)
+        check_data(self.config)
         return count
-
-    def check_names(self) -> None:
-        """Refuse an unknown method or selection criterion; needs no model.
-
-        Raises:
-            ValueError: naming those that exist.
-        """
-        from .core.saliency import check_criterion
-        from .methods import get_method
-
-        get_method(self.config.method)
-        check_criterion(self.config.selection)
 
     def save(self, model: Any, output: str | Path, tokenizer: Any = None, max_shard_size: str | int = "5GB") -> None:
         """Write a compressed model as an ordinary checkpoint with its card, report and provenance.
@@ -296,31 +273,11 @@ class DernCompressor:
         """A compressor with the config of `to_dict`."""
         return cls(**{name: value for name, value in values.items() if name != "meta"})
 
-    def _make_report(
-        self, model: Any, before: ModelSize, batches: list[dict], layers: list[LayerReport], seconds: float
-    ) -> CompressionReport:
-        from .calibration.description import describe_calibration, recordable_dataset
-        from .checkpoint.source import model_source
-        from .engine.progress import peak_memory_bytes
-        from .models.size import measure_model
-        from .models.structure import find_moe_layers
-        from .versions import tool_versions
+    def _load_batches(self, model: Any, tokenizer: Any) -> list[dict]:
+        """The calibration data; none where no token is needed, and none is given."""
+        from .calibration.model_batches import load_model_batches
 
-        name, revision = model_source(model)
-        return CompressionReport(
-            source=name,
-            revision=revision,
-            model_type=model.config.model_type,
-            method=self.config.method,
-            config={**self.config.to_dict(), "dataset": recordable_dataset(self.config.dataset)},
-            calibration=describe_calibration(self.config.dataset, batches),
-            before=before,
-            after=measure_model(model, find_moe_layers(model)),
-            layers=layers,
-            versions=tool_versions(),
-            seconds=seconds,
-            peak_memory_bytes=peak_memory_bytes(model.device),
-        )
+        return [] if self.config.dataset is None else load_model_batches(self.config, model, tokenizer)
 
     def _require_report(self) -> CompressionReport:
         if self.report is None:

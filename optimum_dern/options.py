@@ -30,11 +30,19 @@ PRESETS = {
         "calibration_order": "oneshot",
     },
 }
+OF_METHODS = {  # what a method's paper fixes, where the user does not
+    "ream": {"selection": "reap", "calibration_order": "sequential"},
+    "m_smoe": {"selection": "frequency"},
+    "hc_smoe": {"selection": "frequency"},
+    "mergemoe": {"selection": "frequency"},
+    "sub_moe": {"selection": "frequency"},
+}
 CHOICES = {
     "preset": tuple(PRESETS),
     "router_update": ("none", "rows"),
     "cluster_init": ("own", "gate", "random"),
     "calibration_order": ("sequential", "oneshot"),
+    "layer_budget": ("uniform", "error"),
 }
 POSITIVE_INTEGERS = (
     "num_experts",
@@ -65,9 +73,13 @@ class DernOptions:
 
     sparsity: float | None = _option(None, "fraction of the routed experts dropped per layer (default: 0.5)")
     num_experts: int | None = _option(None, "how many experts stay per layer, instead of a sparsity")
-    method: str = _option("dern", "name in the method registry: dern, or prune")
+    method: str = _option("dern", "dern, prune, ream, m_smoe, hc_smoe, mergemoe or sub_moe")
     preset: str = _option("recommended", "recommended, or paper: DERN exactly as published, no refit and no guard")
-    selection: str = _option("router", "saliency that ranks experts: router, frequency, ean, reap, man, msan, random")
+    selection: str | None = _option(
+        None,
+        "which experts stay: router, frequency, ean, reap, man, msan, hope, easy_ep, aimer, greedy or random "
+        "(default: the method's own)",
+    )
     similarity_threshold: float = _option(0.5, "alpha: a segment moves only if its best cosine exceeds it")
     similarity_weights: tuple[float, float, float] = _option((0.0, 1.0, 1.0), "of the gate, up and down projections")
     router_update: str = _option("none", "none, or rows: add moved shares of dropped router rows to their destination")
@@ -78,9 +90,11 @@ class DernOptions:
     refit: bool | None = _option(None, "closed-form ridge refit of the retained experts' down projections")
     router_refit: bool | None = _option(None, "with refit: Gauss-Newton steps of the router in turn with it")
     neuron_refit: bool | None = _option(
-        None, "with refit: Gauss-Newton steps of gate and up projections in turn with it"
+        None, "with refit: minibatch descent of all projections towards the layer's own output"
     )
-    refit_ridge: float = _option(1e-2, "ridge of the refit, relative to the mean eigenvalue of its equations")
+    refit_ridge: float | None = _option(
+        None, "ridge of the refit, relative to the mean eigenvalue of its equations (default: the guard's choice)"
+    )
     refit_sweeps: int = _option(3, "passes of the refit over a layer's experts")
     guard: bool | None = _option(None, "keep per layer the candidate of lowest error on held-out calibration tokens")
     calibration_order: str | None = _option(None, "sequential (later layers see compressed ones) or oneshot")
@@ -91,19 +105,27 @@ class DernOptions:
     seed: int = _option(0, "of the calibration draw and of every random choice")
     text_column: str = _option("text", "column of calibration rows that holds the text")
     protect_experts: Mapping[int, list[int]] | str | None = _option(
-        None, "experts never dropped: decoder layer -> experts, or an earlier dern_report.json, whose experts stay"
+        None,
+        "experts never dropped: decoder layer -> experts; super: those with outlier outputs, found by the way; or an "
+        "earlier dern_report.json, whose experts stay",
+    )
+    layer_budget: str = _option(
+        "uniform",
+        "uniform, or error: as many experts in all, more in layers that pruning hurts most; only in memory, and only "
+        "for models whose own code reads an expert count per layer (none of transformers 5.23)",
     )
     experts_multiple_of: int = _option(1, "round the retained count up to a multiple (serving kernels like 4 or 8)")
     quant_method: str = _option("dern", "fixed: how transformers recognises this config")
 
     def __post_init__(self) -> None:
         self._choose("preset")
-        for name, value in PRESETS[self.preset].items():
+        of_method = OF_METHODS.get(self.method, {})
+        for name, value in {**PRESETS[self.preset], "selection": "router", **of_method}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         for name in CHOICES:
             self._choose(name)
-        if isinstance(self.protect_experts, str | Path):
+        if isinstance(self.protect_experts, str | Path) and self.protect_experts != "super":
             self._retain_as_reported(Path(self.protect_experts))
         self._check_amount()
         for name in POSITIVE_INTEGERS:
@@ -111,12 +133,12 @@ class DernOptions:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}, but it must be a whole number of at least 1")
         for name in ("refit_ridge", "cluster_tolerance"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}, but it must be above 0")
         self._check_similarity()
         if isinstance(self.dataset, Path):
             self.dataset = str(self.dataset)
-        if self.protect_experts is not None:
+        if self.protect_experts not in (None, "super"):
             self.protect_experts = _normalised_protection(self.protect_experts)
         if self.quant_method != "dern":
             raise ValueError(f"quant_method={self.quant_method!r} is not this package's; leave it out or give 'dern'")
@@ -163,7 +185,7 @@ class DernOptions:
 def _normalised_protection(protect: Any) -> dict[int, list[int]]:
     if not isinstance(protect, Mapping):
         raise ValueError(
-            f"protect_experts={protect!r}, but it must map decoder layers to lists of experts, like {{3: [0, 5]}}, or "
-            "be the path of a dern_report.json"
+            f"protect_experts={protect!r}, but it must map decoder layers to lists of experts, like {{3: [0, 5]}}, be "
+            "'super', or be the path of a dern_report.json"
         )
     return {int(layer): sorted({int(expert) for expert in experts}) for layer, experts in protect.items()}

@@ -76,7 +76,7 @@ def check_refusal(model, match, error=ValueError, tokenizer=None, **fields):
         ("mixtral", {"num_experts": 9}, "has 8 experts; choose 1 to 8"),
         ("deepseek_v3", {"num_experts": 5}, "cannot be shared by the router's 2 groups"),
         ("deepseek_v3", {"num_experts": 2}, "needs at least 4"),
-        ("mixtral", {"method": "distil"}, "unknown method 'distil'.*dern, prune"),
+        ("mixtral", {"method": "distil"}, "unknown method 'distil'.*dern, .*prune"),
         ("mixtral", {"selection": "astrology"}, "unknown selection criterion 'astrology'.*reap"),
         ("mixtral", {"dataset": None}, "no calibration data"),
         ("mixtral", {"dataset": []}, "holds no token"),

@@ -155,7 +155,7 @@ def _windows(path: Path, tokenizer: Any, num_samples: int, length: int, seed: in
 
 def _read_rows(path: Path) -> Any:
     if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
     if path.suffix == ".json":
         return _listed(json.loads(path.read_text("utf-8")), path)
     if path.suffix == ".parquet":

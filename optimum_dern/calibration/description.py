@@ -23,6 +23,8 @@ def describe_calibration(dataset: Any, batches: Sequence[Mapping[str, Tensor]]) 
 
 def recordable_dataset(dataset: Any) -> Any:
     """The dataset where it is a name, a path or a mix of them, so that a run can be repeated; else its description."""
+    if dataset is None:
+        return None
     if isinstance(dataset, Mapping):
         return {str(name): weight for name, weight in dataset.items()}
     return describe_dataset(dataset)
@@ -30,6 +32,8 @@ def recordable_dataset(dataset: Any) -> Any:
 
 def describe_dataset(dataset: Any) -> str:
     """A line for reports: the name or path, or the kind and size of an object."""
+    if dataset is None:
+        return "none"
     if isinstance(dataset, str | Path):
         return str(dataset)
     if isinstance(dataset, Mapping):

@@ -23,7 +23,7 @@ NO_CACHE = {"past_key_values": None}  # a layer runs several times, and must not
 class Call(NamedTuple):
     """The arguments of one forward call, hidden states apart."""
 
-    hidden: Tensor
+    hidden: Tensor | None  # kept of the first layer's call only
     args: tuple
     kwargs: dict
 
@@ -106,7 +106,9 @@ def record_routing(block: nn.Module, experts: nn.Module, stop: bool = False) -> 
 
 
 @torch.no_grad()
-def record_layer_calls(model: nn.Module, layers: nn.ModuleList, batches: Sequence[dict]) -> list[list[Call]]:
+def record_layer_calls(
+    model: nn.Module, layers: nn.ModuleList, batches: Sequence[dict], keep: Callable[[Tensor], Tensor] = torch.detach
+) -> list[list[Call]]:
     """The arguments of every decoder layer for every micro-batch, without running any layer.
 
     Each layer's own masks, positions and other arguments are recorded as the model makes them, so a layer run later
@@ -117,18 +119,23 @@ def record_layer_calls(model: nn.Module, layers: nn.ModuleList, batches: Sequenc
         model: a causal language model.
         layers: its decoder layers.
         batches: keyword arguments of the model, one dict per micro-batch.
+        keep: makes what is kept of the hidden states.
 
     Returns:
         calls[layer][batch]; the hidden states of `calls[0]` are those that enter the first layer.
     """
     try:
-        return _record(model, layers, batches, lambda hidden: hidden.as_subclass(LayerOutput))
+        return _record(model, layers, batches, lambda hidden: hidden.as_subclass(LayerOutput), keep)
     except LayerUnpacked:
-        return _record(model, layers, batches, lambda hidden: (hidden, LayerState(1)))
+        return _record(model, layers, batches, lambda hidden: (hidden, LayerState(1)), keep)
 
 
 def _record(
-    model: nn.Module, layers: nn.ModuleList, batches: Sequence[dict], output: Callable[[Tensor], object]
+    model: nn.Module,
+    layers: nn.ModuleList,
+    batches: Sequence[dict],
+    output: Callable[[Tensor], object],
+    keep: Callable[[Tensor], Tensor],
 ) -> list[list[Call]]:
     """Record every layer's calls while `output` of the hidden states that it got stands for what it returns."""
     calls: list[list[Call]] = [[] for _ in layers]
@@ -137,7 +144,7 @@ def _record(
     def recorder(position: int) -> Callable:
         def forward(*args, **kwargs):
             call = Call.of(args, kwargs | NO_CACHE if "past_key_values" in kwargs else kwargs)
-            calls[position].append(call)
+            calls[position].append(call._replace(hidden=None if position else keep(call.hidden)))
             if position + 1 == len(layers):
                 raise StopForward
             return output(call.hidden)

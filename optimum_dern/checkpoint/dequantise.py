@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.workspace import Empty
 from .quantisation import check_quantisation, dequantise_fp8, dequantise_mxfp4, without_quantisation
 from .reader import CheckpointReader, LazyTensor
 from .tensor_file import TensorInfo
@@ -69,12 +70,20 @@ class DequantisingReader:
 
     def lazy(self, name: str) -> LazyTensor:
         """A tensor that is read once it is used."""
-        return LazyTensor(self.infos[name], lambda: self.read(name))
+        return LazyTensor(self.infos[name], lambda empty: self.read(name, empty))
 
-    def read(self, name: str) -> Tensor:
-        """A tensor, dequantised."""
+    def read(self, name: str, empty: Empty = torch.empty) -> Tensor:
+        """A tensor, dequantised.
+
+        Args:
+            name: of the tensor.
+            empty: makes it.
+        """
         packed = self._packed.get(name)
-        tensor = packed.decode(*map(self._reader.read, packed.parts)) if packed else self._reader.read(name)
+        if packed is None:
+            tensor = self._reader.read(name, empty)
+        else:
+            tensor = packed.decode(*(self._reader.read(part, empty) for part in packed.parts), empty=empty)
         if self.after_read is not None:
             self.after_read(name, tensor)
         return tensor

@@ -1,138 +1,47 @@
-"""The decoder layers of a checkpoint, one at a time: loaded from the source, written to the output, given back."""
+"""The decoder layers of a checkpoint, one at a time: loaded from the source, for one output or several."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 
-import torch
 from torch import Tensor
 
-from ..core.routing import retain
-from ..models.structure import MoELayer, layers_by_position
-from ..models.view import LayerWeights, read_layer, retained_routing, write_layer_
-from ..reporting.report import LayerReport
 from .loader import PartLoader
-from .manifest import Manifest
-from .output_plan import OutputPlan, layer_parameters
-from .shards import ShardWriter
-from .tensor_file import DTYPES
+from .output import CheckpointOutput
 
 
 __all__ = ["CheckpointLayers"]
 
 
 class CheckpointLayers:
-    """Provides the engine with decoder layers out of a checkpoint, and takes the compressed ones.
+    """Provides the engine with the original decoder layers of a checkpoint.
 
-    Tensors that pass through are written when they are read, so the source is read once.  Of several processes, the
-    one whose manifest writes does so for all; the others only load.
+    Tensors that pass through are written to all outputs when they are read, so the source is read once.
 
     Args:
         loader: of the source's parts.
-        layers: the model's MoE layers, with E experts.
-        plan: of the output.
-        writer: of the output.
-        manifest: what earlier runs have finished.
-        num_experts: N.
+        outputs: that take tensors from it.
     """
 
-    def __init__(
-        self,
-        loader: PartLoader,
-        layers: Sequence[MoELayer],
-        plan: OutputPlan,
-        writer: ShardWriter,
-        manifest: Manifest,
-        num_experts: int,
-    ) -> None:
-        self.loader, self.plan, self.writer, self.manifest = loader, plan, writer, manifest
-        self.model, self.reader, self.names = loader.model, loader.reader, loader.names
-        self.num_experts = num_experts
-        self.positions = layers_by_position(self.model, layers)
-        self.finished = {position: note and LayerReport(**note) for position, note in manifest.layers.items()}
-        if manifest.writes:
-            self.reader.after_read = self._copy
+    def __init__(self, loader: PartLoader, outputs: Sequence[CheckpointOutput]) -> None:
+        self.loader, self.reader, self.outputs = loader, loader.reader, outputs
+        self.reader.after_read = self._copy
 
     def outside(self) -> AbstractContextManager:
         """Embeddings and positions, for as long as the context is open."""
         return self.loader.outside()
 
-    def loaded(self, position: int, compressed: bool = False) -> AbstractContextManager:
-        """One decoder layer, for as long as the context is open.
-
-        Args:
-            position: of the layer.
-            compressed: as an earlier run has written it, instead of the original.
-        """
-        layer = self.positions.get(position)
-        if not compressed or layer is None:
-            return self.loader.loaded(position)
-        replaced = self.names.original(self.model, layer_parameters(layer, layer.num_experts))
-        tensors = {n: tensor for n, tensor in self.loader.tensors(position).items() if n not in replaced}
-        tensors |= {name: self.writer.lazy(name) for name in self.plan.rewritten[layer.name]}
-        _shrink_(layer, self.num_experts)
-        return self.loader.loaded(position, tensors)
-
-    def finish(self, position: int, report: LayerReport | None) -> None:
-        """Write a layer's experts and router, and note that it is done."""
-        self.finished[position] = report
-        if not self.manifest.writes:
-            return
-        if report is not None:
-            self._write_experts(self.positions[position], report.retained)
-        self.writer.flush()
-        self.manifest.finish_layer(position, report and asdict(report))
+    def loaded(self, position: int) -> AbstractContextManager:
+        """One decoder layer, for as long as the context is open."""
+        return self.loader.loaded(position)
 
     def copy_rest(self) -> None:
         """Write the tensors that pass through and were not needed so far."""
-        if self.manifest.writes:
-            for name in sorted(self.plan.copied - self.manifest.tensors.keys()):
-                self.reader.read(name)
+        for name in sorted(set().union(*(output.missing() for output in self.outputs))):
+            self.reader.read(name)
         self.reader.close()
-        self.writer.flush()
-        self.manifest.save()
+        for output in self.outputs:
+            output.save()
 
     def _copy(self, name: str, tensor: Tensor) -> None:
-        if name in self.plan.copied and name not in self.manifest.tensors:
-            self.manifest.tensors[name] = self.writer.write(name, tensor.to(self._dtype(name)))
-
-    def _dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self.writer.places[name].dtype]
-
-    def _write_experts(self, layer: MoELayer, retained: list[int]) -> None:
-        state = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        current = {name: state[name].detach() for name in layer_parameters(layer, self.num_experts)}
-        for parameter, value in current.items():
-            groups = self.names.by_expert(self.model, parameter, value.shape)
-            if groups is None:
-                self._write(self.names.original(self.model, {parameter: value}), retained)
-            for expert, group in enumerate(groups or []):  # one by one: their pieces are copies
-                pieces = self.names.original(self.model, {parameter: value[expert : expert + 1]}).values()
-                self._write(dict(zip(group, pieces, strict=True)), retained)
-
-    def _write(self, tensors: Mapping[str, Tensor], retained: list[int]) -> None:
-        for name, tensor in tensors.items():
-            if tuple(tensor.shape) != self.writer.places[name].shape:  # fused, and stored the other way round
-                tensor = tensor.transpose(-1, -2)
-            tensor = self._in_stored_dtype(name, tensor.cpu(), retained)
-            self.manifest.tensors[name] = self.writer.write(name, tensor)
-
-    def _in_stored_dtype(self, name: str, tensor: Tensor, retained: list[int]) -> Tensor:
-        """A tensor in the output's dtype; unchanged entries that the source has in a finer one come from there."""
-        dtype = self._dtype(name)
-        if dtype == tensor.dtype:
-            return tensor
-        shape = self.reader.infos[name].shape
-        dims = [dim for dim, (a, b) in enumerate(zip(shape, tensor.shape, strict=True)) if a != b]
-        if len(dims) == 1:  # the expert dimension of a router's tensor; experts stored one by one have none
-            stored = retain(self.reader.read(name), torch.tensor(retained), dims[0])
-            if torch.equal(stored.to(tensor.dtype), tensor):
-                return stored.to(dtype)
-        return tensor.to(dtype)
-
-
-def _shrink_(layer: MoELayer, num_experts: int) -> None:
-    """Give an unloaded layer the shapes that it has with N experts."""
-    weights, first = read_layer(layer), torch.arange(num_experts)
-    routing = retained_routing(layer, weights, first)
-    write_layer_(layer, LayerWeights(weights.segments.select(first), routing))
+        for output in self.outputs:
+            output.copy(name, tensor)

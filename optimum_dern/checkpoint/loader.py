@@ -32,6 +32,7 @@ class PartLoader:
         self.model, self.reader, self.names, self.device = model, reader, names, device
         self.decoder, self.decoder_layers = find_decoder_layers(model, layers[0])
         self.positions = layers_by_position(model, layers)
+        self.empty = layers[0].workspace.empty  # makes what is large
 
     @contextmanager
     def outside(self, head: bool = False) -> Iterator[None]:
@@ -96,7 +97,7 @@ class PartLoader:
             missing = [source for group in groups for source in group if source not in tensors]
             if missing:
                 raise ValueError(f"{self.reader.folder} has no {missing[0]}; it is incomplete")
-            together = torch.empty(shape, dtype=dtype, device=self.device)
+            together = self.empty(shape, dtype=dtype, device=self.device)
             for expert, group in enumerate(groups):
                 parameters[name] = nn.Parameter(torch.empty(1, *shape[1:], dtype=dtype, device="meta"), False)
                 load_tensors_(self.model, {source: tensors.pop(source) for source in group}, self.device)
@@ -104,7 +105,7 @@ class PartLoader:
             parameters[name] = nn.Parameter(together, False)
 
     def _load(self, module: nn.Module, tensors: Mapping[str, LazyTensor]) -> None:
-        load_tensors_(self.model, tensors, self.device)
+        load_tensors_(self.model, {name: lazy.into(self.empty) for name, lazy in tensors.items()}, self.device)
         for part in module.modules():  # what no checkpoint stores, such as rotary frequencies, is made on the CPU
             for name, buffer in part._buffers.items():
                 if buffer is not None and buffer.device.type != "meta":

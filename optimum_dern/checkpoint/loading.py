@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..models.loading import model_class
 from ..reporting.report import CompressionReport
 from .publishing import REPORT_NAME, keep_publishable_
 
@@ -29,7 +30,6 @@ def load_compressed_model(model: str | Path, revision: str | None = None, token:
     Raises:
         ValueError: a checkpoint without `dern_report.json`.
     """
-    import transformers
     from transformers.utils import cached_file
 
     name, files = str(model), {}
@@ -43,8 +43,7 @@ def load_compressed_model(model: str | Path, revision: str | None = None, token:
                 "load it with transformers' AutoModelForCausalLM.from_pretrained"
             )
         files[filename] = json.loads(Path(found).read_text("utf-8"))
-    architecture = (files["config.json"].get("architectures") or [""])[0]
-    loader = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
-    loaded = loader.from_pretrained(name, revision=revision, token=token, **kwargs)
+    source = {"revision": revision, "token": token}
+    loaded = model_class(name, **source).from_pretrained(name, **source, **kwargs)
     keep_publishable_(loaded, CompressionReport.from_dict(files[REPORT_NAME]), files["config.json"])
     return loaded

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-from ..reporting.card import model_card
+from ..reporting.presentation import write_presentation
 from ..reporting.report import CompressionReport
 from .config_json import compressed_config
 
@@ -27,7 +27,7 @@ __all__ = [
     "write_sidecars",
 ]
 
-CONFIG_NAME, REPORT_NAME, CARD_NAME = "dern_config.json", "dern_report.json", "README.md"
+CONFIG_NAME, REPORT_NAME = "dern_config.json", "dern_report.json"
 MANIFEST_NAME = "dern_manifest.json"  # checksums of all tensors
 HUB_ARGUMENTS = ("repo_id", "private", "token", "revision", "commit_message", "create_pr")
 
@@ -90,7 +90,7 @@ def push_to_hub(self, repo_id: str, *, max_shard_size: str | int = "5GB", **opti
 
 
 def write_sidecars(model: Any, folder: Path, report: CompressionReport, source: dict[str, Any] | None) -> None:
-    """Beside saved weights: config.json as published, provenance, report, and a card where there is none.
+    """Beside saved weights: config.json as published, provenance, report, its page, and a card where there is none.
 
     Args:
         model: compressed.
@@ -103,14 +103,13 @@ def write_sidecars(model: Any, folder: Path, report: CompressionReport, source: 
     write_json(config, compressed_config(saved, source, model.config))
     write_json(folder / CONFIG_NAME, provenance(report))
     report.save(folder / REPORT_NAME)
-    if not (folder / CARD_NAME).exists():
-        (folder / CARD_NAME).write_text(f"{model_card(report)}\n", "utf-8")
+    write_presentation(report, folder, keep_card=True)
 
 
 def write_report(folder: Path, report: CompressionReport) -> None:
-    """Write a report, and the card that goes with it, into a checkpoint that is there already."""
+    """Write a report, and the page and card that go with it, into a checkpoint that is there already."""
     report.save(folder / REPORT_NAME)
-    (folder / CARD_NAME).write_text(f"{model_card(report)}\n", "utf-8")
+    write_presentation(report, folder)
 
 
 def provenance(report: CompressionReport) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.workspace import Empty
+
 
 __all__ = ["check_quantisation", "dequantise_fp8", "dequantise_mxfp4", "without_quantisation"]
 
@@ -58,19 +60,20 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def dequantise_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+def dequantise_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int], empty: Empty = torch.empty) -> Tensor:
     """Undo FP8.
 
     Args:
         weight: (..., rows, columns), 8-bit floats.
         scale: (..., row blocks, column blocks), or one number; bytes are exponents of two, plus 127.
         block: rows and columns of a block.
+        empty: makes a weight of several experts.
 
     Returns:
         The weight in bfloat16, rounded once from float32.
     """
     if scale.numel() > 1 and weight.dim() > 2:  # fused experts one by one, as float32 takes four times the space
-        result = torch.empty(weight.shape, dtype=torch.bfloat16)
+        result = empty(weight.shape, dtype=torch.bfloat16)
         for part, (w, s) in enumerate(zip(weight, scale, strict=True)):
             result[part] = dequantise_fp8(w, s, block)
         return result
@@ -82,12 +85,13 @@ def dequantise_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Ten
     return (weight.float() * factor).bfloat16()
 
 
-def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+def dequantise_mxfp4(blocks: Tensor, scales: Tensor, empty: Empty = torch.empty) -> Tensor:
     """Undo MXFP4.
 
     Args:
         blocks: (experts, out, G, B), two numbers a byte.
         scales: (experts, out, G), exponents of two, plus 127.
+        empty: makes the weight.
 
     Returns:
         (experts, in = 2 G B, out) in bfloat16, as gpt-oss computes with it.
@@ -95,7 +99,7 @@ def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     experts, out, groups, width = blocks.shape
-    result = torch.empty(experts, 2 * groups * width, out, dtype=torch.bfloat16)
+    result = empty((experts, 2 * groups * width, out), dtype=torch.bfloat16)
     for expert in range(experts):  # its indices take eight times the space of the packed weights
         one = slice(expert, expert + 1)
         result[one] = convert_moe_packed_tensors(blocks[one], scales[one], dtype=torch.bfloat16)

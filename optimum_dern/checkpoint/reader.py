@@ -5,8 +5,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from ..core.workspace import Empty
 from .tensor_file import DTYPES, TensorInfo, read_header, read_tensor
 
 
@@ -16,13 +18,23 @@ INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 
 
 class LazyTensor:
-    """A tensor of a checkpoint that is read when it is indexed, as transformers' loading does."""
+    """A tensor of a checkpoint that is read when it is indexed, as transformers' loading does.
 
-    def __init__(self, info: TensorInfo, read: Callable[[], Tensor]) -> None:
-        self.info, self.read = info, read
+    Args:
+        info: what it looks like.
+        read: reads it.
+        empty: makes the tensor that it is read into.
+    """
+
+    def __init__(self, info: TensorInfo, read: Callable[[Empty], Tensor], empty: Empty = torch.empty) -> None:
+        self.info, self.read, self.empty = info, read, empty
 
     def __getitem__(self, index: object) -> Tensor:
-        return self.read()[index]
+        return self.read(self.empty)[index]
+
+    def into(self, empty: Empty) -> "LazyTensor":
+        """The same tensor, to be read into another one."""
+        return LazyTensor(self.info, self.read, empty)
 
     def get_shape(self) -> list[int]:
         """The tensor's shape."""
@@ -71,16 +83,21 @@ class CheckpointReader:
 
     def lazy(self, name: str) -> LazyTensor:
         """A tensor that is read once it is used."""
-        return LazyTensor(self.infos[name], lambda: self.read(name))
+        return LazyTensor(self.infos[name], lambda empty: self.read(name, empty))
 
-    def read(self, name: str) -> Tensor:
-        """A tensor as it is stored."""
+    def read(self, name: str, empty: Empty = torch.empty) -> Tensor:
+        """A tensor as it is stored.
+
+        Args:
+            name: of the tensor.
+            empty: makes it.
+        """
         info = self.infos[name]
         if info.dtype not in DTYPES:
             raise ValueError(f"{name} has the dtype {info.dtype}, which is not one of {', '.join(DTYPES)}")
         if info.path not in self._files:
             self._files[info.path] = os.open(info.path, os.O_RDONLY)
-        tensor = read_tensor(info, self._files[info.path])
+        tensor = read_tensor(info, self._files[info.path], empty)
         self.bytes_read += info.size
         if self.after_read is not None:
             self.after_read(name, tensor)

@@ -7,7 +7,7 @@ from pathlib import Path
 __all__ = ["copy_companions"]
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".npz")
-OWN = ("config.json", "README.md", "dern_config.json", "dern_report.json", "dern_manifest.json")
+OWN = ("config.json", "README.md", "dern_config.json", "dern_report.json", "dern_report.html", "dern_manifest.json")
 FOLDERS = ("additional_chat_templates",)
 
 

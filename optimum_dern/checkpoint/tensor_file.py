@@ -6,12 +6,14 @@ are all in memory at once.  The format is simple: eight bytes with the header's 
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..core.workspace import Empty
 
 
 __all__ = ["DTYPES", "TensorInfo", "create_file", "dtype_name", "read_header", "read_tensor", "write_bytes"]
@@ -65,14 +67,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def read_tensor(info: TensorInfo, file: int) -> Tensor:
+def read_tensor(info: TensorInfo, file: int, empty: Empty = torch.empty) -> Tensor:
     """A tensor's own copy of its bytes.
 
     Args:
         info: which.
         file: descriptor of `info.path`.
+        empty: makes the copy; aligned as torch does it, because alignment can change the last bits of sums.
     """
-    data = torch.empty(info.size, dtype=torch.uint8)  # aligned by torch: alignment can change the last bits of sums
+    data = empty([info.size], dtype=torch.uint8)
     view, done = memoryview(data.numpy()), 0
     while done < info.size:
         count = os.preadv(file, [view[done:]], info.start + done)
@@ -82,17 +85,20 @@ def read_tensor(info: TensorInfo, file: int) -> Tensor:
     return data.view(DTYPES[info.dtype]).view(info.shape)
 
 
-def create_file(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
+def create_file(
+    path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> dict[str, TensorInfo]:
     """Write a header and reserve the space of its tensors, whose bytes may then come in any order.
 
     Args:
         path: of the new file.
         tensors: name, dtype name and shape of each.
+        metadata: texts for the header.
 
     Returns:
         Where each tensor's bytes belong.
     """
-    header, places, offset = {"__metadata__": {"format": "pt"}}, {}, 0
+    header, places, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, {}, 0
     for name, dtype, shape in sorted(tensors, key=lambda t: (-DTYPES[t[1]].itemsize, t[0])):  # keeps all aligned
         size = DTYPES[dtype].itemsize * torch.Size(shape).numel()
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}

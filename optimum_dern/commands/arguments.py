@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,15 +18,21 @@ __all__ = ["add_config_arguments", "add_model_arguments", "check_model_name", "c
 
 HIDDEN = {"quant_method"}
 NUMBERS = {"sparsity": float, "num_experts": int}
+AMOUNTS = {"sparsity": "X", "num_experts": "N"}
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options for all fields; one that is not given leaves the field to `--config` or its default."""
+def add_config_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Options for all fields; one that is not given leaves the field to `--config` or its default.
+
+    Args:
+        parser: of the command.
+        several: let the amounts, sparsity and num_experts, be lists; `args.amounts` then has what is one.
+    """
     group = parser.add_argument_group("compression", "every option is a field of DernConfig")
     group.add_argument("--config", type=Path, metavar="FILE", help="JSON file with any of the fields below")
     for field in dataclasses.fields(DernOptions):
         if field.name not in HIDDEN:
-            _add_field(group, field)
+            _add_field(group, field, several)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,10 +76,14 @@ def config_from_arguments(args: argparse.Namespace) -> "DernConfig":
     return DernConfig(**values | given)
 
 
-def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field, several: bool) -> None:
     flag = f"--{field.name.replace('_', '-')}"
     options = {"dest": field.name, "default": argparse.SUPPRESS, "help": _help(field)}
-    if "bool" in str(field.type):
+    if several and field.name in NUMBERS:
+        options["help"] += "; several give as many checkpoints out of one pass, in OUTPUT/N-experts"
+        kind = _amount(NUMBERS[field.name])
+        group.add_argument(flag, action=_AmountsAction, nargs="+", type=kind, metavar=AMOUNTS[field.name], **options)
+    elif "bool" in str(field.type):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
     elif field.name == "dataset":
         group.add_argument(flag, action=_DatasetAction, nargs="+", metavar="SOURCE", **options)
@@ -83,7 +94,7 @@ def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None
     elif field.name in CHOICES:
         group.add_argument(flag, choices=CHOICES[field.name], **options)
     else:
-        kind = NUMBERS.get(field.name, type(field.default))
+        kind = next((kind for kind in (float, int) if kind.__name__ in str(field.type)), str)
         metavar = {int: "N", float: "X", str: "NAME"}[kind]
         group.add_argument(flag, type=kind, metavar=metavar, **options)
 
@@ -95,6 +106,28 @@ def _help(field: dataclasses.Field) -> str:
     if field.default is None or "default:" in text:
         return text
     return f"{text} (default: {json.dumps(field.default)})"
+
+
+class _AmountsAction(argparse.Action):
+    """The first amount is the config's; several are also `namespace.amounts`, under the field's name."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values[0])
+        namespace.amounts = {self.dest: values} if len(values) > 1 else {}
+
+
+def _amount(kind: type) -> Callable[[str], float]:
+    """A parser of numbers that says what to do where an option has taken MODEL for one."""
+
+    def parse(text: str) -> float:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number of its kind ({kind.__name__}); MODEL and OUTPUT come before this option"
+            ) from None
+
+    return parse
 
 
 class _DatasetAction(argparse.Action):

@@ -25,6 +25,8 @@ EPILOG = """examples:
   optimum-dern compress Qwen/Qwen3-30B-A3B out --dataset c4
   optimum-dern compress ./mixtral out --num-experts 4 --dataset notes.txt --evaluate held_out.txt
   optimum-dern compress ./olmoe out --preset paper --dataset wikitext2
+  optimum-dern compress ./olmoe out --num-experts 48 32 16 --dataset c4          # out/48-experts, out/32-experts, ...
+  optimum-dern compress ./olmoe more --preset paper --sparsity 0.3 --statistics out/dern_statistics.safetensors
   accelerate launch --num_processes 4 -m optimum_dern compress ./olmoe out --dataset c4
   optimum-dern compress ./olmoe out --method prune --selection reap --dataset code.jsonl=2 wikitext2=1
 """
@@ -38,13 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evaluate", metavar="TEXT", help="held-out file or folder: measure the loss before and after"
     )
+    parser.add_argument(
+        "--statistics",
+        metavar="FILE",
+        type=Path,
+        help="dern_statistics.safetensors of a oneshot run, instead of --dataset, without refit and guard",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line instead of a table")
     parser.add_argument("--restart", action="store_true", help="discard an unfinished run in OUTPUT")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     parser.add_argument("--max-shard-size", metavar="SIZE", help='of one file, such as "5GB" (default: the source\'s)')
     parser.add_argument("--max-memory", metavar="SIZE", help='refuse what would take more, such as "8GiB"')
     parser.add_argument("--device", default=None, help="cpu, cuda, mps (default: cuda where there is one)")
-    add_config_arguments(parser)
+    add_config_arguments(parser, several=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -56,39 +64,42 @@ def run(args: argparse.Namespace) -> None:
         return_large_blocks()
     with joined_processes(args.device) as processes:
         try:
-            report, texts = _compress(args)
+            reports, texts = _compress(args)
         except Exception:
             if processes.is_first_to_fail():
                 raise
             sys.exit(2)  # one error is enough: that of the process that has failed first
     if processes.is_main:
         if texts:
-            _evaluate(report, args, texts, processes.device)
-        _print_result(report, args)
+            _evaluate(reports, args, texts, processes.device)
+        _print_results(reports, args)
     if processes.count > 1:
         sys.stdout.flush()
         os._exit(0)  # a thread that torch leaves behind may abort an ordinary exit, and the launcher stops the others
 
 
-def _compress(args: argparse.Namespace) -> tuple[Any, dict[str, list[dict]]]:
-    """Everything up to a finished checkpoint: its report, and the texts to evaluate on."""
+def _compress(args: argparse.Namespace) -> tuple[dict[Path, Any], dict[str, list[dict]]]:
+    """Everything up to finished checkpoints: their reports by folder, and the texts to evaluate on."""
     config = config_from_arguments(args)
     check_model_name(args.model)
     _check_output(args)
-    if config.dataset is None:
-        raise ValueError(
-            "--dataset is missing: give calibration text, for example --dataset notes.txt or --dataset c4"
-        )
     _check_sources(config.dataset, args.evaluate)
 
     from ..compressor import DernCompressor
+    from ..engine.requests import check_names, needs_data
 
-    compressor = DernCompressor(config)
-    compressor.check_names()
+    check_names(config)
+    if config.dataset is None and args.statistics is None and needs_data(config):
+        raise ValueError(
+            "--dataset is missing: give calibration text, for example --dataset notes.txt or --dataset c4"
+        )
     texts = _load_texts(args, config.sequence_length) if args.evaluate else {}
-    report = compressor.compress_checkpoint(
+    amounts = getattr(args, "amounts", {})
+    found = DernCompressor(config).compress_checkpoint(
         args.model,
         args.output,
+        **amounts,
+        statistics=args.statistics,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
         device=args.device,
@@ -98,7 +109,9 @@ def _compress(args: argparse.Namespace) -> tuple[Any, dict[str, list[dict]]]:
         restart=args.restart,
         overwrite=args.overwrite,
     )
-    return report, texts
+    if not amounts:
+        return {args.output: found}, texts
+    return {args.output / f"{report.after.experts}-experts": report for report in found}, texts
 
 
 def _load_texts(args: argparse.Namespace, sequence_length: int) -> dict[str, list[dict]]:
@@ -113,16 +126,16 @@ def _load_texts(args: argparse.Namespace, sequence_length: int) -> dict[str, lis
     return load_texts(args.evaluate, tokenizer, min(sequence_length, limit))
 
 
-def _evaluate(report: Any, args: argparse.Namespace, texts: dict[str, list[dict]], device: Any) -> None:
-    """Measure both checkpoints, and put the losses into the report and the card."""
+def _evaluate(reports: dict[Path, Any], args: argparse.Namespace, texts: dict[str, list[dict]], device: Any) -> None:
+    """Measure all checkpoints, and put the losses into the reports and the cards."""
     from ..checkpoint.publishing import write_report
     from ..evaluation.streamed import evaluate_checkpoint
 
     own_code = {"trust_remote_code": args.trust_remote_code}
     before = evaluate_checkpoint(args.model, texts, device, revision=args.revision, **own_code)
-    after = evaluate_checkpoint(args.output, texts, device, **own_code)
-    report.add_evaluation(before, after)
-    write_report(args.output, report)
+    for folder, report in reports.items():
+        report.add_evaluation(before, evaluate_checkpoint(folder, texts, device, **own_code))
+        write_report(folder, report)
 
 
 def _check_output(args: argparse.Namespace) -> None:
@@ -144,10 +157,16 @@ def _check_sources(*sources: Any) -> None:
             check_source(name)
 
 
-def _print_result(report, args: argparse.Namespace) -> None:
+def _print_results(reports: dict[Path, Any], args: argparse.Namespace) -> None:
+    results = [{"output": str(folder), **report.summary()} for folder, report in reports.items()]
     if args.json:
-        print(json.dumps({"output": str(args.output), **report.summary()}))
+        print(json.dumps(results[0] if len(results) == 1 else {"results": results}))
         return
+    for folder, report in reports.items():
+        _print_result(folder, report)
+
+
+def _print_result(folder: Path, report: Any) -> None:
     rows = [
         ("experts per layer", f"{report.before.experts}", f"{report.after.experts}", ""),
         _size_row("parameters", report.before.parameters, report.after.parameters),
@@ -160,7 +179,7 @@ def _print_result(report, args: argparse.Namespace) -> None:
     print_table(("", "original", "compressed", "change"), rows)
     winners = [layer.winner for layer in report.layers]
     counts = ", ".join(f"{winners.count(name)} x {name}" for name in dict.fromkeys(winners))
-    print(f"layers: {counts or 'unchanged'}; {report.seconds:.1f} s; saved to {args.output}")
+    print(f"layers: {counts or 'unchanged'}; {report.seconds:.1f} s; saved to {folder}")
 
 
 def _size_row(name: str, before: int, after: int) -> tuple[str, str, str, str]:

@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> None:
         "experts": [before.experts, after.experts],
         "experts_per_token": layers[0].top_k,
         "router_groups": layers[0].num_groups,
+        "selection": config.selection,
+        "protected": config.protect_experts or {},
         "parameters": [before.parameters, after.parameters],
         "active_parameters": [before.active_parameters, after.active_parameters],
         "bytes": [before.bytes, after.bytes],
@@ -69,13 +71,15 @@ def run(args: argparse.Namespace) -> None:
         "working_bytes": memory.working,
         "hidden_bytes": memory.hidden,
         "hidden_in_file": memory.spilled,
-        "disk_bytes": after.bytes + (memory.hidden if memory.spilled else 0),
+        "experts_in_file": memory.experts_in_file,
+        "disk_bytes": after.bytes + memory.disk,
         "seconds": predict_seconds(layers, tokens, config, count, rate),
     }
     if args.json:
         print(json.dumps(facts))
         return
     _print_facts(facts)
+    _print_protection(config.protect_experts)
 
 
 def _print_facts(facts: dict) -> None:
@@ -88,14 +92,22 @@ def _print_facts(facts: dict) -> None:
         rows.append((name.replace("_", " "), *(f"{value:,}" for value in facts[name])))
     print_table(("", "original", "compressed"), rows)
     gib = 2**30
-    where = "in a file" if facts["hidden_in_file"] else "in memory"
+    hidden, layer = ("in a file" if facts[name] else "in memory" for name in ("hidden_in_file", "experts_in_file"))
     print(f"with {facts['calibration_tokens']:,} calibration tokens, a layer at a time, about:")
     print(
-        f"  memory {facts['memory_bytes'] / gib:.2f} GiB: largest layer {facts['layer_bytes'] / gib:.2f}, work on it "
-        f"{facts['working_bytes'] / gib:.2f}, hidden states {facts['hidden_bytes'] / gib:.2f} {where}"
+        f"  memory {facts['memory_bytes'] / gib:.2f} GiB: largest layer {facts['layer_bytes'] / gib:.2f} {layer}, "
+        f"work on it {facts['working_bytes'] / gib:.2f}, hidden states {facts['hidden_bytes'] / gib:.2f} {hidden}"
     )
     print(f"  disk   {facts['disk_bytes'] / gib:.2f} GiB")
     print(f"  time   {_duration(facts['seconds'])} on this machine, loading and writing aside")
+
+
+def _print_protection(protected: dict | str | None) -> None:
+    if protected == "super":
+        print("protected: super experts, found while compressing; the report names them")
+    elif protected:
+        layers = "; ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in protected.items())
+        print(f"protected: {layers}")
 
 
 def _duration(seconds: float) -> str:

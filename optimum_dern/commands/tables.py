@@ -17,5 +17,5 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(name, justify="left" if position == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    console.print(table, width=max(console.width, 72))
+    needed = Console(width=1000).measure(table).maximum  # a narrow terminal wraps: no figure is cut
+    Console(width=max(Console().width, needed)).print(table)

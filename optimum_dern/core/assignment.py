@@ -5,10 +5,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .workspace import MAX_ELEMENTS
+
 
 __all__ = ["assign_segments"]
-
-MAX_ELEMENTS = 1 << 26  # similarities in memory at once: 256 MiB in float32
 
 
 def assign_segments(

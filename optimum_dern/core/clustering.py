@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from .workspace import MAX_ELEMENTS
+
 
 __all__ = ["initial_centroids", "spherical_kmeans"]
-
-MAX_ELEMENTS = 1 << 26
 
 
 def initial_centroids(pool: Tensor, response: Tensor, clusters: int, init: str, seed: int = 0) -> Tensor:

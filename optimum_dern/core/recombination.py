@@ -73,7 +73,7 @@ def recombine_layer(
         width = segments.up.shape[1]
         weights = torch.cat([importance[expert].expand(width), importance[source]])  # (f + m,)
         start = initial_centroids(pool, response, width, init, seed + position)
-        return (spherical_kmeans(pool, weights, start, iterations, tolerance)[0],)
+        return (spherical_kmeans(pool, weights, start, iterations, tolerance, segments.workspace.max_elements)[0],)
 
     result = segments.select(retained)  # indexing copies: the input stays as it was
     receiving = destination[destination >= 0].unique().tolist()
@@ -92,8 +92,10 @@ def _assign(
     def vectors(expert: int) -> Tensor:
         return similarity_vectors(segments.select(slice(expert, expert + 1)).to(segments.compute_dtype), weights)[0]
 
+    max_elements = segments.workspace.max_elements
+
     def assign(expert: int) -> tuple[Tensor, Tensor]:
-        return assign_segments(vectors(expert), (vectors(other) for other in retained.tolist()), threshold)
+        return assign_segments(vectors(expert), map(vectors, retained.tolist()), threshold, max_elements)
 
     nearest = list(map_experts(assign, dropped.tolist()))
     if not nearest:

@@ -26,7 +26,6 @@ from .segments import Segments
 __all__ = ["refit_down"]
 
 logger = logging.getLogger(__name__)
-MAX_ELEMENTS = 1 << 26  # numbers kept in memory between sweeps, of each kind: 256 MiB in float32
 
 
 def refit_down(
@@ -60,13 +59,13 @@ def refit_down(
     if not ridge > 0 or sweeps < 1:
         raise ValueError(f"refit needs ridge > 0 and sweeps >= 1, got ridge={ridge}, sweeps={sweeps}")
     original = segments.down
-    down = (original if start is None else start).to(segments.compute_dtype, copy=True)  # (N, f, o)
+    down = segments.workspace.copy(original if start is None else start, segments.compute_dtype)  # (N, f, o)
     batches = _batch_source(segments, routing, activation)
     residual = target.to(down.dtype, copy=True)  # (T, o)
     for expert in range(len(down)):
         for batch in batches(expert):
             residual[batch.token] -= batch.weight * expert_output(segments._replace(down=down), batch)
-    factors = _factor_source(batches, down, ridge, reduce)
+    factors = _factor_source(batches, down, ridge, reduce, segments.workspace.max_elements)
     for _ in range(sweeps):
         for expert in range(len(down)):
             factorised = factors(expert)
@@ -92,21 +91,21 @@ def _batch_source(
     def compute(expert: int) -> Iterable[ExpertBatch]:
         return expert_batches(segments, routing, activation, [expert])
 
-    if routing.index.numel() * segments.down.shape[1] > MAX_ELEMENTS:
+    if routing.index.numel() * segments.down.shape[1] > segments.workspace.max_elements:
         return compute
     kept = [list(compute(expert)) for expert in range(len(segments.down))]
     return kept.__getitem__
 
 
 def _factor_source(
-    batches: Callable[[int], Iterable[ExpertBatch]], down: Tensor, ridge: float, reduce: Reduce
+    batches: Callable[[int], Iterable[ExpertBatch]], down: Tensor, ridge: float, reduce: Reduce, max_elements: int
 ) -> Callable[[int], tuple[Tensor, Tensor] | None]:
     """`_factorise` of one expert: kept in memory where all experts' factors fit, made anew each time where not."""
 
     def compute(expert: int) -> tuple[Tensor, Tensor] | None:
         return _factorise(batches(expert), down[expert], expert, ridge, reduce)
 
-    if down.shape[0] * down.shape[1] ** 2 > MAX_ELEMENTS:
+    if down.shape[0] * down.shape[1] ** 2 > max_elements:
         return compute
     return [compute(expert) for expert in range(len(down))].__getitem__
 

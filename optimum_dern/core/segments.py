@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .workspace import IN_MEMORY, Workspace
+
 
 __all__ = ["ExpertLayout", "Segments", "parameters_from_segments", "segments_from_parameters", "similarity_vectors"]
 
@@ -38,6 +40,7 @@ class Segments(NamedTuple):
     down: Tensor  # (E, f, o): row j is column j of the down projection
     output_bias: Tensor | None = None  # (E, o): belongs to the expert, not to a neuron
     biased: bool = False  # the last column of gate and up is a bias
+    workspace: Workspace = IN_MEMORY  # of the steps that work on them, and of what these make
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -45,8 +48,12 @@ class Segments(NamedTuple):
         return torch.promote_types(self.up.dtype, torch.float32)
 
     def select(self, experts: Tensor | slice) -> "Segments":
-        """The segments of some of the experts, in the order given."""
-        return Segments(*(part[experts] if isinstance(part, Tensor) else part for part in self))
+        """The segments of some of the experts, in the order given: copies, or views for a slice."""
+
+        def chosen(part: Tensor) -> Tensor:
+            return part[experts] if isinstance(experts, slice) else self.workspace.select(part, experts)
+
+        return Segments(*(chosen(part) if isinstance(part, Tensor) else part for part in self))
 
     def to(self, *args) -> "Segments":
         """`Tensor.to` on every part."""
@@ -65,7 +72,9 @@ class Segments(NamedTuple):
         return tuple(matrix.split([d, d, o], dim=-1))
 
 
-def segments_from_parameters(parameters: Mapping[str, Tensor], layout: ExpertLayout) -> Segments:
+def segments_from_parameters(
+    parameters: Mapping[str, Tensor], layout: ExpertLayout, workspace: Workspace = IN_MEMORY
+) -> Segments:
     """Read the experts of one layer as segments.
 
     Args:
@@ -73,6 +82,7 @@ def segments_from_parameters(parameters: Mapping[str, Tensor], layout: ExpertLay
             `gate_up_proj_bias` (E, 2f) or `up_proj_bias` (E, f) and `down_proj_bias` (E, o); the weights' last two
             dimensions are swapped where `layout.transposed`.
         layout: how they are stored.
+        workspace: of the segments.
 
     Returns:
         Segments of the same dtype, views of the parameters where the layout allows.
@@ -82,10 +92,10 @@ def segments_from_parameters(parameters: Mapping[str, Tensor], layout: ExpertLay
     rows = rows.transpose(1, 2) if layout.transposed else rows  # (E, 2f or f, d)
     down = down if layout.transposed else down.transpose(1, 2)  # (E, f, o)
     if layout.biased:
-        rows = torch.cat([rows, parameters[f"{first}_bias"].unsqueeze(-1)], dim=-1)  # (E, 2f or f, d + 1)
+        rows = _with_bias_column(rows, parameters[f"{first}_bias"], workspace)  # (E, 2f or f, d + 1)
     output_bias = parameters["down_proj_bias"] if layout.biased else None
     gate, up = _split_gate_up(rows, layout) if layout.gated else (None, rows)
-    return Segments(gate, up, down, output_bias, layout.biased)
+    return Segments(gate, up, down, output_bias, layout.biased, workspace)
 
 
 def parameters_from_segments(segments: Segments, layout: ExpertLayout) -> dict[str, Tensor]:
@@ -132,6 +142,14 @@ def similarity_vectors(segments: Segments, weights: Sequence[float]) -> Tensor:
             f"similarity weights (gate, up, down) are {tuple(weights)}; give finite weights >= 0, not all zero"
         )
     return torch.cat([torch.nn.functional.normalize(part, dim=-1) * (w / total) ** 0.5 for part, w in pairs], dim=-1)
+
+
+def _with_bias_column(rows: Tensor, bias: Tensor, workspace: Workspace) -> Tensor:
+    experts, count, inputs = rows.shape
+    joined = workspace.empty((experts, count, inputs + 1), dtype=rows.dtype, device=rows.device)
+    for expert in range(experts):
+        joined[expert, :, :-1], joined[expert, :, -1] = rows[expert], bias[expert]
+    return joined
 
 
 def _split_gate_up(rows: Tensor, layout: ExpertLayout) -> tuple[Tensor, Tensor]:

@@ -1,66 +1,61 @@
-"""Compress a checkpoint on disk into another one, a decoder layer in memory at a time, with resume."""
+"""Compress a checkpoint on disk into others, a decoder layer in memory at a time, with resume."""
 
-import hashlib
+import copy
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..calibration.description import describe_calibration, recordable_dataset
 from ..checkpoint import WORK_NAME
 from ..checkpoint.conversion import NameMap
 from ..checkpoint.layers import CheckpointLayers
 from ..checkpoint.loader import PartLoader
 from ..checkpoint.manifest import Manifest, only_process
+from ..checkpoint.output import CheckpointOutput
 from ..checkpoint.output_plan import OutputPlan, plan_output
 from ..checkpoint.publishing import MANIFEST_NAME, write_json, write_report, write_sidecars
-from ..checkpoint.reader import CheckpointReader
-from ..checkpoint.shards import ShardWriter, plan_shards
+from ..checkpoint.recorded import StatisticsWriter, publish_statistics
+from ..checkpoint.shards import OutputTensor, ShardWriter, plan_shards
 from ..checkpoint.sidecars import copy_companions
 from ..config import DernConfig
 from ..models.size import measure_model, predict_size
-from ..models.structure import MoELayer
+from ..models.structure import layers_by_position
 from ..models.view import write_counts_
 from ..reporting.report import CompressionReport
-from ..versions import tool_versions
-from .distributed import ALONE, Processes
-from .layers import compress_layers_
-from .progress import peak_memory_bytes
+from .distributed import Processes
+from .layers import compress_layers_, compress_unseen_layers_
+from .reports import make_report
+from .scratch import open_workspace
+from .targets import Target
+from .tasks import CheckpointTask, describe_recording, fingerprint
 
 
-__all__ = ["CheckpointTask", "compress_checkpoint", "working_folder"]
+__all__ = ["compress_checkpoint"]
 
 
 @dataclass(frozen=True)
-class CheckpointTask:
-    """A checked request: what is compressed into what."""
+class Result:
+    """One of the checkpoints that a task makes."""
 
-    model: Any  # skeleton
-    layers: Sequence[MoELayer]
-    reader: CheckpointReader
-    name: str  # of the source, as the user gave it
-    revision: str | None
-    batches: Sequence[dict]
     config: DernConfig
     num_experts: int
-    output: Path
-    max_shard_size: int
-    spill: bool  # hidden states into a file
-    dtype: str | None  # of the output, by the format's name; None as stored
-    processes: Processes  # that share the work
+    folder: Path
+    plan: OutputPlan
+    shards: dict[str, list[OutputTensor]]
+    manifest: Manifest
 
 
-def compress_checkpoint(task: CheckpointTask) -> CompressionReport:
+def compress_checkpoint(task: CheckpointTask) -> list[CompressionReport]:
     """Compress, write, and publish into the output folder.
 
     Args:
         task: checked.
 
     Returns:
-        The report of the whole run, layers of earlier, interrupted runs included.
+        The report of each result, layers of earlier, interrupted runs included.
 
     Raises:
         ValueError: an unfinished run in the output folder that differs.
@@ -69,58 +64,85 @@ def compress_checkpoint(task: CheckpointTask) -> CompressionReport:
     """
     processes = task.processes
     names = NameMap(task.model, list(task.reader.infos))
-    plan = plan_output(task.model, task.layers, task.reader, names, task.num_experts, task.dtype)
-    shards = plan_shards(plan.tensors, task.max_shard_size)
-    calibration = describe_calibration(task.config.dataset, task.batches)
-    with working_folder(task.output, processes) as work:
-        manifest = processes.on_main(lambda: Manifest(work, _fingerprint(task, calibration)))
+    with _working_folder(task.output, processes) as work:
+        results = _open_results(task, names, work)
+        unfinished = [result for result in results if result.manifest.report is None]
+        if unfinished:
+            with open_workspace(task.memory, work) as workspace:
+                layers = [replace(layer, workspace=workspace) for layer in task.layers]
+                _compress(replace(task, layers=layers), names, work, unfinished)
+        reports = [
+            CompressionReport.from_dict(processes.on_main(lambda r=result: r.manifest.report)) for result in results
+        ]
+        processes.on_main(lambda: _publish_all(task, results, reports, work))
+    return reports
+
+
+def _open_results(task: CheckpointTask, names: NameMap, work: Path) -> list[Result]:
+    """The results of a task, as far as an earlier run has come with them."""
+    processes, several = task.processes, len(task.counts) > 1
+    if several:  # the run as a whole; each result has a manifest of its own
+        processes.on_main(lambda: Manifest(work, fingerprint(task, task.configs, list(task.counts))).save())
+    results = []
+    for config, count in zip(task.configs, task.counts, strict=True):
+        name = f"{count}-experts" if several else ""
+        manifest = processes.on_main(
+            lambda c=config, n=count, f=work / name: _open_manifest(f, fingerprint(task, [c], n))
+        )
         manifest.writes = processes.is_main
-        processes.on_main(manifest.save)
-        if manifest.report is None:
-            _check_shared(manifest)
-            writer = processes.main_first(lambda: ShardWriter(work, shards))
-            manifest.complete(_compress(task, names, plan, writer, manifest, calibration).to_dict())
-        report = CompressionReport.from_dict(processes.on_main(lambda: manifest.report))
-        write_counts_(task.model, task.layers, task.num_experts)
-        processes.on_main(lambda: _publish(task, report, ShardWriter(work, shards, complete=True), manifest))
-    return report
+        plan = plan_output(task.model, task.layers, task.reader, names, count, task.dtype)
+        shards = plan_shards(plan.tensors, task.max_shard_size)
+        results.append(Result(config, count, task.output / name, plan, shards, manifest))
+    return results
 
 
-def _compress(
-    task: CheckpointTask,
-    names: NameMap,
-    plan: OutputPlan,
-    writer: ShardWriter,
-    manifest: Manifest,
-    calibration: dict[str, Any],
-) -> CompressionReport:
-    started, model, layers = time.perf_counter(), task.model, task.layers
-    before, after = measure_model(model, layers), predict_size(model, layers, task.num_experts)
-    loader = PartLoader(model, layers, task.reader, names, task.processes.device)
-    provider = CheckpointLayers(loader, layers, plan, writer, manifest, task.num_experts)
-    spill = writer.folder / f"hidden-{task.processes.rank}.bin" if task.spill else None
-    options = task.config, task.num_experts, provider, spill, task.processes
-    reports = compress_layers_(model, layers, task.batches, *options)
+def _open_manifest(folder: Path, fingerprint: dict[str, Any]) -> Manifest:
+    folder.mkdir(exist_ok=True)
+    manifest = Manifest(folder, fingerprint)
+    manifest.save()
+    return manifest
+
+
+def _compress(task: CheckpointTask, names: NameMap, work: Path, results: Sequence[Result]) -> None:
+    """Everything up to the moment when all tensors of these results are on the disk."""
+    started, model, layers, processes = time.perf_counter(), task.model, task.layers, task.processes
+    before = measure_model(model, layers)
+    after = [predict_size(model, layers, result.num_experts) for result in results]
+    loader = PartLoader(model, layers, task.reader, names, processes.device)
+    outputs = [_open_output(task, loader, result) for result in results]
+    targets = [Target(r.config, r.num_experts, output) for r, output in zip(results, outputs, strict=True)]
+    provider = CheckpointLayers(loader, outputs)
+    if task.batches:
+        writer = StatisticsWriter(work, layers_by_position(model, layers), lambda: describe_recording(task))
+        keep = writer.write if processes.is_main else None
+        spill = work if task.memory.spilled else None
+        reports = compress_layers_(model, layers, task.batches, targets, provider, spill, processes, keep)
+    else:
+        recorded = task.recorded and task.recorded.read
+        reports = compress_unseen_layers_(model, layers, targets, recorded, provider, processes)
     provider.copy_rest()
-    writer.close()
-    return CompressionReport(
-        source=task.name,
-        revision=task.revision,
-        model_type=model.config.model_type,
-        method=task.config.method,
-        config={**task.config.to_dict(), "dataset": recordable_dataset(task.config.dataset)},
-        calibration=calibration,
-        before=before,
-        after=after,
-        layers=reports,
-        versions=tool_versions(),
-        seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory_bytes(task.processes.device),
-    )
+    for result, size, layer_reports in zip(results, after, reports, strict=True):
+        report = make_report(
+            result.config,
+            model.config.model_type,
+            (task.name, task.revision),
+            (before, size),
+            layer_reports,
+            task.calibration,
+            started,
+            processes.device,
+        )
+        result.manifest.complete(report.to_dict())
+
+
+def _open_output(task: CheckpointTask, loader: PartLoader, result: Result) -> CheckpointOutput:
+    _check_shared(result.manifest)
+    writer = task.processes.main_first(lambda: ShardWriter(result.manifest.path.parent, result.shards))
+    return CheckpointOutput(loader, task.layers, result.plan, writer, result.manifest, result.num_experts)
 
 
 @contextmanager
-def working_folder(output: Path, processes: Processes = ALONE) -> Iterator[Path]:
+def _working_folder(output: Path, processes: Processes) -> Iterator[Path]:
     """The working folder inside an output folder, kept from other runs; removed when the work is done."""
     with ExitStack() as stack:
         yield processes.on_main(lambda: stack.enter_context(_locked(output / WORK_NAME)))
@@ -142,33 +164,26 @@ def _check_shared(manifest: Manifest) -> None:
         )
 
 
-def _publish(task: CheckpointTask, report: CompressionReport, writer: ShardWriter, manifest: Manifest) -> None:
+def _publish_all(
+    task: CheckpointTask, results: Sequence[Result], reports: Sequence[CompressionReport], work: Path
+) -> None:
+    for result, report in zip(results, reports, strict=True):
+        result.folder.mkdir(exist_ok=True)
+        _publish(task, result, report)
+    publish_statistics(work, task.output)
+
+
+def _publish(task: CheckpointTask, result: Result, report: CompressionReport) -> None:
     """Everything into its final place; what makes the folder a checkpoint comes last."""
-    stale = {*task.output.glob("model*.safetensors"), *task.output.glob("model*.index.json")}
-    copy_companions(task.reader.folder, task.output)
-    write_json(task.output / MANIFEST_NAME, {"tensors": dict(sorted(manifest.tensors.items()))})
-    write_sidecars(task.model, task.output, report, task.reader.config)
-    write_report(task.output, report)  # the card, too, where an earlier checkpoint has left one
-    for file in stale - {task.output / name for name in writer.plan}:
+    output, manifest = result.folder, result.manifest
+    writer = ShardWriter(manifest.path.parent, result.shards, complete=True)
+    model, layers = copy.deepcopy((task.model, list(task.layers)))  # other results count from the original
+    write_counts_(model, layers, result.num_experts)
+    stale = {*output.glob("model*.safetensors"), *output.glob("model*.index.json")}
+    copy_companions(task.reader.folder, output)
+    write_json(output / MANIFEST_NAME, {"tensors": dict(sorted(manifest.tensors.items()))})
+    write_sidecars(model, output, report, task.reader.config)
+    write_report(output, report)  # the card, too, where an earlier checkpoint has left one
+    for file in stale - {output / name for name in writer.plan}:
         file.unlink()
-    writer.publish(task.output)
-
-
-def _fingerprint(task: CheckpointTask, calibration: dict[str, Any]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for name, info in sorted(task.reader.stored.items()):
-        stat = info.path.stat()
-        digest.update(f"{name} {info.dtype} {info.shape} {info.start} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return {
-        "source": task.name,
-        "revision": task.revision,
-        "weights": digest.hexdigest(),
-        "model config": hashlib.sha256((task.reader.folder / "config.json").read_bytes()).hexdigest(),
-        **{f"option {name}": value for name, value in task.config.to_dict().items() if name != "dataset"},
-        "calibration data": calibration["sha256"],
-        "experts": task.num_experts,
-        "device": task.processes.device.type,
-        "max_shard_size": task.max_shard_size,
-        "dtype": task.dtype,
-        **{f"version of {name}": version for name, version in tool_versions().items()},
-    }
+    writer.publish(output)

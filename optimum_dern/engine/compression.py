@@ -1,21 +1,21 @@
 """Compress one MoE layer from what the calibration sequences show of it."""
 
 import time
+from collections.abc import Sequence
 
 import torch
 
 from ..config import DernConfig
-from ..core.observation import ObservedLayer
-from ..core.reduction import any_process
-from ..core.saliency import score_experts
-from ..core.selection import select_experts
-from ..core.statistics import measure_experts
+from ..core.criteria import select
+from ..core.similarity_map import similarity_map
 from ..methods import LayerProblem, get_method
-from ..models.view import layer_activation, read_layer, release_experts_, retained_routing
+from ..models.view import layer_activation, read_layer, release_experts_
 from ..reporting.report import LayerReport
 from .choice import LayerTask, choose_candidate
 from .distributed import ALONE, Processes
+from .positions import token_positions
 from .rewriting import LayerData, LayerRewriter
+from .selecting import find_places, observe_layer
 
 
 __all__ = ["compress_layer_"]
@@ -29,32 +29,29 @@ def compress_layer_(
     position: int,
     started: float,
     processes: Processes = ALONE,
+    earlier: Sequence[LayerReport] = (),
 ) -> LayerReport:
     """Compress one MoE layer, in place: score, select, propose candidates, choose, write."""
     layer, activation = data.layer, layer_activation(data.layer)
     weights = read_layer(layer)
-    statistics, target = measure_experts(weights.segments, data.routing, activation)
-    if any_process(~torch.isfinite(target).all(), processes.reduce):
-        raise ValueError(f"the outputs of {layer.name} contain NaN or infinity; check the weights and the dtype")
-    statistics = statistics.reduced(processes.reduce)
+    statistics, target = data.statistics, data.target
     rows = layer.router_weight
     own_rows = rows and weights.routing[rows.path]
     held_out = data.held_out.to(target.device) & config.guard  # without a guard nothing needs to be judged
-    observed = ObservedLayer(
-        weights.segments, activation, data.routing, target, held_out, statistics, own_rows, processes.reduce
-    )
-    scores = score_experts(config.selection, statistics, config.seed + position)
-    protected = (config.protect_experts or {}).get(position, [])
-    retained = select_experts(scores, num_experts, layer.num_groups, protected).to(data.routing.index.device)
-    candidates = get_method(config.method).compress_layer(
-        LayerProblem(observed, scores, retained, processes.map), config
-    )
+    order = token_positions(data.masks, processes)
+    observed = observe_layer(data, weights, held_out, order, processes)
+    places = find_places(data, config, num_experts, position, earlier)
+    scores, retained = select(config.selection, observed, places, config.seed + position)
+    retained = retained.to(data.routing.index.device)
+    problem = LayerProblem(observed, scores, retained, processes.map, tuple(places.protected))
+    candidates = get_method(config.method).compress_layer(problem, config)
 
-    rewriter = LayerRewriter(data, retained_routing(layer, weights, retained), rows and rows.path)
-    own_rows = rows and rewriter.routing[rows.path]
-    del weights, observed  # what nobody else holds on to need not wait for the candidates' refits
+    likeness = similarity_map(weights.segments, config.similarity_weights, config.seed + position)
+    rewriter = LayerRewriter(data, weights.routing, retained, rows and rows.path)
+    own_rows = rows and own_rows[retained]
+    del weights, observed, problem  # what nobody else holds on to need not wait for the candidates' refits
     release_experts_(layer)
-    task = LayerTask(target, held_out, activation, own_rows, rewriter.reroute, processes.reduce)
+    task = LayerTask(target, held_out, activation, own_rows, rewriter.reroute, processes.reduce, order)
     choice = choose_candidate(candidates, task, config)
     rewriter.write(choice.candidate)
     return LayerReport(
@@ -62,12 +59,16 @@ def compress_layer_(
         layer=position,
         tokens=statistics.tokens,
         held_out_tokens=int(processes.reduce(held_out.sum())),
-        load=(statistics.count / statistics.count.sum()).tolist(),
+        load=(statistics.count / statistics.count.sum().clamp(min=1)).tolist(),
         saliency=scores.tolist(),
-        retained=retained.tolist(),
+        retained=(retained if choice.candidate.retained is None else choice.candidate.retained).tolist(),
         errors=choice.errors,
         winner=choice.name,
         moved_share=choice.facts.get("moved_share"),
         similarity_quantiles=choice.facts.get("similarity_quantiles"),
+        segment_flow=choice.facts.get("segment_flow"),
+        similarity_map=likeness,
+        protected=sorted(places.protected),
+        largest_output=statistics.output_max.max().item(),
         seconds=time.perf_counter() - started,
     )

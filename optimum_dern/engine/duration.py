@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from ..config import DernConfig
+from ..core.neuron_refit import PASSES
 from ..models.structure import MoELayer
-from .choice import ROUNDS
 
 
 __all__ = ["count_operations", "measure_rate", "predict_seconds"]
@@ -51,23 +51,25 @@ def count_operations(layer: MoELayer, tokens: int, config: DernConfig, num_exper
         gram = 2.0 * tokens * layer.top_k * width**2 + num_experts * width**3 / 3
         candidates = 2 if config.method == "dern" and config.guard else 1
         total += candidates * (gram + experts + 2 * config.refit_sweeps * routed)
-        steps = ROUNDS * (config.router_refit + config.neuron_refit)
-        total += steps * (gram + experts + 2 * routed)
-        total += ROUNDS * config.neuron_refit * 9 * 2 * (parts + 1) * routed
+        total += config.router_refit * (gram + experts + 2 * routed)
+        total += config.neuron_refit * PASSES * 3 * experts
     return total
 
 
 def measure_rate(device: torch.device, seconds: float = 0.3) -> float:
-    """Operations per second of float32 matrix products on a device, measured for a moment."""
+    """Operations per second of float32 matrix products on a device: the fastest of those that fit into a moment.
+
+    Their mean would tell how busy the machine is just now, and take it for its speed.
+    """
     matrix = torch.randn(PROBE_SIZE, PROBE_SIZE, device=device, generator=torch.Generator(device).manual_seed(0))
     matrix @ matrix
     _finish(device)
-    started, runs = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
+    end, fastest = time.perf_counter() + seconds, float("inf")
+    while (started := time.perf_counter()) < end or fastest == float("inf"):
         matrix @ matrix
         _finish(device)
-        runs += 1
-    return runs * 2 * PROBE_SIZE**3 / (time.perf_counter() - started)
+        fastest = min(fastest, time.perf_counter() - started)
+    return 2 * PROBE_SIZE**3 / fastest
 
 
 def _finish(device: torch.device) -> None:

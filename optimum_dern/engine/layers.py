@@ -2,96 +2,74 @@
 
     calls of every decoder layer  ->  per layer: load -> probe -> compress -> run -> write, free  ->  next layer
 
-Where layers come from and go to is their provider's business: a model in memory, or a checkpoint on disk.
+Where layers come from is their provider's business: a model in memory, or a checkpoint on disk.  One pass may serve
+several targets: the original layer is loaded once, and each of them compresses it in its turn.
 
 Sequential calibration (the default) lets later layers see the outputs of already compressed ones, so that they can
-make up for them; with "oneshot" every layer sees the original model.
+make up for them: every target then has hidden states of its own.  With "oneshot" every layer sees the original model,
+whose hidden states and measurements all targets share.
 """
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration.recording import record_layer_calls, record_routing
-from ..config import DernConfig
-from ..core.mixture import Routing
-from ..core.reduction import Reduce, any_process
+from ..calibration.recording import record_layer_calls
+from ..core.statistics import ExpertStatistics
 from ..models.structure import MoELayer, find_decoder_layers, layers_by_position
 from ..reporting.report import LayerReport
-from .compression import compress_layer_
 from .distributed import ALONE, Processes
+from .measuring import unseen_layer
 from .progress import progress_bar
-from .rewriting import LayerData
-from .stream import HiddenStream
+from .scratch import CopiesInFiles
+from .targets import Target, keep_originals
+from .walks import LayerProvider, Pass, compress_for, open_walks, pass_layer
 
 
-__all__ = ["LayerProvider", "LayersInMemory", "compress_layers_"]
+__all__ = ["LayersInMemory", "compress_layers_", "compress_unseen_layers_", "held_out_tokens"]
 
 HELD_OUT_EVERY = 10  # a tenth of the calibration sequences judges the candidates
-
-
-class LayerProvider(Protocol):
-    """Where decoder layers come from and go to."""
-
-    finished: Mapping[int, LayerReport | None]  # layers that an earlier run has done
-
-    def outside(self) -> AbstractContextManager:
-        """What surrounds the decoder layers is in memory while the context is open."""
-
-    def loaded(self, position: int, compressed: bool = False) -> AbstractContextManager:
-        """The layer is in memory while the context is open; `compressed`, as an earlier run has left it."""
-
-    def finish(self, position: int, report: LayerReport | None) -> None:
-        """The layer, still in memory, is done; layers without experts have no report."""
 
 
 class LayersInMemory:
     """Provides the layers of a model that is in memory as a whole."""
 
-    def __init__(self) -> None:
-        self.finished: dict[int, LayerReport | None] = {}
-
     def outside(self) -> AbstractContextManager:
         """Nothing to load."""
         return nullcontext()
 
-    def loaded(self, position: int, compressed: bool = False) -> AbstractContextManager:
+    def loaded(self, position: int) -> AbstractContextManager:
         """Nothing to load."""
         return nullcontext()
-
-    def finish(self, position: int, report: LayerReport | None) -> None:
-        """Nothing to write."""
 
 
 def compress_layers_(
     model: nn.Module,
     layers: Sequence[MoELayer],
     batches: Sequence[dict],
-    config: DernConfig,
-    num_experts: int,
+    targets: Sequence[Target],
     provider: LayerProvider | None = None,
     spill: Path | None = None,
     processes: Processes = ALONE,
-) -> list[LayerReport]:
-    """Compress every MoE layer of a model, in place.
+    keep_statistics: Callable[[int, ExpertStatistics], None] | None = None,
+) -> list[list[LayerReport]]:
+    """Compress every MoE layer of a model: in place for a single target, else the model stays as it is.
 
     Args:
         model: a causal language model in evaluation mode.
         layers: its MoE layers.
         batches: `input_ids` and `attention_mask` of the calibration sequences.
-        config: what to do.
-        num_experts: N, how many experts every layer keeps.
+        targets: what to make of it; the sinks of several take the layers out of the model.
         provider: of the layers; by default the model has them in memory.
-        spill: file for the hidden states; in memory by default.
+        spill: folder for files of hidden states; in memory by default.
         processes: that share the batches, all of which each is given.
+        keep_statistics: gets those of every layer of the original model that is measured, with its position.
 
     Returns:
-        One report a layer.
+        For each target, one report a layer.
 
     Raises:
         ValueError: a layer received no token, or hidden states that are not finite.
@@ -102,34 +80,50 @@ def compress_layers_(
     masks = [batch["attention_mask"].bool() for batch in batches]
     held_out = held_out_tokens(masks).split([int(mask.sum()) for mask in masks])  # of all batches, then of one's own
     batches, masks, held_out = processes.share(batches), processes.share(masks), torch.cat(processes.share(held_out))
-    sequential = config.calibration_order == "sequential"
+    common = Pass(masks, held_out, processes, keep_originals(targets), keep_statistics)
     with provider.outside():
-        stream = HiddenStream(record_layer_calls(model, decoder_layers, batches), spill)
-    reports = []
+        keep = torch.detach if spill is None else CopiesInFiles(spill).copy
+        walks = open_walks(record_layer_calls(model, decoder_layers, batches, keep), targets, spill)
     for position in progress_bar(range(len(decoder_layers)), "Compressing layers"):
-        decoder_layer, layer = decoder_layers[position], positions.get(position)
-        done = position in provider.finished
-        with provider.loaded(position, compressed=done and sequential):
-            if done or layer is None:
-                report = provider.finished.get(position)
-                stream.step(position, decoder_layer)
-            else:
-                started = time.perf_counter()
-                with record_routing(layer.block, layer.experts, stop=sequential) as record:
-                    if sequential:
-                        stream.probe(position, decoder_layer)
-                    else:
-                        stream.step(position, decoder_layer)
-                routing = record.without_padding(masks)
-                _check_routing(layer, routing, processes.reduce)
-                data = LayerData(layer, routing, held_out, masks, record.block_calls)
-                report = compress_layer_(data, config, num_experts, position, started, processes)
-                if sequential:
-                    stream.step(position, decoder_layer)
-            if not done:
-                provider.finish(position, report)
-        reports += [report] if report is not None else []
-    return reports
+        pass_layer(position, decoder_layers[position], positions.get(position), walks, provider, common)
+    return [_reports(target) for target in targets]
+
+
+def compress_unseen_layers_(
+    model: nn.Module,
+    layers: Sequence[MoELayer],
+    targets: Sequence[Target],
+    statistics: Callable[[int], ExpertStatistics] | None = None,
+    provider: LayerProvider | None = None,
+    processes: Processes = ALONE,
+) -> list[list[LayerReport]]:
+    """Compress every MoE layer without running the model: for what needs no token.
+
+    Args:
+        model: a causal language model.
+        layers: its MoE layers.
+        targets: as in `compress_layers_`.
+        statistics: of an earlier run, for the position of a layer; none for what is decided from the weights alone.
+        provider: of the layers; by default the model has them in memory.
+        processes: that share the work.
+
+    Returns:
+        For each target, one report a layer.
+    """
+    provider = provider or LayersInMemory()
+    positions = layers_by_position(model, layers)
+    for position in progress_bar(range(len(find_decoder_layers(model, layers[0])[1])), "Compressing layers"):
+        waiting = [target for target in targets if position not in target.sink.finished]
+        with provider.loaded(position) if waiting else nullcontext():
+            data = None
+            if waiting and position in positions:
+                data = unseen_layer(positions[position], statistics and statistics(position))
+            for target in waiting:
+                if data is None:
+                    target.sink.finish(position, None)
+                else:
+                    compress_for(position, data, target, processes, keep_originals(targets))
+    return [_reports(target) for target in targets]
 
 
 def held_out_tokens(masks: Sequence[Tensor]) -> Tensor:
@@ -151,8 +145,5 @@ def held_out_tokens(masks: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.full((length,), sequence in chosen) for sequence, length in enumerate(lengths)])
 
 
-def _check_routing(layer: MoELayer, routing: Routing, reduce: Reduce) -> None:
-    if not any_process(torch.tensor(len(routing.index) > 0, device=routing.index.device), reduce):
-        raise ValueError(f"no calibration token reached {layer.name}; give more calibration text")
-    if any_process(~torch.isfinite(routing.hidden).all(), reduce):
-        raise ValueError(f"the inputs of {layer.name} contain NaN or infinity; try another dtype, such as bfloat16")
+def _reports(target: Target) -> list[LayerReport]:
+    return [report for _, report in sorted(target.sink.finished.items()) if report is not None]

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..calibration.recording import record_routing, run_until_stopped
 from ..core.mixture import Routing
+from ..core.routing import retain
+from ..core.statistics import ExpertStatistics
 from ..methods import Candidate
 from ..models.structure import MoELayer
 from ..models.view import LayerWeights, write_layer_, write_routing_
@@ -21,9 +23,12 @@ class LayerData:
 
     layer: MoELayer
     routing: Routing  # T real tokens, as the original router sends them
+    target: Tensor  # (T, o) the layer's routed output
+    statistics: ExpertStatistics  # of the tokens of all processes
     held_out: Tensor  # (T,) bool: tokens that judge the candidates and are not fitted
     masks: Sequence[Tensor]  # per micro-batch, which tokens are real
     block_calls: Sequence[tuple[tuple, dict]]  # of the MoE block, to route again
+    residual: Tensor | None = None  # (T, d) the residual stream before the experts, where the criterion needs it
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class LayerRewriter:
     """Writes candidates into a layer, as often as need be."""
 
     data: LayerData
-    routing: Mapping[str, Tensor]  # router tensors of the N retained experts
+    routing: Mapping[str, Tensor]  # router tensors of all E experts
+    retained: Tensor  # (N,) the experts that stay where a candidate does not say otherwise
     router_path: str | None  # of these, the matrix that a candidate may replace
 
     def write(self, candidate: Candidate) -> None:
@@ -40,6 +46,8 @@ class LayerRewriter:
 
     def reroute(self, candidate: Candidate) -> Routing:
         """What the experts receive for the same inputs once the candidate's router is in place (which this does)."""
+        if not self.data.block_calls:  # no token is at hand
+            return self.data.routing
         write_routing_(self.data.layer, self._routing(candidate))
         block = self.data.layer.block
         with record_routing(block, self.data.layer.experts, stop=True) as record:
@@ -48,6 +56,8 @@ class LayerRewriter:
         return record.without_padding(self.data.masks)
 
     def _routing(self, candidate: Candidate) -> Mapping[str, Tensor]:
-        if candidate.router_rows is None:
-            return self.routing
-        return {**self.routing, self.router_path: candidate.router_rows}
+        retained = self.retained if candidate.retained is None else candidate.retained
+        routing = {r.path: retain(self.routing[r.path], retained, r.dim) for r in self.data.layer.routing}
+        if candidate.router_rows is not None:
+            routing[self.router_path] = candidate.router_rows
+        return routing

@@ -1,12 +1,12 @@
 """The hidden states of all calibration sequences, walking through the decoder one layer at a time."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration.recording import Call, LayerState, StopForward
+from .scratch import CopiesInFiles
 
 
 __all__ = ["HiddenStream"]
@@ -22,15 +22,15 @@ class HiddenStream:
 
     Args:
         calls: of `record_layer_calls`.
-        spill: file for the hidden states; in memory by default.
+        spill: folder for a file of the hidden states; in memory by default.
     """
 
     def __init__(self, calls: list[list[Call]], spill: Path | None = None) -> None:
         self.hidden: list[Tensor] = [call.hidden for call in calls[0]]
         self.device = self.hidden[0].device
-        self.spilled = spill is not None
-        if spill is not None:
-            self.hidden = copies_in_file(self.hidden, spill)
+        self.files = None if spill is None else CopiesInFiles(spill)
+        if self.files is not None:
+            self.hidden = [self.files.copy(hidden) for hidden in self.hidden]
         self.calls = [[call._replace(hidden=None) for call in layer] for layer in calls]  # the first ones can go
         self.states: list[tuple] = [
             () for _ in calls[0]
@@ -44,8 +44,9 @@ class HiddenStream:
             output = self._call(position, layer, batch)
             hidden = output[0] if isinstance(output, tuple) else output
             self.states[batch] = (None, *output[1:]) if isinstance(output, tuple) and self.hands_on else ()
-            if self.spilled:
+            if self.files is not None:
                 self.hidden[batch].copy_(hidden)
+                self.files.unmap_pages()
             else:
                 self.hidden[batch] = hidden
 
@@ -56,22 +57,13 @@ class HiddenStream:
             try:
                 self._call(position, layer, batch)
             except StopForward:
-                continue
+                if self.files is not None:
+                    self.files.unmap_pages()
 
     def _call(self, position: int, layer: nn.Module, batch: int) -> Output:
         call, states = self.calls[position][batch], self.states[batch]
         kwargs = {name: states[value.output] if _is_state(value) else value for name, value in call.kwargs.items()}
         return layer(self.hidden[batch].to(self.device), *call.args, **kwargs)
-
-
-def copies_in_file(tensors: Sequence[Tensor], path: Path) -> list[Tensor]:
-    """Copies of tensors that live in a memory-mapped file, whose pages the system may take back at any time."""
-    sizes = [-(-tensor.nbytes // 64) * 64 for tensor in tensors]  # aligned
-    data = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=torch.uint8)
-    copies = []
-    for part, tensor in zip(data.split(sizes), tensors, strict=True):
-        copies.append(part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor))
-    return copies
 
 
 def _is_state(value: object) -> bool:

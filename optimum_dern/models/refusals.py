@@ -11,7 +11,15 @@ from .overrides import routing_hook
 from .structure import MoELayer
 
 
-__all__ = ["REFUSED", "check_config", "check_materialised", "check_model", "check_protection", "resolve_count"]
+__all__ = [
+    "REFUSED",
+    "check_config",
+    "check_materialised",
+    "check_model",
+    "check_protection",
+    "check_router_logits",
+    "resolve_count",
+]
 
 REFUSED = {
     "jetmoe": "its expert count also sizes the attention experts, so the feed-forward ones cannot shrink alone",
@@ -83,23 +91,40 @@ def check_materialised(layers: list[MoELayer]) -> None:
             )
 
 
-def check_protection(layers: Mapping[int, MoELayer], protected: Mapping[int, list[int]], count: int) -> None:
+def check_protection(layers: Mapping[int, MoELayer], protected: Mapping[int, list[int]] | str, count: int) -> None:
     """Refuse protected experts that do not exist or do not fit.
 
     Args:
         layers: MoE layers by the index of their decoder layer.
-        protected: experts never dropped, by decoder layer.
+        protected: experts never dropped, by decoder layer; "super" finds as many as fit.
         count: how many experts every layer keeps.
 
     Raises:
         ValueError: a layer without experts, an expert out of range, or more protected ones than places.
     """
-    for index, experts in protected.items():
+    for index, experts in protected.items() if protected != "super" else ():
         if index not in layers:
             raise ValueError(f"protect_experts names layer {index}; MoE layers are {sorted(layers)}")
         layer = layers[index]
         scores = torch.zeros(layer.num_experts, dtype=torch.float64)
         select_experts(scores, count, layer.num_groups, experts)
+
+
+def check_router_logits(method: str, layers: list[MoELayer]) -> None:
+    """Refuse a method that compares router logits where the experts' inputs do not give them.
+
+    Raises:
+        ValueError: a router without a single matrix that reads what the experts read.
+    """
+    for layer in layers:
+        first = layer.experts._parameters.get("gate_up_proj", layer.experts._parameters.get("up_proj"))
+        inputs, rows = first.shape[1 if layer.layout.transposed else 2], layer.router_weight
+        if rows is None or rows.tensor.shape[1] != inputs:
+            found = "has no single matrix" if rows is None else f"reads {rows.tensor.shape[1]} inputs"
+            raise ValueError(
+                f"method={method!r} compares the experts' router logits, but the router of {layer.name} {found}, and "
+                f"its experts read {inputs}; choose hc_smoe, mergemoe or sub_moe"
+            )
 
 
 def resolve_count(layer: MoELayer, sparsity: float, num_experts: int | None, multiple_of: int) -> int:

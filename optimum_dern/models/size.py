@@ -15,7 +15,8 @@ def measure_model(model: nn.Module, layers: list[MoELayer]) -> ModelSize:
     total = sum(p.numel() for p in parameters)
     idle = sum(expert_numel(layer) * (layer.num_experts - layer.top_k) for layer in layers)
     size = sum(p.numel() * p.element_size() for p in parameters)
-    return ModelSize(total, total - idle, size, layers[0].num_experts if layers else 0)
+    experts = sum(layer.num_experts for layer in layers) // max(1, len(layers))  # the mean, where layers differ
+    return ModelSize(total, total - idle, size, experts)
 
 
 def predict_size(model: nn.Module, layers: list[MoELayer], num_experts: int) -> ModelSize:

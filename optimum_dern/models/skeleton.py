@@ -1,15 +1,19 @@
 """A model without weights: its modules on the meta device, from nothing but its config."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .refusals import check_config
 
 
 __all__ = ["build_skeleton"]
+
+LARGE = 1 << 24  # numbers; no buffer has so many
 
 
 def build_skeleton(
@@ -48,10 +52,27 @@ def build_skeleton(
         vars(part).pop("quantization_config", None)
     dtype = dtype or config.dtype or config.get_text_config().dtype
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), LargeOnMeta():
         if architecture is not None and config.model_type == architecture.config_class.model_type:
             skeleton = architecture._from_config(config, dtype=dtype)
         else:
             skeleton = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     skeleton.tie_weights()  # replacing parameters by empty ones has separated them
     return skeleton.eval()
+
+
+class LargeOnMeta(TorchFunctionMode):
+    """What is large is made without storage.
+
+    Elsewhere parameters are replaced once they are there: never filled, but counted where addresses are limited.
+    """
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Tensor:
+        kwargs = kwargs or {}
+        if function is torch.empty and args:
+            shape = args if isinstance(args[0], int) else args[0]
+            if torch.Size(shape).numel() >= LARGE:
+                kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from ..core.segments import ExpertLayout
+from ..core.workspace import IN_MEMORY, Workspace
 
 
 __all__ = [
@@ -63,6 +64,7 @@ class MoELayer:
     topk_group: int
     routing: tuple[RoutingTensor, ...]
     twins: tuple["MoELayer", ...] = ()  # other blocks that use the very same weights (DiffusionGemma's two passes)
+    workspace: Workspace = IN_MEMORY  # of what is made from its experts
 
     @property
     def router_weight(self) -> RoutingTensor | None:

@@ -42,7 +42,7 @@ def read_layer(layer: MoELayer) -> LayerWeights:
     """The layer as it is; views of the model's parameters where the layout allows."""
     parameters = {name: tensor.detach() for name, tensor in layer.experts._parameters.items() if tensor is not None}
     routing = {r.path: r.tensor.detach() for r in layer.routing}
-    return LayerWeights(segments_from_parameters(parameters, layer.layout), routing)
+    return LayerWeights(segments_from_parameters(parameters, layer.layout, layer.workspace), routing)
 
 
 def retained_routing(layer: MoELayer, weights: LayerWeights, retained: Tensor) -> dict[str, Tensor]:
@@ -70,8 +70,7 @@ def write_layer_(layer: MoELayer, weights: LayerWeights) -> None:
         layer: as found before any compression; it may be written several times.
         weights: N experts and their router tensors.
     """
-    for name, value in parameters_from_segments(weights.segments, layer.layout).items():
-        _replace(layer.experts, name, value)
+    _write_experts(layer, weights.segments)
     write_routing_(layer, weights.routing)
     for twin in layer.twins:
         _share(layer, twin)
@@ -129,6 +128,20 @@ def write_counts_(model: nn.Module, layers: list[MoELayer], num_experts: int) ->
 def _sizes(config: object, own: object) -> bool:
     """Whether a module whose config is `own` takes its counts from `config`, as models around a text model do too."""
     return own is config or (hasattr(own, "get_text_config") and own.get_text_config() is config)
+
+
+def _write_experts(layer: MoELayer, segments: Segments) -> None:
+    """One by one, into parameters that the segments' workspace makes."""
+    parameters, written = layer.experts._parameters, {}
+    for expert in range(len(segments.up)):
+        one = parameters_from_segments(segments.select(slice(expert, expert + 1)), layer.layout)
+        for name, value in one.items():
+            if expert == 0:
+                old, shape = parameters[name], (len(segments.up), *value.shape[1:])
+                written[name] = segments.workspace.empty(shape, dtype=old.dtype, device=old.device)
+            written[name][expert] = value[0]
+    for name, value in written.items():
+        parameters[name] = nn.Parameter(value, requires_grad=parameters[name].requires_grad)
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:

@@ -9,7 +9,8 @@ from hub.card import card_problems
 from hub.process import content, run
 
 
-PACKAGE = {"config.json", "dern_config.json", "dern_report.json", "generation_config.json", "README.md"}
+PACKAGE = {"config.json", "generation_config.json", "README.md"}
+PACKAGE |= {"dern_config.json", "dern_report.json", "dern_report.html"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
 

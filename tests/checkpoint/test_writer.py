@@ -19,6 +19,7 @@ FILES = {
     "README.md",
     "dern_config.json",
     "dern_report.json",
+    "dern_report.html",
 }
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 
@@ -122,7 +123,9 @@ def test_stale_weights_are_removed(tmp_path, first, second):
     assert (tmp_path / "notes.md").read_text("utf-8") == "mine"
 
 
-@pytest.mark.parametrize("broken", ["save_pretrained", "write_sidecars", "_save_tokenizer", "model_card", "_publish"])
+@pytest.mark.parametrize(
+    "broken", ["save_pretrained", "write_sidecars", "_save_tokenizer", "write_presentation", "_publish"]
+)
 def test_a_failing_save_leaves_the_earlier_one(tmp_path, monkeypatch, broken):
     """Whatever fails before the files are moved, the checkpoint that was there still loads, and nothing is left."""
     compressor, model = compress(model_seed=1)
@@ -136,7 +139,7 @@ def test_a_failing_save_leaves_the_earlier_one(tmp_path, monkeypatch, broken):
     compressor, model = compress(num_experts=6, model_seed=2)
     if broken == "save_pretrained":
         monkeypatch.setattr(type(model), "save_pretrained", fail)
-    elif broken == "model_card":
+    elif broken == "write_presentation":
         monkeypatch.setattr(publishing, broken, fail)
     else:
         monkeypatch.setattr(writer, broken, fail)

@@ -15,6 +15,14 @@ def parse(*arguments):
     return config_from_arguments(parser.parse_args(arguments))
 
 
+def parse_several(*arguments):
+    """The config and the amounts that the options of a command for several results describe."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_config_arguments(parser, several=True)
+    args = parser.parse_args(arguments)
+    return config_from_arguments(args), getattr(args, "amounts", {})
+
+
 def test_no_option_is_the_default():
     """What is not given stays with the config's own defaults."""
     assert parse() == DernConfig()
@@ -54,6 +62,30 @@ def test_fields(arguments, fields):
 def test_datasets(sources, dataset):
     """One source is taken as it is; several, or one with a weight, are a mix."""
     assert parse("--dataset", *sources).dataset == dataset
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields", "amounts"),
+    [
+        ("", {}, {}),
+        ("--num-experts 4", {"num_experts": 4}, {}),
+        ("--num-experts=4", {"num_experts": 4}, {}),
+        ("--num-experts 6 4 3", {"num_experts": 6}, {"num_experts": [6, 4, 3]}),
+        ("--sparsity .25 .5", {"sparsity": 0.25}, {"sparsity": [0.25, 0.5]}),
+        ("--sparsity .25 .5 --sparsity .75", {"sparsity": 0.75}, {}),  # as of any option, the last one counts
+    ],
+)
+def test_several_amounts(arguments, fields, amounts):
+    """The config gets the first amount, the command all of them where there are several."""
+    assert parse_several(*arguments.split()) == (DernConfig(**fields), amounts)
+
+
+def test_an_amount_that_is_none():
+    """An option that has taken the positional arguments says where they belong; other commands take one amount."""
+    with pytest.raises(argparse.ArgumentError, match="'./model' is not a number.*come before this option"):
+        parse_several("--num-experts", "4", "./model")
+    with pytest.raises((argparse.ArgumentError, SystemExit)):
+        parse("--num-experts", "4", "3")
 
 
 @pytest.mark.parametrize("name", ["./missing", "/missing", "~/missing", "a/b/c"])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import make_model, sample_texts, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -111,6 +112,35 @@ def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_several_amounts(tmp_path, capsys, checkpoint, text):
+    """One command, several checkpoints, each with its losses; statistics of a oneshot run make more without text."""
+    output, recorded = tmp_path / "out", tmp_path / "out" / "dern_statistics.safetensors"
+    options = ["--preset", "paper", "--sequence-length", "48", "--batch-size", "4"]
+    data = ["--dataset", str(text), "--evaluate", str(text), "--json"]
+    main(["compress", str(checkpoint), str(output), "--num-experts", "6", "4", *options, *data])
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [result["output"] for result in results] == [str(output / "6-experts"), str(output / "4-experts")]
+    assert [result["after"]["experts"] for result in results] == [6, 4]
+    losses = [result["evaluation"]["notes"] for result in results]
+    assert losses[0]["before"] == losses[1]["before"] and losses[0]["after"]["loss"] != losses[1]["after"]["loss"]
+    for folder, loss in zip(("6-experts", "4-experts"), losses, strict=True):
+        assert CompressionReport.load(output / folder / "dern_report.json").evaluation["notes"] == loss
+    more = ["--sparsity", "0.25", "0.5", "--statistics", str(recorded)]
+    main(["compress", str(checkpoint), str(tmp_path / "more"), *more, *options])
+    shown = capsys.readouterr().out
+    assert shown.count("experts per layer") == 2 and f"saved to {tmp_path / 'more' / '4-experts'}" in shown
+    for folder in ("6-experts", "4-experts"):
+        tensors = [load_file(path / folder / "model.safetensors") for path in (output, tmp_path / "more")]
+        assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+
+
+def test_no_text(tmp_path, capsys, checkpoint):
+    """A criterion of weights alone needs no --dataset."""
+    options = ["--method", "prune", "--preset", "paper", "--selection", "aimer", "--json"]
+    main(["compress", str(checkpoint), str(tmp_path / "out"), *options])
+    assert json.loads(capsys.readouterr().out)["after"]["experts"] == 4
+
+
 def test_inspect(capsys, checkpoint):
     """Structure and sizes before and after, which are those that compression gives."""
     main(["inspect", str(checkpoint), "--num-experts", "4", "--json"])
@@ -178,6 +208,8 @@ def test_the_source_is_never_overwritten(capsys, checkpoint, text):
     ("arguments", "match"),
     [
         (("--num-experts", "4"), "--dataset is missing"),
+        (("--num-experts", "4", "3"), "--dataset is missing"),
+        (("--dataset", "x.txt", "--num-experts", "4", "3", "--sparsity", "0.5"), "give one of them"),
         (("--dataset", "x.txt", "--num-experts", "4", "--sparsity", "0.5"), "give one of them"),
         (("--dataset", "x.txt", "--num-experts", "0"), "num_experts=0"),
         (("--dataset", "x.txt", "--config", "/nowhere/config.json"), "/nowhere/config.json"),
@@ -204,6 +236,9 @@ def test_errors_before_anything_is_loaded(tmp_path, monkeypatch, capsys, checkpo
     ("arguments", "match"),
     [
         (("--dataset", "TEXT", "--num-experts", "1"), "would leave 1 of 8 experts"),
+        (("--dataset", "TEXT", "--num-experts", "4", "1"), "would leave 1 of 8 experts"),
+        (("--statistics", "/nowhere/file"), "recorded statistics are not enough"),
+        (("--preset", "paper", "--statistics", "/nowhere/file"), "there is no statistics file"),
         (("--dataset", "TEXT", "--method", "distil"), "unknown method 'distil'"),
         (("--dataset", "/nowhere/notes.txt"), "neither a file, a folder nor one of"),
         (("--dataset", "TEXT", "--evaluate", "/nowhere/held_out.txt"), "neither a file, a folder nor one of"),

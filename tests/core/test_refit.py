@@ -24,8 +24,9 @@ from samples import (
     scalar_activation,
 )
 
-from optimum_dern.core import mixture, refit
+from optimum_dern.core import mixture
 from optimum_dern.core.refit import refit_down
+from optimum_dern.core.workspace import Workspace
 
 
 def problem(kind="gated", dtype=torch.float64, tokens=24, unused=()):
@@ -141,21 +142,22 @@ def test_chunks_change_nothing(kind, monkeypatch):
     whole = refit_down(*given_arguments, activation, ridge=0.1).down
     monkeypatch.setattr(mixture, "CHUNK_TOKENS", 3)
     assert_near(refit_down(*given_arguments, activation, ridge=0.1).down, whole, 1e-10)
-    monkeypatch.setattr(refit, "MAX_ELEMENTS", 0)
-    assert_near(refit_down(*given_arguments, activation, ridge=0.1).down, whole, 1e-10)
+    segments, *rest = given_arguments
+    frugal = segments._replace(workspace=Workspace(max_elements=0))
+    assert_near(refit_down(frugal, *rest, activation, ridge=0.1).down, whole, 1e-10)
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_neurons_are_kept_only_where_they_fit(kept, monkeypatch):
+def test_neurons_are_kept_only_where_they_fit(kept):
     """Neurons are computed once if they fit in memory, and anew on every pass if not."""
-    given_arguments, calls = problem(), []
+    (segments, *rest), calls = problem(), []
 
     def counted(gate, up):
         calls.append(len(up))
         return activation(gate, up)
 
-    monkeypatch.setattr(refit, "MAX_ELEMENTS", 24 * 2 * 3 - (not kept))  # tokens, slots, neurons
-    refit_down(*given_arguments, counted, ridge=0.1, sweeps=2)
+    segments = segments._replace(workspace=Workspace(max_elements=24 * 2 * 3 - (not kept)))  # tokens, slots, neurons
+    refit_down(segments, *rest, counted, ridge=0.1, sweeps=2)
     assert (sum(calls) == 24 * 2) is kept and sum(calls) >= 24 * 2
 
 

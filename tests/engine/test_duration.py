@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from optimum_dern import DernConfig
 from optimum_dern.core.mixture import Routing
 from optimum_dern.core.refit import refit_down
+from optimum_dern.engine import duration
 from optimum_dern.engine.duration import count_operations, measure_rate, predict_seconds
 from optimum_dern.models.structure import find_moe_layers
 from optimum_dern.models.view import layer_activation, read_layer
@@ -44,3 +45,17 @@ def test_more_work_takes_longer():
     assert seconds(tokens=2 * TOKENS, method="prune", refit=False) == pytest.approx(
         2 * seconds(method="prune", refit=False)
     )
+
+
+def test_a_busy_machine(monkeypatch):
+    """A product that had to wait for the processor says nothing about its speed."""
+    products = iter([5.0, 0.5, 2.0, 1.0, 3.0])  # seconds, the last one after the end of the probe
+    clock = [0.0]
+
+    def busy(self, other):
+        clock[0] += next(products, 1.0)
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", busy)
+    monkeypatch.setattr(duration.time, "perf_counter", lambda: clock[0])
+    assert measure_rate(torch.device("cpu"), seconds=3.0) == 2 * duration.PROBE_SIZE**3 / 0.5

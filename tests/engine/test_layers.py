@@ -8,7 +8,7 @@ from optimum_dern import DernCompressor
 from optimum_dern.calibration.data import load_batches
 from optimum_dern.calibration.recording import Call, record_layer_calls, record_routing
 from optimum_dern.core.statistics import measure_experts
-from optimum_dern.engine import layers as engine
+from optimum_dern.engine import walks
 from optimum_dern.engine.layers import held_out_tokens
 from optimum_dern.engine.stream import HiddenStream
 from optimum_dern.models.structure import find_decoder_layers, find_moe_layers
@@ -178,13 +178,13 @@ def test_held_out_tokens(masks, expected):
 def captured(monkeypatch):
     """The routing that every layer is compressed with, by name of the layer."""
     seen = {}
-    compress_layer_ = engine.compress_layer_
+    compress_layer_ = walks.compress_layer_
 
     def capture(data, *args):
         seen[data.layer.name] = data.routing
         return compress_layer_(data, *args)
 
-    monkeypatch.setattr(engine, "compress_layer_", capture)
+    monkeypatch.setattr(walks, "compress_layer_", capture)
     return seen
 
 

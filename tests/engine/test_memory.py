@@ -1,7 +1,11 @@
 """The predicted peak follows what is kept, and a bound is refused or kept."""
 
+import re
+
 import pytest
+import torch
 from tiny import make_model
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from optimum_dern import DernConfig
 from optimum_dern.engine.memory import plan_memory
@@ -28,15 +32,49 @@ def test_every_step_takes_its_part(model):
     assert plan(model, method="dern").working >= whole.working
     assert plan(model, tokens=2000).hidden == 2 * plan(model).hidden
     assert plan(model, tokens=2000).working > plan(model).working
-    assert whole.peak == whole.interpreter + whole.layer + whole.working + whole.hidden
+    assert whole.peak == whole.interpreter + max(whole.outside, whole.layer + whole.working) + whole.hidden
     assert whole.layer == sum(p.numel() * 4 for p in model.model.layers[0].parameters())
 
 
-def test_a_bound(model):
-    """Hidden states go to a file only if that is needed, and what cannot be kept is refused with the least."""
-    free = plan(model)
-    assert not plan(model, bound=free.peak).spilled
-    spilled = plan(model, bound=free.peak - 1)
-    assert spilled.spilled and spilled.peak == free.peak - free.hidden
-    with pytest.raises(ValueError, match=f"at least {spilled.peak / 2**30:.2f} GiB"):
-        plan(model, bound=spilled.peak - 1)
+def plan_of_shapes(bound=None, tokens=1 << 12, **fields):
+    """The plan for a layer of half a GiB, of which 4 of 64 experts work on a token."""
+    config = MixtralConfig(
+        vocab_size=1000,
+        hidden_size=1024,
+        intermediate_size=1344,
+        num_hidden_layers=2,
+        num_local_experts=64,
+        num_experts_per_tok=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        large = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return plan(large, tokens, bound, count=32, **fields)
+
+
+def test_a_bound():
+    """What is fastest within it: hidden states go to a file first, then experts, then blocks get smaller."""
+    free = plan_of_shapes()
+    assert free.peak > free.interpreter + free.hidden + free.layer and not free.disk
+    assert plan_of_shapes(free.peak) == free
+    spilled = plan_of_shapes(free.peak - 1)
+    assert spilled.spilled and not spilled.experts_in_file and spilled.max_elements == free.max_elements
+    assert spilled.peak == free.peak - free.hidden and spilled.disk == free.hidden
+    in_file = plan_of_shapes(spilled.peak - 1)
+    assert in_file.spilled and in_file.experts_in_file and in_file.max_elements == free.max_elements
+    assert in_file.peak < spilled.peak - free.layer // 2
+    assert in_file.disk > in_file.hidden + 1.5 * free.layer
+    frugal = plan_of_shapes(in_file.peak - 1)
+    assert frugal.max_elements < in_file.max_elements and frugal.peak < in_file.peak
+
+
+def test_a_bound_that_cannot_be_kept():
+    """The message tells the least that can, and that is kept."""
+    with pytest.raises(ValueError, match="this compression needs at least") as refusal:
+        plan_of_shapes(1)
+    least = float(re.search("at least (.*?) GiB", str(refusal.value))[1])
+    assert plan_of_shapes(int((least + 0.01) * 2**30)).experts_in_file
+    with pytest.raises(ValueError, match="at least"):
+        plan_of_shapes(int((least - 0.01) * 2**30))

@@ -1,0 +1,55 @@
+"""Where the work on a layer keeps tensors as large as its experts, and how much else it holds at once.
+
+By default everything is in memory.  A layer whose experts do not fit into memory brings a workspace whose tensors are
+in a file: as every computation goes expert by expert, only the pages of one expert then have to be there.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+__all__ = ["IN_MEMORY", "MAX_ELEMENTS", "Empty", "Workspace"]
+
+Empty = Callable[..., Tensor]  # as `torch.empty(shape, dtype=..., device=...)`
+MAX_ELEMENTS = 1 << 26  # 256 MiB in float32
+
+
+class Workspace(NamedTuple):
+    """What the steps on a layer may use; results do not depend on it."""
+
+    empty: Empty = torch.empty  # makes tensors that hold something for every expert
+    max_elements: int = MAX_ELEMENTS  # numbers of each other kind that a step holds at once
+
+    def empty_like(self, tensor: Tensor, count: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor for other experts, in memory laid out as these are, by which products come out with the same bits.
+
+        Args:
+            tensor: (E, ...).
+            count: how many experts; by default E.
+            dtype: by default that of the tensor.
+        """
+        order = sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
+        order.sort(key=lambda dim: dim != 0)  # an expert's numbers stay together
+        shape = [count if dim == 0 and count is not None else tensor.shape[dim] for dim in order]
+        made = self.empty(shape, dtype=dtype or tensor.dtype, device=tensor.device)
+        return made.permute([order.index(dim) for dim in range(tensor.dim())])
+
+    def copy(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy, made expert by expert."""
+        copy = self.empty_like(tensor, dtype=dtype)
+        for expert in range(len(tensor)):
+            copy[expert] = tensor[expert]
+        return copy
+
+    def select(self, tensor: Tensor, experts: Tensor) -> Tensor:
+        """A copy of some experts (N,), in the order given."""
+        chosen = self.empty_like(tensor, len(experts))
+        for position, expert in enumerate(experts.tolist()):
+            chosen[position] = tensor[expert]
+        return chosen
+
+
+IN_MEMORY = Workspace()

@@ -1,0 +1,54 @@
+"""The report of a run, from what every kind of run knows at its end."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..calibration.description import recordable_dataset
+from ..config import DernConfig
+from ..reporting.report import CompressionReport, LayerReport, ModelSize
+from ..versions import tool_versions
+from .progress import peak_memory_bytes
+
+
+__all__ = ["make_report"]
+
+
+def make_report(
+    config: DernConfig,
+    model_type: str,
+    source: tuple[str | None, str | None],
+    sizes: tuple[ModelSize, ModelSize],
+    layers: Sequence[LayerReport],
+    calibration: dict[str, Any],
+    started: float,
+    device: torch.device,
+) -> CompressionReport:
+    """What was done, with what, to what.
+
+    Args:
+        config: of the run.
+        model_type: the family.
+        source: name and revision of the original, where they are known.
+        sizes: before and after.
+        layers: one report each.
+        calibration: of `describe_calibration`.
+        started: by `time.perf_counter`.
+        device: whose peak memory counts.
+    """
+    return CompressionReport(
+        source=source[0],
+        revision=source[1],
+        model_type=model_type,
+        method=config.method,
+        config={**config.to_dict(), "dataset": recordable_dataset(config.dataset)},
+        calibration=calibration,
+        before=sizes[0],
+        after=sizes[1],
+        layers=list(layers),
+        versions=tool_versions(),
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory_bytes(device),
+    )

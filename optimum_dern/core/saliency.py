@@ -1,18 +1,23 @@
-"""How much an expert matters: one small function per published criterion, from statistics to (E,) scores.
+"""How much an expert matters: one small function per published criterion, giving (E,) scores.
 
 Larger is more important.  g is the weight that the model itself applies, e(x) the expert's output before it, X_i the
-tokens routed to expert i, T all tokens.  An expert that no token reached scores 0 everywhere.
-"""
+tokens routed to expert i, T all tokens.  An expert that no token reached scores 0 wherever tokens decide.
 
-from collections.abc import Callable
+`criteria` is the table of all criteria, those that choose whole sets of experts among them.
+"""
 
 import torch
 from torch import Tensor
 
+from .mixture import expert_batches, expert_output
+from .observation import ObservedLayer
+from .segments import Segments
 from .statistics import ExpertStatistics
 
 
-__all__ = ["CRITERIA", "check_criterion", "score_experts"]
+__all__ = ["aimer", "ean", "easy_ep", "frequency", "man", "msan", "random", "reap", "router"]
+
+CHUNK_TOKENS = 4096
 
 
 def router(statistics: ExpertStatistics) -> Tensor:
@@ -45,36 +50,42 @@ def msan(statistics: ExpertStatistics) -> Tensor:
     return _per_routed_token(statistics.output_norm_squared, statistics)
 
 
-CRITERIA: dict[str, Callable[[ExpertStatistics], Tensor]] = {
-    function.__name__: function for function in (router, frequency, ean, reap, man, msan)
-}
+def aimer(segments: Segments) -> Tensor:
+    """1 - mean |w| / root mean square w, over an expert's gate, up and down weights (AIMER, arXiv 2603.18492).
 
-
-def score_experts(criterion: str, statistics: ExpertStatistics, seed: int = 0) -> Tensor:
-    """Score the experts of one layer.
-
-    Args:
-        criterion: a key of `CRITERIA`, or `"random"`, the control that every comparison needs.
-        statistics: the layer's sums.
-        seed: for `"random"` only.
-
-    Returns:
-        (E,) float64, larger is more important.
-
-    Raises:
-        ValueError: unknown criterion.
+    The paper prunes where the ratio is high; it is never above 1, so this is between 0 and 1.
     """
-    check_criterion(criterion)
-    if criterion == "random":
-        generator = torch.Generator().manual_seed(seed)
-        return torch.rand(len(statistics.count), generator=generator, dtype=torch.float64)
-    return CRITERIA[criterion](statistics)
+    rows = slice(None, -1) if segments.biased else slice(None)  # the last column is a bias, which the paper leaves out
+    parts = [part[..., rows] for part in (segments.gate, segments.up) if part is not None] + [segments.down]
+    count = sum(part[0].numel() for part in parts)
+
+    def total(expert: int, order: int) -> Tensor:
+        norms = [torch.linalg.vector_norm(part[expert], order, dtype=torch.float64) for part in parts]
+        return sum(norm**order for norm in norms)
+
+    mean = torch.stack([total(expert, 1) for expert in range(len(segments.up))]) / count
+    square = torch.stack([total(expert, 2) for expert in range(len(segments.up))]) / count
+    return 1 - mean / square.sqrt().clamp(min=1e-30)
 
 
-def check_criterion(criterion: str) -> None:
-    """Raise ValueError for a criterion that `score_experts` does not know."""
-    if criterion not in CRITERIA and criterion != "random":
-        raise ValueError(f"unknown selection criterion {criterion!r}; choose one of {sorted([*CRITERIA, 'random'])}")
+def easy_ep(layer: ObservedLayer) -> Tensor:
+    """Sum over X_i of g |e| max(0, 1 - cos(h, h + y)) (EASY-EP, arXiv 2504.06792).
+
+    h is the residual stream before the experts, y the routed output: a token counts as much as the experts turn it.
+    """
+    parts = zip(layer.residual.split(CHUNK_TOKENS), layer.target.split(CHUNK_TOKENS), strict=True)
+    turned = [1 - torch.cosine_similarity(h.double(), h.double() + y.double(), dim=1) for h, y in parts]
+    turned = torch.cat(turned).clamp(min=0)  # (T,)
+    scores = turned.new_zeros(len(layer.segments.up))
+    for batch in expert_batches(layer.segments, layer.routing, layer.activation):
+        norms = (batch.weight * expert_output(layer.segments, batch)).double().norm(dim=1)
+        scores[batch.expert] += (norms * turned[batch.token]).sum()
+    return layer.reduce(scores)
+
+
+def random(num_experts: int, seed: int) -> Tensor:
+    """Uniform numbers: the control that every comparison needs."""
+    return torch.rand(num_experts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _per_routed_token(total: Tensor, statistics: ExpertStatistics) -> Tensor:

@@ -2,12 +2,21 @@
 
 import math
 from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-__all__ = ["retained_count", "select_experts"]
+__all__ = ["Places", "check_places", "retained_count", "select_experts"]
+
+
+class Places(NamedTuple):
+    """How many experts of a layer stay, and under which limits."""
+
+    count: int
+    num_groups: int = 1  # contiguous groups of a group-limited router, each of which keeps `count / num_groups`
+    protected: Collection[int] = ()  # experts that stay in any case
 
 
 def retained_count(num_experts: int, sparsity: float, num_groups: int = 1, multiple_of: int = 1) -> int:
@@ -44,7 +53,28 @@ def select_experts(scores: Tensor, count: int, num_groups: int = 1, protected: C
     Raises:
         ValueError: a count that the groups cannot share, or more protected experts than places.
     """
-    num_experts = len(scores)
+    check_places(len(scores), Places(count, num_groups, protected))
+    ranked = scores.double().clone()
+    if not torch.isfinite(ranked).all():
+        raise ValueError("expert scores contain NaN or infinity; check the calibration data and the model's weights")
+    ranked[list(protected)] = math.inf
+    groups = ranked.view(num_groups, -1)  # (groups, E / groups)
+    best = groups.argsort(dim=1, descending=True, stable=True)[:, : count // num_groups]
+    offsets = torch.arange(num_groups, device=best.device).unsqueeze(1) * (len(scores) // num_groups)
+    return (best + offsets).flatten().sort().values
+
+
+def check_places(num_experts: int, places: Places) -> None:
+    """Refuse places that E experts cannot fill.
+
+    Args:
+        num_experts: E.
+        places: asked for.
+
+    Raises:
+        ValueError: a count that the groups cannot share, or protected experts that do not exist or do not fit.
+    """
+    count, num_groups, protected = places
     if not 1 <= count <= num_experts:
         raise ValueError(f"cannot retain {count} of {num_experts} experts; choose 1 to {num_experts}")
     if num_experts % num_groups or count % num_groups:
@@ -55,14 +85,7 @@ def select_experts(scores: Tensor, count: int, num_groups: int = 1, protected: C
     outside = [expert for expert in protected if not 0 <= expert < num_experts]
     if outside:
         raise ValueError(f"protected experts {outside} do not exist; the layer has experts 0 to {num_experts - 1}")
-    ranked = scores.double().clone()
-    if not torch.isfinite(ranked).all():
-        raise ValueError("expert scores contain NaN or infinity; check the calibration data and the model's weights")
-    ranked[list(protected)] = math.inf
-    groups = ranked.view(num_groups, -1)  # (groups, E / groups)
-    crowded = (groups == math.inf).sum(1).max().item()
+    size = num_experts // num_groups
+    crowded = max(sum(expert // size == group for expert in set(protected)) for group in range(num_groups))
     if crowded > count // num_groups:
         raise ValueError(f"{crowded} protected experts share {count // num_groups} places; protect fewer or keep more")
-    best = groups.argsort(dim=1, descending=True, stable=True)[:, : count // num_groups]
-    offsets = torch.arange(num_groups, device=best.device).unsqueeze(1) * (num_experts // num_groups)
-    return (best + offsets).flatten().sort().values

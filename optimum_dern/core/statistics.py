@@ -1,7 +1,8 @@
 """Running sums per expert, from which every saliency is a short formula.
 
-Sums, not means: two halves of the calibration data, or two processes, merge by adding.  Everything is float64, so
-that millions of tokens do not drown the last ones.  Padding never arrives here: it is removed when recording.
+Sums, not means: two halves of the calibration data, or two processes, merge by adding (one number is a maximum, and
+merges as such).  Everything is float64, so that millions of tokens do not drown the last ones.  Padding never arrives
+here: it is removed when recording.
 """
 
 from dataclasses import dataclass, fields
@@ -15,6 +16,8 @@ from .segments import Segments
 
 
 __all__ = ["ExpertStatistics", "measure_experts"]
+
+MAXIMA = ("output_max",)  # of the fields, those that are not sums
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class ExpertStatistics:
     weighted_output_norm: Tensor  # (E,) sum of g |e|, the norm of the contribution
     output_sum: Tensor  # (E, o) sum of e
     coactivation: Tensor  # (E, E) sum over tokens that chose both of (g_i |e_i|) (g_j |e_j|)
+    together: Tensor  # (E, E) tokens that chose both; `count` on the diagonal
+    output_max: Tensor  # (E,) largest absolute component of e
 
     @classmethod
     def zeros(cls, num_experts: int, output_size: int, device: torch.device | str = "cpu") -> "ExpertStatistics":
@@ -42,16 +47,21 @@ class ExpertStatistics:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
         vectors = [zeros(num_experts) for _ in range(5)]
-        return cls(0, *vectors, zeros(num_experts, output_size), zeros(num_experts, num_experts))
+        matrices = [zeros(num_experts, output_size), zeros(num_experts, num_experts), zeros(num_experts, num_experts)]
+        return cls(0, *vectors, *matrices, zeros(num_experts))
 
     def merge(self, other: "ExpertStatistics") -> "ExpertStatistics":
         """The statistics of both sets of tokens together."""
-        return ExpertStatistics(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        merged = {name: torch.maximum(*pair) if name in MAXIMA else pair[0] + pair[1] for name, pair in pairs.items()}
+        return ExpertStatistics(**merged)
 
     def reduced(self, reduce: Reduce) -> "ExpertStatistics":
         """The statistics of the tokens of all processes."""
         tokens = reduce(torch.tensor(self.tokens, device=self.count.device))
-        return ExpertStatistics(int(tokens), *(reduce(getattr(self, f.name)) for f in fields(self)[1:]))
+        operations = {f.name: "max" if f.name in MAXIMA else "sum" for f in fields(self)[1:]}
+        reduced = {name: reduce(getattr(self, name), operation) for name, operation in operations.items()}
+        return ExpertStatistics(int(tokens), **reduced)
 
 
 def measure_experts(segments: Segments, routing: Routing, activation: Activation) -> tuple[ExpertStatistics, Tensor]:
@@ -70,7 +80,7 @@ def measure_experts(segments: Segments, routing: Routing, activation: Activation
     index, weight = routing.index, routing.weight.double()
     output_weight = torch.ones_like(weight) if routing.weighs_input else weight  # (T, k)
     norms = torch.zeros_like(weight)  # (T, k)
-    output_sum = weight.new_zeros(num_experts, output_size)
+    output_sum, output_max = weight.new_zeros(num_experts, output_size), weight.new_zeros(num_experts)
     routed = segments.down.new_zeros(len(index), output_size, dtype=segments.compute_dtype)  # (T, o)
     for batch in expert_batches(segments, routing, activation):
         output = expert_output(segments, batch)  # (n, o)
@@ -78,11 +88,13 @@ def measure_experts(segments: Segments, routing: Routing, activation: Activation
         output = output.double()
         norms[batch.token, batch.slot] = output.norm(dim=1)
         output_sum[batch.expert] += output.sum(0)
+        output_max[batch.expert] = torch.maximum(output_max[batch.expert], output.abs().max())
 
     def sums(values: Tensor) -> Tensor:
         return torch.zeros_like(output_sum[:, 0]).index_add_(0, index.flatten(), values.flatten())
 
     contribution = torch.zeros(len(index), num_experts, dtype=torch.float64, device=index.device)
+    chosen = torch.zeros_like(contribution).scatter_(1, index, 1.0)  # (T, E)
     contribution.scatter_add_(1, index, output_weight * norms)  # (T, E)
     statistics = ExpertStatistics(
         tokens=len(index),
@@ -93,5 +105,7 @@ def measure_experts(segments: Segments, routing: Routing, activation: Activation
         weighted_output_norm=sums(output_weight * norms),
         output_sum=output_sum,
         coactivation=contribution.T @ contribution,
+        together=chosen.T @ chosen,
+        output_max=output_max,
     )
     return statistics, routed

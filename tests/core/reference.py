@@ -7,6 +7,7 @@ column is that bias and `biased` is true.
 
 import math
 from fractions import Fraction
+from itertools import combinations
 
 import torch
 
@@ -70,6 +71,8 @@ def reference_statistics(gate, up, down, hidden, index, weight, act, output_bias
     sums = {name: [0.0] * experts for name in names}
     sums["output_sum"] = [[0.0] * width for _ in range(experts)]
     sums["coactivation"] = [[0.0] * experts for _ in range(experts)]
+    sums["together"] = [[0.0] * experts for _ in range(experts)]
+    sums["output_max"] = [0.0] * experts
     for t, x in enumerate(_lists(hidden)):
         contribution = {}
         for slot, i in enumerate(index[t].tolist()):
@@ -77,10 +80,12 @@ def reference_statistics(gate, up, down, hidden, index, weight, act, output_bias
             for name, value in zip(names, (1.0, g, _norm(e), _norm(e) ** 2, g * _norm(e)), strict=True):
                 sums[name][i] += value
             sums["output_sum"][i] = [a + b for a, b in zip(sums["output_sum"][i], e, strict=True)]
+            sums["output_max"][i] = max(sums["output_max"][i], *map(abs, e))
             contribution[i] = g * _norm(e)
         for i, a in contribution.items():
             for j, b in contribution.items():
                 sums["coactivation"][i][j] += a * b
+                sums["together"][i][j] += 1
     return {"tokens": len(hidden)} | {name: torch.tensor(v, dtype=torch.float64) for name, v in sums.items()}
 
 
@@ -99,6 +104,96 @@ def reference_saliency(criterion, sums):
         divisor = {"tokens": sums["tokens"], "count": n, None: 1}[share_of]
         scores.append(sums[total][i].item() / divisor if n else 0.0)
     return scores
+
+
+def reference_aimer(gate, up, down, biased=False):
+    """1 - mean |w| / root mean square w of every expert, biases left out."""
+    scores = []
+    for expert in range(len(up)):
+        rows = ([] if gate is None else _lists(gate[expert])) + _lists(up[expert])
+        weights = [w for row in rows for w in (row[:-1] if biased else row)]
+        weights += [w for row in _lists(down[expert]) for w in row]
+        mean = sum(map(abs, weights)) / len(weights)
+        scores.append(1 - mean / math.sqrt(_dot(weights, weights) / len(weights)))
+    return scores
+
+
+def reference_easy_ep(gate, up, down, hidden, index, weight, act, residual, output_bias=None, biased=False):
+    """Sum over tokens of g |e| max(0, 1 - cos(h, h + y)) for every expert."""
+    scores, weight = [0.0] * len(up), _lists(weight)
+    routed = reference_layer_output(gate, up, down, hidden, index, weight, act, output_bias, biased).tolist()
+    for t, (x, h) in enumerate(zip(_lists(hidden), _lists(residual), strict=True)):
+        turned = max(0.0, 1 - _cosine(h, [a + b for a, b in zip(h, routed[t], strict=True)]))
+        for slot, i in enumerate(index[t].tolist()):
+            e = reference_expert_output(gate, up, down, i, x, act, output_bias, biased)
+            scores[i] += weight[t][slot] * _norm(e) * turned
+    return scores
+
+
+def reference_allowed_sets(experts, count, groups=1, protected=()):
+    """Every set of experts that keeps the same number in each group and all protected ones, by brute force."""
+    size = experts // groups
+    for kept in combinations(range(experts), count):
+        shares = [sum(i // size == group for i in kept) for group in range(groups)]
+        if len(set(shares)) == 1 and set(protected) <= set(kept):
+            yield list(kept)
+
+
+def reference_hope_cost(sums, kept):
+    """p^T F p of the experts that are not kept, from the sums of `reference_statistics`."""
+    pruned = [i for i in range(len(sums["count"])) if i not in kept]
+    cost = 0.0
+    for i in pruned:
+        for j in pruned:
+            n = sums["together"][i][j].item()
+            cost += sums["coactivation"][i][j].item() / n if n else 0.0
+    return cost
+
+
+def reference_route(
+    logits, allowed, top_k, phi, over_all, scale, by="logit", bias=None, groups=1, topk_group=1, best=2
+):
+    """One token's experts and their weights, when only some experts may be chosen: two lists."""
+    total = sum(math.exp(logits[i]) for i in allowed)
+    compared = {
+        "logit": lambda i: logits[i],
+        "exp": lambda i: math.exp(logits[i]) / total,
+        "sigmoid": lambda i: 1 / (1 + math.exp(-logits[i])),
+    }[by]
+    value = {i: compared(i) + (0 if bias is None else bias[i]) for i in allowed}
+    size = len(logits) // groups
+    judged = []
+    for group in range(groups):
+        members = sorted((value[i] for i in allowed if i // size == group), reverse=True)
+        judged.append(sum(members[:best]))
+    chosen_groups = sorted(range(groups), key=lambda group: -judged[group])[:topk_group]
+    open_ = [i for i in allowed if i // size in chosen_groups]
+    chosen = sorted(open_, key=lambda i: -value[i])[:top_k]
+    mass = {i: math.exp(logits[i]) if phi == "exp" else 1 / (1 + math.exp(-logits[i])) for i in allowed}
+    divisor = sum(mass[i] for i in (allowed if over_all else chosen))
+    return chosen, [scale * mass[i] / divisor for i in chosen]
+
+
+def reference_set_error(gate, up, down, hidden, logits, kept, act, route):
+    """|F - F_S| over all tokens, F_S the output with the router `route(logits, allowed)` kept to the set S."""
+    total, everyone = 0.0, list(range(len(up)))
+    for x, z in zip(_lists(hidden), _lists(logits), strict=True):
+        difference = [0.0] * down.shape[-1]
+        for sign, allowed in ((1.0, everyone), (-1.0, kept)):
+            for i, g in zip(*route(z, allowed), strict=True):
+                e = reference_expert_output(gate, up, down, i, x, act)
+                difference = [a + sign * g * b for a, b in zip(difference, e, strict=True)]
+        total += _dot(difference, difference)
+    return math.sqrt(total)
+
+
+def reference_elimination(error, experts, count, groups=1, protected=()):
+    """Drop one expert after another, each time that without which `error(kept)` is lowest, equal shares a group."""
+    kept, size = list(range(experts)), experts // groups
+    while len(kept) > count:
+        open_ = [i for i in kept if i not in protected and sum(j // size == i // size for j in kept) > count // groups]
+        kept.remove(min(open_, key=lambda i: error([j for j in kept if j != i])))
+    return kept
 
 
 def reference_retained_count(experts, sparsity, groups=1, multiple_of=1):

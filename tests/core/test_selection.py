@@ -69,7 +69,7 @@ def test_many_equal_scores_go_by_index(num_groups):
     assert actual == reference_selection(scores.tolist(), 64, num_groups)
 
 
-@pytest.mark.parametrize("protected", [[4, 5], (4, 5), {4, 5}, [4, 5, 5]])
+@pytest.mark.parametrize("protected", [[4, 5], (4, 5), {4, 5}, [4, 5, 5, 4]])
 def test_protected_experts_in_any_collection(protected):
     """Lists, tuples, sets and repetitions all protect the same experts."""
     assert select_experts(torch.arange(6).flip(0), 3, protected=protected).tolist() == [0, 4, 5]

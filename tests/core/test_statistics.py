@@ -109,6 +109,23 @@ def test_sums_of_one_token_by_hand():
     assert actual.weighted_output_norm.tolist() == [2.5, 2, 0]
     assert actual.output_sum.tolist() == [[6, 8], [0, 4], [0, 0]]
     assert actual.coactivation.tolist() == [[6.25, 5, 0], [5, 4, 0], [0, 0, 0]]
+    assert actual.together.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert actual.output_max.tolist() == [8, 4, 0]
+
+
+def test_maxima_merge_as_maxima():
+    """The largest output of two sets of tokens is that of one of them, and processes are asked for it as such."""
+    segments, routing = make_segments(), make_routing(tokens=15)
+    first, second = (measure_experts(segments, routing.select(p), activation)[0] for p in (slice(0, 6), slice(6, 15)))
+    assert torch.equal(first.merge(second).output_max, torch.maximum(first.output_max, second.output_max))
+    asked = []
+
+    def reduce(local, operation="sum"):
+        asked.append(operation)
+        return local
+
+    assert_same(first.reduced(reduce), vars(first), 0.0)
+    assert asked == ["sum"] * (len(fields(first)) - 1) + ["max"]
 
 
 def test_late_tokens_do_not_drown():

@@ -1,0 +1,53 @@
+"""Super experts: the few whose outputs hold outliers that later layers live on (arXiv 2507.23279).
+
+Without them models collapse, however seldom they are used.  The paper finds them by the largest absolute component a
+of every expert's output over the calibration tokens, among the first three quarters of the layers:
+
+    a > 99.5 % quantile of all a    and    a > max of all a / 10
+
+A layer is compressed before later ones have been seen, so "all" are here those of its own and of earlier layers, and
+in place of the quantile, which says nothing about a few dozen numbers, an expert must stand out from its own layer:
+
+    a > 5 x median of the layer's a    and    a > max of all a so far / 10
+
+An outlier of an early layer that later layers dwarf is protected here and not in the paper, which costs little.
+"""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+__all__ = ["find_super_experts"]
+
+DEPTH = 0.75  # of the decoder layers; in the last ones all outputs are large
+OF_LARGEST = 0.1
+OF_MEDIAN = 5.0
+
+
+def find_super_experts(
+    output_max: Tensor, earlier: Iterable[float], depth: float, count: int, num_groups: int = 1
+) -> list[int]:
+    """The super experts of one layer.
+
+    Args:
+        output_max: (E,) largest absolute component of every expert's output, 0 for one that no token reached.
+        earlier: the largest of these of each earlier layer.
+        depth: how far into the decoder the layer is: 0 for the first of its layers, below 1 for the last.
+        count: how many experts stay; of each of the groups, no more are protected than stay.
+        num_groups: of a group-limited router.
+
+    Returns:
+        Their indices, ascending; usually none.
+    """
+    reached = output_max[output_max > 0]
+    if depth >= DEPTH or not len(reached):
+        return []
+    largest = max([output_max.max().item(), *earlier])
+    outliers = (output_max > OF_MEDIAN * reached.median()) & (output_max > OF_LARGEST * largest)
+    found = []
+    for start in range(0, len(output_max), len(output_max) // num_groups):
+        group = output_max[start : start + len(output_max) // num_groups]
+        order = group.argsort(descending=True, stable=True)[: count // num_groups] + start
+        found += [expert for expert in order.tolist() if outliers[expert]]
+    return sorted(found)

@@ -1,0 +1,40 @@
+"""Observed layers for the criteria: random experts behind a router whose rules are known."""
+
+import torch
+from reference import reference_route
+from samples import activation, make_segments
+
+from optimum_dern.core.mixture import Routing
+from optimum_dern.core.observation import ObservedLayer
+from optimum_dern.core.statistics import measure_experts
+
+
+def observe(segments, routing, rows=None, held_out=None, **fields):
+    """A layer as its criteria see it."""
+    statistics, target = measure_experts(segments, routing, activation)
+    held_out = torch.zeros(len(target), dtype=torch.bool) if held_out is None else held_out
+    return ObservedLayer(segments, activation, routing, target, held_out, statistics, rows, **fields)
+
+
+def routed_layer(experts=6, tokens=30, top_k=2, held_out=None, seed=5, bias=None, logit_bias=None, **rules):
+    """A layer whose router follows the rules of `reference_route`; also its logits (T, E), for all tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, 4, generator=generator, dtype=torch.float64)
+    rows = torch.randn(experts, 4, generator=generator, dtype=torch.float64)
+    logits = hidden @ rows.T
+    if logit_bias is not None:
+        logits = logits + logit_bias
+    routes = [reference_route(z, list(range(experts)), top_k, bias=bias, **rules) for z in logits.tolist()]
+    index, weight = (torch.tensor(part) for part in zip(*routes, strict=True))
+    segments = make_segments(experts=experts, seed=seed)
+    layer = observe(
+        segments,
+        Routing(hidden, index, weight.double()),
+        rows,
+        held_out,
+        router_bias=logit_bias,
+        choice_bias=None if bias is None else torch.tensor(bias, dtype=torch.float64),
+        num_groups=rules.get("groups", 1),
+        topk_group=rules.get("topk_group", 1),
+    )
+    return layer, logits

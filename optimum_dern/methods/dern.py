@@ -3,14 +3,25 @@
 import torch
 
 from ..config import DernConfig
+from ..core.greedy import greedy
 from ..core.recombination import Recombination, recombine_layer
+from ..core.router_choice import UnknownRouter
 from ..core.routing import add_moved_rows
+from ..core.segment_flow import segment_flow
+from ..core.selection import Places
 from .registry import Candidate, LayerProblem, register_method
 
 
 @register_method("dern")
 class Dern:
-    """Plain pruning beside the recombined layer, for the guard to choose from."""
+    """Plain pruning beside the recombined layer, for the guard to choose from.
+
+    Where everything is refitted and the experts are ranked by the router, the guard may choose from the retained set
+    of least output error (`selection="greedy"`) as well: which of the two sets is better once refitted differs from
+    layer to layer.
+    """
+
+    needs_tokens = False
 
     def compress_layer(self, problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
         recombined = recombine_layer(
@@ -31,14 +42,31 @@ class Dern:
             if problem.layer.router_rows is None:
                 raise ValueError("router_update='rows' needs a router with one weight row per expert; use 'none'")
             rows = add_moved_rows(problem.layer.router_rows, problem.retained, recombined.destination)
-        facts = _facts(recombined)
+        facts = _facts(recombined, problem.retained)
         pruned = Candidate(problem.layer.segments.select(problem.retained), facts=facts)
-        if not facts["moved_share"]:  # then both are the same to the bit
-            return {"pruned": pruned}
-        return {"pruned": pruned, "recombined": Candidate(recombined.segments, rows, facts)}
+        candidates = {"pruned": pruned}
+        if config.guard and config.neuron_refit and config.selection == "router":
+            candidates |= _pruned_by_error(problem)
+        if facts["moved_share"]:  # else this is pruning to the bit
+            candidates["recombined"] = Candidate(recombined.segments, rows, facts)
+        return candidates
 
 
-def _facts(recombined: Recombination) -> dict[str, object]:
+def _pruned_by_error(problem: LayerProblem) -> dict[str, Candidate]:
+    """The set of least output error, where it is another one and the router's rule is known."""
+    layer = problem.layer
+    try:
+        _, retained = greedy(layer, Places(len(problem.retained), layer.num_groups, problem.protected))
+    except UnknownRouter:
+        return {}
+    retained = retained.to(problem.retained.device)
+    if torch.equal(retained, problem.retained):
+        return {}
+    candidate = Candidate(layer.segments.select(retained), layer.router_rows[retained], retained=retained)
+    return {"pruned by error": candidate}
+
+
+def _facts(recombined: Recombination, retained: torch.Tensor) -> dict[str, object]:
     similarity = recombined.similarity.flatten().float()
     quantiles = {}
     if similarity.numel():
@@ -48,4 +76,5 @@ def _facts(recombined: Recombination) -> dict[str, object]:
             f"{r:.2f}": v for r, v in zip(ranks.tolist(), similarity.sort().values[index].tolist(), strict=True)
         }
     moved = (recombined.destination >= 0).double().mean().item() if similarity.numel() else 0.0
-    return {"moved_share": moved, "similarity_quantiles": quantiles}
+    flow = segment_flow(recombined.destination, retained)
+    return {"moved_share": moved, "similarity_quantiles": quantiles, "segment_flow": flow}

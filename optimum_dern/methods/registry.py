@@ -23,6 +23,7 @@ class LayerProblem:
     scores: Tensor  # (E,) saliency
     retained: Tensor  # (N,) ascending
     map_experts: Map = map  # for work that goes expert by expert: several processes share it
+    protected: tuple[int, ...] = ()  # experts that must be among the retained ones
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,15 @@ class Candidate:
     segments: Segments  # N experts
     router_rows: Tensor | None = None  # (N, d); None: the retained experts' own rows
     facts: Mapping[str, object] = field(default_factory=dict)  # for the report, JSON-able
+    retained: Tensor | None = None  # (N,) ascending, where not the problem's: whose router tensors the N experts get
 
 
 class Method(Protocol):
-    """A compression method."""
+    """A compression method.
+
+    Attributes that it may have: `needs_tokens = False` where statistics and weights are enough for it,
+    `needs_router_logits = True` where it cannot do without a router matrix that reads what the experts read.
+    """
 
     def compress_layer(self, problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
         """Candidates by name, the method's own result last; the guard chooses among them, or the last is taken."""

@@ -55,6 +55,8 @@ def test_the_guard_judges_every_method(zero_method):
 
 def test_unknown_methods():
     """The message lists the known ones."""
-    assert {"dern", "prune"} <= METHODS.keys()
-    with pytest.raises(ValueError, match=r"unknown method 'x'; choose one of dern, prune"):
+    assert {"dern", "prune", "ream", "m_smoe", "hc_smoe", "mergemoe", "sub_moe"} <= METHODS.keys()
+    with pytest.raises(
+        ValueError, match=r"unknown method 'x'; choose one of dern, hc_smoe, m_smoe, mergemoe, prune, ream, "
+    ):
         get_method("x")

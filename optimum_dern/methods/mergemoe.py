@@ -1,0 +1,44 @@
+"""MergeMoE (arXiv 2510.14436): experts are merged by their outputs, in closed form.
+
+groups        the N most frequent experts are centres; every other joins the centre of the highest cosine of U|G
+merge         b_i = f_i / sum of the group's f;   G' = sum b_i G_i,   U' = sum b_i U_i
+output        P = act(G' X) * (U' X),   Q = sum b_i e_i(X);   D' = Q P^+
+"""
+
+import torch
+from torch import Tensor
+
+from ..config import DernConfig
+from ..core.all_experts import sample_tokens
+from ..core.grouping import join_nearest
+from ..core.merging import average_groups, fit_group_outputs
+from ..core.segments import Segments
+from .merged import merged_candidates
+from .registry import Candidate, LayerProblem, register_method
+
+
+MAX_ELEMENTS = 1 << 24  # weights converted at once
+
+
+@register_method("mergemoe")
+class MergeMoe:
+    """Merging by expert outputs."""
+
+    def compress_layer(self, problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
+        layer, frequency = problem.layer, problem.layer.statistics.count
+        grouping = join_nearest(problem.retained, input_similarity(layer.segments), layer.num_groups)
+        averaged = average_groups(layer.segments, grouping, frequency)
+        merged = fit_group_outputs(layer, sample_tokens(layer), grouping, frequency, averaged)
+        return merged_candidates(problem, grouping, merged)
+
+
+def input_similarity(segments: Segments) -> Tensor:
+    """Cosine of gate and up projections, laid out in one vector, of every two experts: (E, E)."""
+    num_experts, _, inputs = segments.up.shape
+    gram = segments.up.new_zeros(num_experts, num_experts, dtype=torch.float64)
+    for part in (segments.gate, segments.up):
+        for rows in () if part is None else part.split(max(1, MAX_ELEMENTS // (num_experts * inputs)), dim=1):
+            rows = rows.flatten(1).to(segments.compute_dtype)
+            gram += (rows @ rows.T).double()
+    norms = gram.diagonal().sqrt()
+    return gram / (norms.unsqueeze(1) * norms).clamp(min=1e-300)

@@ -1,0 +1,65 @@
+"""REAM (arXiv 2604.04356): the most salient experts absorb the others, neuron by neuron.
+
+saliency      s_i  = mean over X_i of g_i |e_i|                                      (REAP's)
+similarity    S_ij = ( (1 + cos(v_i, v_j)) / 2  +  1 - d_ij / max d ) / 2
+              v_i = mean over all tokens of softmax(z)_i e_i,   d_ij = | z_i/|z_i| - z_j/|z_j| | over all tokens
+groups        the N most salient experts, the best first, each take the most similar free ones until they are full
+alignment     cost_ab = |h_a - h_b| + |w_a - w_b| of unit vectors: activations over the same tokens, and weights
+merge         saliency-weighted average; the router keeps the row of the most salient member
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..config import DernConfig
+from ..core.alignment import match_neurons, unit_distances, weight_cosines
+from ..core.all_experts import activation_cosines, logit_cosines, mean_outputs, router_logits, sample_tokens
+from ..core.grouping import absorb_nearest
+from ..core.merging import average_groups
+from ..core.observation import ObservedLayer
+from .merged import merged_candidates
+from .registry import Candidate, LayerProblem, register_method
+
+
+FULL_GROUPS = 8  # a full group holds this fraction of the experts: 16 of 128 in the paper
+
+
+@register_method("ream")
+class Ream:
+    """Router-weighted expert activation merging."""
+
+    needs_router_logits = True
+
+    def compress_layer(self, problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
+        layer = problem.layer
+        num_experts, count = len(layer.segments.up), len(problem.retained)
+        hidden = sample_tokens(layer)
+        saliency = above_zero(problem.scores)
+        capacity = max(math.ceil(num_experts / FULL_GROUPS), math.ceil(num_experts / count))
+        similarity = output_and_router_similarity(layer, hidden)
+        grouping = absorb_nearest(problem.retained, similarity, saliency, capacity, layer.num_groups)
+
+        def align(representative: int, member: int) -> Tensor:
+            activations = unit_distances(activation_cosines(layer, hidden, representative, member))
+            return match_neurons(activations + unit_distances(weight_cosines(layer.segments, representative, member)))
+
+        merged = average_groups(layer.segments, grouping, saliency, align)
+        return merged_candidates(problem, grouping, merged)
+
+
+def above_zero(scores: Tensor) -> Tensor:
+    """Experts that no token reached weigh as the least salient of the others, 0.5 at most."""
+    positive = scores[scores > 0]
+    least = min(0.5, positive.min().item()) if len(positive) else 1.0
+    return torch.where(scores > 0, scores, least)
+
+
+def output_and_router_similarity(layer: ObservedLayer, hidden: Tensor) -> Tensor:
+    """S of the formula above: (E, E) float64."""
+    logits = router_logits(layer, hidden)
+    outputs = normalize(mean_outputs(layer, hidden, logits.softmax(dim=1)), dim=1)
+    distances = unit_distances(logit_cosines(layer, logits))
+    return ((1 + outputs @ outputs.T) / 2 + 1 - distances / distances.max().clamp(min=1e-300)) / 2

@@ -1,0 +1,29 @@
+"""Sub-MoE (arXiv 2506.23266): experts with similar outputs are merged in the space that their weights share.
+
+    groups        k-means (k-means++) of the experts' mean outputs by cosine
+    union         [W_1 .. W_m] = U S [V_1 .. V_m]^T for each projection of a group
+    merge         V = sum f_i V_i / sum f_i,   W' = U S V^T
+
+At full rank, as published, the union decomposition cancels: W' = sum f_i (U S V_i^T) / sum f_i, the frequency-weighted
+average of the W_i.  So no decomposition is computed here; a test carries one out and finds the same experts.
+"""
+
+from ..config import DernConfig
+from ..core.all_experts import mean_outputs, sample_tokens
+from ..core.grouping import cluster_by_cosine
+from ..core.merging import average_groups
+from .merged import merged_candidates
+from .registry import Candidate, LayerProblem, register_method
+
+
+@register_method("sub_moe")
+class SubMoe:
+    """Subspace expert merging."""
+
+    def compress_layer(self, problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
+        layer = problem.layer
+        vectors = mean_outputs(layer, sample_tokens(layer))
+        count, scores = len(problem.retained), problem.scores
+        grouping = cluster_by_cosine(vectors, count, scores, config.seed, layer.num_groups, problem.protected)
+        merged = average_groups(layer.segments, grouping, layer.statistics.count)
+        return merged_candidates(problem, grouping, merged)

@@ -1,30 +1,53 @@
-"""Refit of the retained experts' gate and up projections: what their neurons listen to.
+"""Refit of the retained experts' neurons: what they listen to and what they write.
 
-Tokens of dropped experts now reach experts whose neurons were never tuned to them.  With routing and down projections
-fixed, the neurons are linearised around their present weights, h(x) -> h(x) + a * (dG x) + b * (dU x), where a and b
-are the derivatives of the activation by the gate and up pre-activations, and one Gauss-Newton step solves
+Tokens of dropped experts now reach experts whose neurons were never tuned to them.  With the routing fixed, all three
+projections of all retained experts move together down the gradient of
 
-    min  sum_x | y(x) - y'(x) - sum_i g_i D_i (a_i * (dG_i x) + b_i * (dU_i x)) |^2  +  lambda (|dG|^2 + |dU|^2)
+    sum_x | y(x) - sum_i g_i D_i h_i(x) |^2,        h_i(x) = act(G_i x) * (U_i x)
 
-by conjugate gradients over all experts of the layer together; where g_i scales the expert's input instead, x is g_i x
-and the g_i outside are 1.  Each iteration costs two passes over the tokens.
+over minibatches of calibration tokens, with steps as in Adam (arXiv 1412.6980) that shrink along a cosine.  With r the
+residual, a and b the derivatives of the activation by the gate and up pre-activations, and p_i = g_i D_i^T r,
+
+    dG_i = - (a_i * p_i) x^T        dU_i = - (b_i * p_i) x^T        dD_i = - r (g_i h_i)^T
+
+are written out: nothing is differentiated but the activation, no gradient leaves the layer, and an expert's gradient
+is gone once the expert has moved.  Steps are relative to the size of the weights, so they fit every model.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .conjugate_gradients import conjugate_gradients
-from .mixture import Activation, ExpertBatch, Routing, expert_batches, expert_inputs, expert_output
-from .reduction import Reduce, alone
+from .mixture import Activation, Routing, expert_batches, expert_inputs, expert_output
+from .reduction import Reduce, alone, largest
 from .segments import Segments
 
 
-__all__ = ["refit_neurons"]
+__all__ = ["PASSES", "count_steps", "refit_neurons"]
 
-MAX_ELEMENTS = 1 << 26  # numbers kept between iterations: 256 MiB in float32
-LinearisedBatch = tuple[ExpertBatch, Tensor, tuple[Tensor, ...]]  # with inputs (n, d) and slopes (n, f)
+PASSES = 12  # over the tokens
+BATCH_TOKENS = 1024
+STEPS_PER_PASS = 32  # at least, of batches that are smaller where tokens are few
+SMALLEST_BATCH = 64
+MOMENTUM, SMOOTHING = 0.9, 0.99  # of the gradient and of its square
+DAMPING = 0.1  # of the step where a gradient is small among those of its expert
+
+
+class Moving(NamedTuple):
+    """A projection on its way."""
+
+    value: Tensor  # (N, f, d) or (N, f, o)
+    gradient: Tensor  # its running mean
+    square: Tensor  # and that of its square
+    size: float  # root mean square of the projection at the start
+
+
+def count_steps(tokens: int) -> int:
+    """How many minibatches a pass over the tokens has."""
+    return max(1, tokens // BATCH_TOKENS, min(STEPS_PER_PASS, tokens // SMALLEST_BATCH))
 
 
 def refit_neurons(
@@ -32,92 +55,121 @@ def refit_neurons(
     routing: Routing,
     target: Tensor,
     activation: Activation,
-    ridge: float,
-    iterations: int = 8,
-    tolerance: float = 1e-3,
+    passes: int = PASSES,
+    rate: float = 0.1,
+    order: Tensor | None = None,
     reduce: Reduce = alone,
+    seed: int = 0,
 ) -> Segments:
-    """One Gauss-Newton step of the gate and up projections towards a target output.
+    """Move gate, up and down projections towards a target output.
 
     Args:
         segments: N experts.
         routing: T tokens.
         target: (T, o) output to reproduce.
         activation: the model's rule from pre-activations to neurons, elementwise in the neurons.
-        ridge: relative to the mean diagonal of the normal equations.
-        iterations: of conjugate gradients, at most; stopping early regularises too.
-        tolerance: relative residual that ends them.
+        passes: over the tokens.
+        rate: of the first steps, relative to the size of the weights.
+        order: (T,) distinct numbers of the tokens, among those of all processes; by default 0 to T - 1.
         reduce: over the processes that share the tokens.
+        seed: of the minibatches, which do not depend on who holds which token.
 
     Returns:
-        Segments with new gate and up projections.
+        Segments with new projections.
     """
-    residual = target.to(segments.compute_dtype, copy=True)
-    batches = _linearised_batches(segments, routing, activation)
-    for batch, _, _ in batches():
-        residual[batch.token] -= batch.weight * expert_output(segments, batch)
-    parts = [part for part in (segments.gate, segments.up) if part is not None]
-
-    def transposed(output: Tensor) -> Tensor:
-        """J^T of an output (T, o): (parts, N, f, d)."""
-        step = torch.zeros(len(parts), *segments.up.shape, dtype=output.dtype, device=output.device)
-        for batch, hidden, slopes in batches():
-            pull = batch.weight * (output[batch.token] @ segments.down[batch.expert].to(output).T)  # (n, f)
-            for position, slope in enumerate(slopes):
-                step[position, batch.expert] += (slope * pull).T @ hidden
-        return reduce(step)
-
-    def normal(step: Tensor) -> Tensor:
-        """J^T J of a step."""
-        output = torch.zeros_like(residual)
-        for batch, hidden, slopes in batches():
-            change = sum(slope * (hidden @ step[i, batch.expert].T) for i, slope in enumerate(slopes))  # (n, f)
-            output[batch.token] += batch.weight * (change @ segments.down[batch.expert].to(output))
-        return transposed(output)
-
-    penalty = ridge * _mean_diagonal(segments, batches, len(parts), reduce)
-    if not penalty > 0:
-        return segments
-    right = transposed(residual)
-    step = conjugate_gradients(lambda v: normal(v) + penalty * v, right, iterations, tolerance, reduce)
-    up = segments.up + step[-1]
-    return segments._replace(gate=None if segments.gate is None else segments.gate + step[0], up=up)
+    order = torch.arange(len(target)) if order is None else order.cpu()
+    moving = [_moving(part, segments) for part in segments[:3] if part is not None]
+    steps = passes * count_steps(int(reduce(torch.tensor(len(target), device=target.device))))
+    for step, tokens in enumerate(_minibatches(order, steps, passes, target.device, reduce, seed), start=1):
+        length = rate * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+        current = _with_parts(segments, moving)
+        own = _gradients(current, routing.select(tokens), target[tokens], activation)
+        for expert, gradients in _reduced(own, segments.workspace.max_elements, reduce):
+            for part, gradient in zip(moving, gradients, strict=True):
+                _move(part, expert, gradient, length, step)
+    return _with_parts(segments, moving)
 
 
-def _linearised_batches(
-    segments: Segments, routing: Routing, activation: Activation
-) -> Callable[[], Iterable[LinearisedBatch]]:
-    """A walk over all experts' batches: kept in memory where they fit, computed anew each time where not."""
-
-    def compute() -> Iterator[LinearisedBatch]:
-        for batch in expert_batches(segments, routing, activation):
-            hidden = expert_inputs(segments, routing.inputs(batch.token, batch.slot, segments.compute_dtype))
-            yield batch, hidden, _slopes(segments, batch.expert, hidden, activation)
-
-    _, width, inputs = segments.up.shape
-    if routing.index.numel() * (3 * width + inputs) > MAX_ELEMENTS:  # neurons, two slopes, inputs
-        return compute
-    kept = list(compute())
-    return lambda: kept
+def _moving(part: Tensor, segments: Segments) -> Moving:
+    value = segments.workspace.copy(part, segments.compute_dtype)
+    gradient, square = (segments.workspace.empty_like(value).zero_() for _ in range(2))
+    size = (sum(expert.square().sum().item() for expert in value) / value.numel()) ** 0.5
+    return Moving(value, gradient, square, size)
 
 
-def _slopes(segments: Segments, expert: int, hidden: Tensor, activation: Activation) -> tuple[Tensor, ...]:
+def _with_parts(segments: Segments, moving: list[Moving]) -> Segments:
+    *gate, up, down = (part.value for part in moving)
+    return segments._replace(gate=gate[0] if gate else None, up=up, down=down)
+
+
+def _minibatches(
+    order: Tensor, steps: int, passes: int, device: torch.device, reduce: Reduce, seed: int
+) -> Iterator[Tensor]:
+    """Tokens of this process in each minibatch: every token is once in every pass."""
+    total = int(largest(order.to(device), reduce)) + 1
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(passes):
+        turn = torch.randperm(total, generator=generator)[order] * (steps // passes) // total
+        yield from (torch.where(turn == number)[0].to(device) for number in range(steps // passes))
+
+
+def _gradients(
+    segments: Segments, routing: Routing, target: Tensor, activation: Activation
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Of half the squared error by each expert's projections, in turn; an expert may move once it has had its own."""
+    batches = list(expert_batches(segments, routing, activation))
+    error = -target.to(segments.compute_dtype)
+    for batch in batches:
+        error.index_add_(0, batch.token, batch.weight * expert_output(segments, batch))
+    parts = [part for part in segments[:3] if part is not None]
+    for expert in range(len(segments.up)):
+        gradients = [torch.zeros_like(part[expert]) for part in parts]
+        for batch in (batch for batch in batches if batch.expert == expert):
+            pull = batch.weight * error[batch.token]  # (n, o)
+            inputs = expert_inputs(segments, routing.inputs(batch.token, batch.slot, error.dtype))
+            by_neuron = pull @ segments.down[expert].T  # (n, f)
+            for gradient, slope in zip(gradients, _slopes(segments, expert, inputs, activation), strict=False):
+                gradient += (slope * by_neuron).T @ inputs
+            gradients[-1] += batch.neurons.T @ pull
+        yield expert, gradients
+
+
+def _reduced(
+    own: Iterator[tuple[int, list[Tensor]]], max_elements: int, reduce: Reduce
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """The gradients of all processes, of as many experts at a time as may be held: messages are few."""
+    waiting: list[tuple[int, list[Tensor]]] = []
+    for item in own:
+        waiting.append(item)
+        if (len(waiting) + 1) * sum(gradient.numel() for gradient in item[1]) > max_elements:
+            yield from _reduced_together(waiting, reduce)
+            waiting.clear()
+    if waiting:
+        yield from _reduced_together(waiting, reduce)
+
+
+def _reduced_together(waiting: list[tuple[int, list[Tensor]]], reduce: Reduce) -> Iterator[tuple[int, list[Tensor]]]:
+    flat = reduce(torch.cat([gradient.flatten() for _, gradients in waiting for gradient in gradients]))
+    parts = iter(flat.split([gradient.numel() for _, gradients in waiting for gradient in gradients]))
+    for expert, gradients in waiting:
+        yield expert, [next(parts).view_as(gradient) for gradient in gradients]
+
+
+def _move(part: Moving, expert: int, gradient: Tensor, length: float, step: int) -> None:
+    """One step of one expert's projection."""
+    mean, square = part.gradient[expert], part.square[expert]
+    mean.lerp_(gradient, 1 - MOMENTUM)
+    square.lerp_(gradient.square(), 1 - SMOOTHING)
+    scale = (square / (1 - SMOOTHING**step)).sqrt_()
+    damping = DAMPING * scale.square().mean().sqrt()
+    direction = mean / (scale + damping).clamp_(min=torch.finfo(scale.dtype).tiny)
+    part.value[expert].sub_(direction, alpha=length * part.size / (1 - MOMENTUM**step))
+
+
+def _slopes(segments: Segments, expert: int, inputs: Tensor, activation: Activation) -> tuple[Tensor, ...]:
     """Derivatives of the neurons by gate (where there is one) and up pre-activations, each (n, f)."""
-    parts = [part[expert].to(hidden.dtype) for part in (segments.gate, segments.up) if part is not None]
+    parts = [part[expert].to(inputs.dtype) for part in (segments.gate, segments.up) if part is not None]
     with torch.enable_grad():
-        inputs = [(hidden @ part.T).detach().requires_grad_() for part in parts]
-        neurons = activation(*(inputs if segments.gate is not None else (None, *inputs)))
-        return torch.autograd.grad(neurons.sum(), inputs)
-
-
-def _mean_diagonal(
-    segments: Segments, batches: Callable[[], Iterable[LinearisedBatch]], parts: int, reduce: Reduce
-) -> float:
-    """Mean diagonal entry of J^T J."""
-    total = 0.0
-    for batch, hidden, slopes in batches():
-        energy = segments.down[batch.expert].to(hidden.dtype).square().sum(1)  # (f,)
-        length = (batch.weight.squeeze(1) ** 2) * hidden.square().sum(1)  # (n,)
-        total += sum((length @ slope.square() * energy).sum().item() for slope in slopes)
-    total = reduce(torch.tensor(total, dtype=torch.float64, device=segments.up.device)).item()
-    return total / (parts * segments.up.numel())
+        before = [(inputs @ part.T).detach().requires_grad_() for part in parts]
+        neurons = activation(*(before if segments.gate is not None else (None, *before)))
+        return torch.autograd.grad(neurons.sum(), before)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..config import DernConfig
 from ..core.mixture import Activation, Routing, routed_output
 from ..core.neuron_refit import refit_neurons
+from ..core.output_scale import fit_scales, scale_outputs
 from ..core.reduction import Reduce, alone
 from ..core.refit import refit_down
 from ..core.router_refit import recognise_rule, refit_router
@@ -17,8 +18,8 @@ from ..methods import Candidate
 
 __all__ = ["Choice", "LayerTask", "choose_candidate"]
 
-ROUNDS = 3  # of the steps of router and neurons in turn; later ones gain little
-WORTHWHILE = 0.005  # a step that lowers the error by less is not tried again on its layer
+RIDGE = 1e-2  # of the first fit where the config leaves it open
+RIDGES = (1e-3, 1e-1)  # then tried instead
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class LayerTask:
     router_rows: Tensor | None  # (N, d) of the retained experts, where the router has one matrix
     reroute: Callable[[Candidate], Routing]  # the same T tokens once a candidate's router is in place
     reduce: Reduce = alone  # over the processes, each of which has its own T tokens
+    order: Tensor | None = None  # (T,) number of each token among those of all processes
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,11 @@ class Variant:
     name: str
     candidate: Candidate
     routing: Routing  # T tokens, by the candidate's router
-    source: Candidate  # before any refit
+    source: Candidate  # before the refit of the down projections
+    ridge: float = RIDGE
+
+
+Step = Callable[[Variant, LayerTask], Variant | None]  # the variant after it, None where it cannot be taken
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,20 @@ def choose_candidate(candidates: Mapping[str, Candidate], task: LayerTask, confi
     facts = {name: value for candidate in candidates.values() for name, value in candidate.facts.items()}
     if not config.guard:
         name, candidate = list(candidates.items())[-1]
-        *_, last = _variants(name, candidate, task, config)
-        for step in _steps(config) * ROUNDS:
-            last = step(last, task, config) or last
+        last = Variant(name, candidate, task.reroute(candidate), candidate, config.refit_ridge or RIDGE)
+        last = _refitted(last, task, config.refit_sweeps) if config.refit else last
+        for step in _steps(config):
+            last = step(last, task) or last
         return Choice(last.name, last.candidate, {}, facts)
 
+    best, errors = _guarded(candidates, task, config)
+    return Choice(best.name, best.candidate, errors, facts)
+
+
+def _guarded(
+    candidates: Mapping[str, Candidate], task: LayerTask, config: DernConfig
+) -> tuple[Variant, dict[str, float]]:
+    """The best variant, and the errors of all."""
     errors: dict[str, float] = {}
 
     def judge(variant: Variant) -> float:
@@ -83,21 +98,21 @@ def choose_candidate(candidates: Mapping[str, Candidate], task: LayerTask, confi
         errors[variant.name] = min(error, errors.get(variant.name, error))  # a step may be tried several times
         return error
 
-    judged = [
-        (judge(variant), variant)
-        for name, candidate in candidates.items()
-        for variant in _variants(name, candidate, task, config)
-    ]
-    error, best = min(judged, key=lambda pair: pair[0])  # the first of equals
-    steps = _steps(config)
-    for step in steps * ROUNDS:
-        variant = step(best, task, config) if step in steps else None
-        lower = error if variant is None else judge(variant)
-        if lower > (1 - WORTHWHILE) * error and step in steps:
-            steps.remove(step)  # it will not help the next time either
-        if lower < error:
-            error, best = lower, variant
-    return Choice(best.name, best.candidate, errors, facts)
+    finalists: dict[tuple[int, ...] | None, tuple[float, Variant]] = {}  # one of every set of retained experts
+    for name, candidate in candidates.items():
+        kept = None if candidate.retained is None else tuple(candidate.retained.tolist())
+        for variant in _variants(name, candidate, task, config, errors):
+            error = judge(variant)
+            if kept not in finalists or error < finalists[kept][0]:
+                finalists[kept] = error, variant
+    for kept, (error, best) in finalists.items():
+        for step in [*_ridge_steps(config), *_steps(config)]:
+            variant = step(best, task)
+            lower = error if variant is None else judge(variant)
+            if lower < error:
+                error, best = lower, variant
+        finalists[kept] = error, best
+    return min(finalists.values(), key=lambda pair: pair[0])[1], errors  # the first of equals
 
 
 def relative_error(output: Tensor, target: Tensor, reduce: Reduce = alone) -> float:
@@ -106,23 +121,53 @@ def relative_error(output: Tensor, target: Tensor, reduce: Reduce = alone) -> fl
     return (error / total.clamp(min=1e-30)).nan_to_num(torch.inf).item()
 
 
-def _variants(name: str, candidate: Candidate, task: LayerTask, config: DernConfig) -> Iterator[Variant]:
-    """A candidate as it is, and with its down projections refitted."""
-    routing = task.reroute(candidate)
-    yield Variant(name, candidate, routing, candidate)
+def _variants(
+    name: str, candidate: Candidate, task: LayerTask, config: DernConfig, errors: Mapping[str, float]
+) -> Iterator[Variant]:
+    """A candidate as it is, with its experts' outputs scaled, and the better of these with a refit."""
+    plain = Variant(name, candidate, task.reroute(candidate), candidate, config.refit_ridge or RIDGE)
+    yield plain
     if config.refit:
-        refitted = _refit_down(candidate, routing, task, config.refit_ridge, config.refit_sweeps)
-        yield Variant(f"{name}+refit", refitted, routing, candidate)
+        scaled = _scaled(plain, task)
+        yield scaled
+        better = min(plain, scaled, key=lambda variant: errors[variant.name])  # what is yielded is judged at once
+        yield _refitted(replace(better, name=name), task, config.refit_sweeps)
 
 
-def _steps(config: DernConfig) -> list[Callable[[Variant, LayerTask, DernConfig], Variant | None]]:
+def _steps(config: DernConfig) -> list[Step]:
     """The further steps that a config asks for."""
     router = [_router_step] if config.refit and config.router_refit else []
     neurons = [_neuron_step] if config.refit and config.neuron_refit else []
     return router + neurons
 
 
-def _router_step(variant: Variant, task: LayerTask, config: DernConfig) -> Variant | None:
+def _ridge_steps(config: DernConfig) -> list[Step]:
+    """Other ridges of the refit, where the config leaves it open and nothing comes after it that makes up for it."""
+    if not config.refit or config.neuron_refit or config.refit_ridge is not None:
+        return []
+
+    def refit_with(ridge: float) -> Step:
+        return lambda variant, task: _refitted(replace(variant, ridge=ridge), task, 1) if "+" in variant.name else None
+
+    return [refit_with(ridge) for ridge in RIDGES]
+
+
+def _scaled(variant: Variant, task: LayerTask) -> Variant:
+    """Every expert's output times the factor that fits the target best."""
+    scales = fit_scales(variant.candidate.segments, *_fitted(variant.routing, task), task.reduce)
+    candidate = replace(variant.candidate, segments=scale_outputs(variant.candidate.segments, scales))
+    return replace(variant, name=f"{variant.name}+scale", candidate=candidate, source=candidate)
+
+
+def _refitted(variant: Variant, task: LayerTask, sweeps: int) -> Variant:
+    """The down projections, from where they are, near those of the source."""
+    start, source = variant.candidate.segments.down, variant.source
+    data = _fitted(variant.routing, task)
+    segments = refit_down(source.segments, *data, variant.ridge, sweeps, start, task.reduce)
+    return replace(variant, name=_with_suffix(variant.name, "refit"), candidate=replace(source, segments=segments))
+
+
+def _router_step(variant: Variant, task: LayerTask) -> Variant | None:
     """The router, then the down projections for it; None where the router follows no rule that is known."""
     candidate = variant.candidate
     rows = task.router_rows if candidate.router_rows is None else candidate.router_rows
@@ -130,27 +175,24 @@ def _router_step(variant: Variant, task: LayerTask, config: DernConfig) -> Varia
     if rule is None:
         return None
     data = _fitted(variant.routing, task)
-    rows = refit_router(rows, candidate.segments, *data, rule, config.refit_ridge, reduce=task.reduce)
-    source = replace(variant.source, router_rows=rows)
-    routing = task.reroute(source)
-    refitted = _refit_down(source, routing, task, config.refit_ridge, 1, candidate.segments.down)
-    return Variant(_with_suffix(variant.name, "router"), refitted, routing, source)
+    rows = refit_router(rows, candidate.segments, *data, rule, variant.ridge, reduce=task.reduce)
+    moved = replace(
+        variant,
+        name=_with_suffix(variant.name, "router"),
+        candidate=replace(candidate, router_rows=rows),
+        routing=task.reroute(replace(candidate, router_rows=rows)),
+        source=replace(variant.source, router_rows=rows),
+    )
+    return _refitted(moved, task, 1)
 
 
-def _neuron_step(variant: Variant, task: LayerTask, config: DernConfig) -> Variant:
-    """Gate and up projections, then the down projections for them."""
+def _neuron_step(variant: Variant, task: LayerTask) -> Variant:
+    """All projections together."""
+    order = None if task.order is None else task.order[~task.held_out.to(task.order.device)]
     data = _fitted(variant.routing, task)
-    segments = refit_neurons(variant.candidate.segments, *data, config.refit_ridge, reduce=task.reduce)
-    source = replace(variant.source, segments=segments._replace(down=variant.source.segments.down))
-    refitted = _refit_down(source, variant.routing, task, config.refit_ridge, 1, segments.down)
-    return Variant(_with_suffix(variant.name, "neurons"), refitted, variant.routing, source)
-
-
-def _refit_down(
-    source: Candidate, routing: Routing, task: LayerTask, ridge: float, sweeps: int, start: Tensor | None = None
-) -> Candidate:
-    data = _fitted(routing, task)
-    return replace(source, segments=refit_down(source.segments, *data, ridge, sweeps, start, task.reduce))
+    segments = refit_neurons(variant.candidate.segments, *data, order=order, reduce=task.reduce)
+    candidate = replace(variant.candidate, segments=segments)
+    return replace(variant, name=_with_suffix(variant.name, "neurons"), candidate=candidate, source=candidate)
 
 
 def _fitted(routing: Routing, task: LayerTask) -> tuple[Routing, Tensor, Activation]:
@@ -159,6 +201,7 @@ def _fitted(routing: Routing, task: LayerTask) -> tuple[Routing, Tensor, Activat
 
 
 def _with_suffix(name: str, suffix: str) -> str:
-    """Name of a variant after a step: every step refits the down projections as well."""
+    """Name of a variant after a step: every step fits the down projections as well."""
     base, *done = name.split("+")
+    done = [step for step in done if step != "scale"]
     return "+".join([base, *dict.fromkeys(["refit", *done, suffix])])

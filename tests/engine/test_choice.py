@@ -38,8 +38,8 @@ def test_pruning_keeps_the_retained_experts_as_they_are(family):
 
 
 def test_retained_experts_are_the_best_scores():
-    """The saliency in the report decides, and survivors keep their order."""
-    for layer in compress(make_model("mixtral")).report.layers:
+    """The saliency in the report decides, and survivors keep their order, where only the router is asked."""
+    for layer in compress(make_model("mixtral"), method="prune").report.layers:
         best = sorted(range(EXPERTS), key=lambda expert, scores=layer.saliency: (-scores[expert], expert))[:4]
         assert layer.retained == sorted(best)
 
@@ -50,8 +50,10 @@ def test_the_winner_has_the_lowest_error(family, samples):
     """The guard keeps the best of all candidates, so it never does worse than pruning."""
     names = {"pruned", "pruned+refit", "recombined", "recombined+refit"}
     for layer in compress(make_model(family), dataset=random_tokens(samples)).report.layers:
-        assert names < layer.errors.keys()
-        assert all("+refit+" in name for name in layer.errors.keys() - names)
+        assert names | {"pruned+scale", "recombined+scale"} < layer.errors.keys()
+        steps = {name.partition("+")[2] for name in layer.errors}
+        assert steps <= {"", "scale", "refit", "refit+router", "refit+neurons", "refit+router+neurons"}
+        assert {"refit+neurons", "refit+router+neurons"} & steps
         assert layer.errors[layer.winner] == min(layer.errors.values()) <= layer.errors["pruned"]
         assert 0 < layer.moved_share <= 1
         assert layer.held_out_tokens == max(1, samples // 10) * 24
@@ -150,6 +152,57 @@ def test_the_router_is_refitted_only_where_asked(family):
                 before = original.get_submodule(layer.name).gate.state_dict()[name][layer.retained]
                 assert torch.equal(tensor, before) == (not asked or name != "weight")
                 assert tensor.isfinite().all()
+
+
+def test_scales_are_taken_where_the_router_does_not_renormalise(monkeypatch):
+    """Slicing a softmax over all experts makes their weights grow: the factors take that back, and lower the error."""
+    found = []
+
+    def spy(*args, fit=choice.fit_scales):
+        found.append(fit(*args))
+        return found[-1]
+
+    monkeypatch.setattr(choice, "fit_scales", spy)
+    model = make_model("olmoe", norm_topk_prob=False)
+    fields = {"method": "prune", "router_refit": False, "neuron_refit": False}
+    layers = compress(model, dataset=random_tokens(60), **fields).report.layers
+    assert len(found) == len(layers)
+    assert all(scales.mean() < 0.95 for scales in found)
+    assert all(layer.errors["pruned+scale"] < layer.errors["pruned"] for layer in layers)
+
+
+def test_the_ridge_is_chosen_on_held_out_tokens(monkeypatch):
+    """Left open, three ridges are tried and the best is written; given, it is the only one."""
+    used = []
+
+    def spy(segments, routing, target, activation, ridge, *args, fit=choice.refit_down):
+        used.append(ridge)
+        return fit(segments, routing, target, activation, ridge, *args)
+
+    monkeypatch.setattr(choice, "refit_down", spy)
+    fields = {"method": "prune", "router_refit": False, "neuron_refit": False, "dataset": random_tokens(40)}
+    errors = {}
+    for ridge in (None, *choice.RIDGES, choice.RIDGE):
+        used.clear()
+        report = compress(make_model("mixtral"), refit_ridge=ridge, **fields).report
+        errors[ridge] = report.layers[0].errors["pruned+refit"]
+        assert set(used) == ({*choice.RIDGES, choice.RIDGE} if ridge is None else {ridge})
+    assert errors[None] <= errors[choice.RIDGE]
+
+
+def test_the_guard_chooses_between_sets_of_experts():
+    """The set of least error competes with the router's, and the winner's router rows are those of its experts."""
+    model, original = make_model("qwen3_moe"), make_model("qwen3_moe")
+    layers = compress(model, dataset=random_tokens(40)).report.layers
+    rivals = [layer for layer in layers if "pruned by error" in layer.errors]
+    assert rivals
+    plain = compress(make_model("qwen3_moe"), dataset=random_tokens(40), method="prune").report.layers
+    greedy = compress(make_model("qwen3_moe"), dataset=random_tokens(40), method="prune", selection="greedy")
+    first, others = layers[0], (plain[0].retained, greedy.report.layers[0].retained)
+    assert first.retained == others["pruned by error" in first.winner]
+    rows = original.get_submodule(first.name).gate.weight[first.retained]
+    moved = (model.get_submodule(first.name).gate.weight - rows).norm() / rows.norm()
+    assert moved < 0.5  # refitted, but those experts' rows
 
 
 @pytest.mark.parametrize("guard", [True, False])

@@ -1,0 +1,183 @@
+"""What each part of DERN, and of what this package adds to it, is worth: one part changed at a time.
+
+    python benchmarks/ablations.py                             # both models of examples/tiny_moe, half dropped
+    python benchmarks/ablations.py --plots docs/source/images
+
+Most groups change one thing in `preset="paper"` (nothing is refitted, no guard), as the ablations of the paper do
+(arXiv 2509.10377); the last one switches steps of `preset="recommended"` off.  Figures are increases of the loss over
+the full model in nats per token, mean over the domains of the evaluation text.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from optimum_dern import DernCompressor, DernConfig, __version__
+from optimum_dern.evaluation.perplexity import evaluate_texts, load_texts
+
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "examples" / "tiny_moe"
+THRESHOLDS = tuple(step / 10 for step in range(10))
+PAPER = {"preset": "paper"}
+MOVING = PAPER | {"similarity_threshold": 0.3}  # low enough for segments to move in both models
+GROUPS = {
+    "controls": {
+        "prune by router": {"preset": "paper", "method": "prune"},
+        "prune by greedy": {"preset": "paper", "method": "prune", "selection": "greedy"},
+        "prune at random": {"preset": "paper", "method": "prune", "selection": "random"},
+    },
+    "threshold": {f"alpha {alpha}": PAPER | {"similarity_threshold": alpha} for alpha in THRESHOLDS},
+    "threshold, own centroids": {
+        f"alpha {alpha}": PAPER | {"similarity_threshold": alpha, "cluster_init": "own"} for alpha in THRESHOLDS
+    },
+    "initial centroids": {init: MOVING | {"cluster_init": init} for init in ("gate", "own", "random")},
+    "importance weights": {name: MOVING | {"importance_weighting": name == "on"} for name in ("on", "off")},
+    "similarity of": {
+        "up, down": MOVING,
+        "gate, up, down": MOVING | {"similarity_weights": (1, 1, 1)},
+        "gate": MOVING | {"similarity_weights": (1, 0, 0)},
+        "up": MOVING | {"similarity_weights": (0, 1, 0)},
+        "down": MOVING | {"similarity_weights": (0, 0, 1)},
+    },
+    "router update": {update: MOVING | {"router_update": update} for update in ("none", "rows")},
+    "recommended": {
+        "recommended": {},
+        "experts by greedy only": {"selection": "greedy"},
+        "no neuron refit": {"neuron_refit": False},
+        "no router refit": {"router_refit": False},
+        "refit of the down projections only": {"neuron_refit": False, "router_refit": False},
+        "no refit": {"refit": False},
+        "no recombination, experts by router only": {"method": "prune"},
+        "no guard": {"guard": False},
+        "one-shot calibration": {"calibration_order": "oneshot"},
+    },
+}
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    logging.disable_progress_bar()
+    results = json.loads(args.output.read_text("utf-8")) if args.output.exists() else {}
+    for path in args.models:
+        started = time.perf_counter()
+        measured = results.get(path.name, {}).get("increase", {})
+        measured |= measure(path, args)
+        seconds = round(time.perf_counter() - started)
+        results[path.name] = {"settings": settings(args), "increase": measured, "seconds": seconds}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        print(markdown_tables(path.name, measured), flush=True)
+    if args.plots:
+        plot(results, args.plots)
+    print(json.dumps({"output": str(args.output)}))
+
+
+def measure(path: Path, args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Loss increases by group and variant, one a seed."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    full = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    texts = load_texts(args.evaluation, tokenizer, args.sequence_length)
+    texts = {name: batches[: args.windows // 8] for name, batches in texts.items()}  # eight windows a batch
+    baseline = mean_loss(full, texts)
+    increases: dict[str, dict[str, list[float]]] = {}
+    known: dict[str, float] = {}  # several groups have the paper's own choice
+    for group in args.groups:
+        for variant, fields in GROUPS[group].items():
+            for seed in range(args.seeds):
+                config = DernConfig(**common_fields(args, seed) | fields)
+                key = config.to_json_string()
+                if key not in known:
+                    model = copy.deepcopy(full)
+                    DernCompressor(config).compress_model(model, tokenizer)
+                    known[key] = mean_loss(model, texts) - baseline
+                increase = known[key]
+                increases.setdefault(group, {}).setdefault(variant, []).append(increase)
+                print(f"  {path.name}  {group:26s} {variant:36s} seed {seed}  {increase:+.4f}", flush=True)
+    return increases
+
+
+def mean_loss(model: torch.nn.Module, texts: dict) -> float:
+    """Nats per token, mean over the domains."""
+    return statistics.mean(result.loss for result in evaluate_texts(model, texts).values())
+
+
+def common_fields(args: argparse.Namespace, seed: int) -> dict:
+    """Fields of DernConfig that all variants share."""
+    names = ("sparsity", "num_samples", "sequence_length")
+    fields = {name: getattr(args, name) for name in names}
+    return fields | {"dataset": str(args.calibration), "batch_size": 8, "seed": seed}
+
+
+def markdown_tables(name: str, increases: dict[str, dict[str, list[float]]]) -> str:
+    """A table a group: mean increase, and spread over the seeds where there are several."""
+    lines = []
+    for group, variants in increases.items():
+        lines += [f"\n{name}: {group}\n", "| variant | mean increase | spread |", "|---|---:|---:|"]
+        for variant, runs in variants.items():
+            spread = f"{statistics.stdev(runs):.4f}" if len(runs) > 1 else ""
+            lines.append(f"| {variant} | {statistics.mean(runs):+.4f} | {spread} |")
+    return "\n".join(lines)
+
+
+def plot(results: dict, folder: Path) -> None:
+    """The threshold sweep of every model as one SVG; nothing where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plots: pip install matplotlib")
+        return
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams |= {"svg.hashsalt": "ablations", "svg.fonttype": "none"}  # same bytes each time, and few
+    figure, axes = pyplot.subplots(1, len(results), figsize=(4.2 * len(results), 3), squeeze=False)
+    for axis, (name, result) in zip(axes[0], results.items(), strict=True):
+        increases = result["increase"]
+        for group, label in (("threshold", "initial centroids: gate"), ("threshold, own centroids", "own")):
+            values = [statistics.mean(increases[group][f"alpha {alpha}"]) for alpha in THRESHOLDS]
+            axis.plot(THRESHOLDS, values, marker="o", markersize=3, label=label)
+        pruned = statistics.mean(increases["controls"]["prune by router"])
+        axis.axhline(pruned, color="grey", linestyle="--", linewidth=1, label="pruning")
+        axis.set(title=name, xlabel="similarity threshold", ylabel="loss increase (nats per token)", ylim=(0, None))
+        axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "ablation_threshold.svg", metadata={"Date": None})
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """What the figures depend on."""
+    names = ("sparsity", "num_samples", "sequence_length", "windows", "seeds", "threads")
+    return {name: getattr(args, name) for name in names} | {"version": __version__, "torch": torch.__version__}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "models", nargs="*", type=Path, default=[TINY / "scratch", TINY / "upcycled"], help="checkpoint folders"
+    )
+    parser.add_argument("--calibration", type=Path, default=TINY / "text" / "calibration", help="file or folder")
+    parser.add_argument("--evaluation", type=Path, default=TINY / "text" / "evaluation", help="file or folder")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="default: all")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--num-samples", type=int, default=100, help="calibration sequences (default: %(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=16, help="evaluation windows a domain (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "ablations.json")
+    parser.add_argument("--plots", type=Path, help="folder for the plots")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

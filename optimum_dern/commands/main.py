@@ -7,12 +7,18 @@ from types import ModuleType
 from typing import NoReturn
 
 from .. import versions
-from . import compress, inspect
+from . import compare, compress, evaluate, inspect, report
 
 
 __all__ = ["COMMANDS", "add_command", "fail", "main", "run_safely"]
 
-COMMANDS: dict[str, ModuleType] = {"compress": compress, "inspect": inspect}
+COMMANDS: dict[str, ModuleType] = {
+    "compress": compress,
+    "evaluate": evaluate,
+    "compare": compare,
+    "inspect": inspect,
+    "report": report,
+}
 
 
 class OneLineParser(argparse.ArgumentParser):

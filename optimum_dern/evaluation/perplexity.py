@@ -4,7 +4,7 @@ The mean over all predicted tokens, not the mean of batch means: sequences of di
 The standard error treats sequences as independent draws and tokens within one as dependent.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..calibration.data import FILE_TYPES, load_batches
-from ..models.mode import evaluation_mode
+from .logits import batch_logits
 from .metrics import mean_and_error, perplexity_of
 
 
@@ -35,13 +35,18 @@ class TextLoss:
     def perplexity(self) -> float:
         return perplexity_of(self.loss)
 
+    def to_dict(self) -> dict[str, float]:
+        """For JSON."""
+        facts = {"loss": self.loss, "standard_error": self.standard_error, "perplexity": self.perplexity}
+        return facts | {"tokens": self.tokens}
+
 
 @torch.no_grad()
 def evaluate_loss(model: Any, batches: Sequence[dict]) -> TextLoss:
     """Next-token loss of a causal language model.
 
     Args:
-        model: in any mode; it is evaluated without dropout and put back.
+        model: in any mode; it is evaluated without dropout and put back.  Or a `StreamedCheckpoint`.
         batches: `input_ids` and `attention_mask`, each (batch, sequence); padding is neither predicted nor read.
 
     Returns:
@@ -50,8 +55,7 @@ def evaluate_loss(model: Any, batches: Sequence[dict]) -> TextLoss:
     Raises:
         ValueError: nothing to predict.
     """
-    with evaluation_mode(model):
-        return summarise(_run(model, batch) for batch in batches)
+    return evaluate_texts(model, {"text": batches})["text"]
 
 
 def sequence_losses(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[list[float], list[float]]:
@@ -62,8 +66,8 @@ def sequence_losses(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[list[flo
         ids: (batch, sequence).
         mask: (batch, sequence), zero for padding, which is neither predicted nor read.
     """
-    logits = logits[:, :-1].float()
-    losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+    rows = zip(logits[:, :-1], ids[:, 1:], strict=True)  # one at a time: float32 copies are large
+    losses = torch.stack([cross_entropy(row.float(), targets, reduction="none") for row, targets in rows])
     predicted = (mask[:, 1:] * mask[:, :-1]).double()  # (B, S - 1)
     return (losses.double() * predicted).sum(1).tolist(), predicted.sum(1).tolist()
 
@@ -84,7 +88,9 @@ def summarise(batches: Iterable[tuple[list[float], list[float]]]) -> TextLoss:
     return TextLoss(*mean_and_error(sums, counts), int(tokens))
 
 
-def load_texts(source: Any, tokenizer: Any, sequence_length: int, batch_size: int = 8) -> dict[str, list[dict]]:
+def load_texts(
+    source: Any, tokenizer: Any, sequence_length: int, batch_size: int = 8, limit: int | None = None
+) -> dict[str, list[dict]]:
     """Evaluation batches by name: a folder gives one entry a file, anything else one entry.
 
     Args:
@@ -92,19 +98,22 @@ def load_texts(source: Any, tokenizer: Any, sequence_length: int, batch_size: in
         tokenizer: of the model.
         sequence_length: tokens a sequence.
         batch_size: sequences a forward pass.
+        limit: at most this many sequences an entry, drawn at random, always the same ones; all by default.
     """
     sources = {Path(source).stem if isinstance(source, str | Path) else "text": source}
     if isinstance(source, str | Path) and Path(source).is_dir():
         sources = {file.stem: file for file in sorted(Path(source).iterdir()) if file.suffix in FILE_TYPES}
-    options = {"num_samples": ALL, "sequence_length": sequence_length, "batch_size": batch_size}
+    options = {"num_samples": limit or ALL, "sequence_length": sequence_length, "batch_size": batch_size}
     return {name: load_batches(data, tokenizer, **options) for name, data in sources.items()}
 
 
-def evaluate_texts(model: Any, texts: dict[str, list[dict]]) -> dict[str, TextLoss]:
-    """`evaluate_loss` of every entry of `load_texts`."""
-    return {name: evaluate_loss(model, batches) for name, batches in texts.items()}
-
-
-def _run(model: Any, batch: dict) -> tuple[list[float], list[float]]:
-    ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-    return sequence_losses(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids, mask)
+@torch.no_grad()
+def evaluate_texts(model: Any, texts: Mapping[str, Sequence[dict]]) -> dict[str, TextLoss]:
+    """`evaluate_loss` of every entry of `load_texts`; a `StreamedCheckpoint` is read once for all of them."""
+    batches = [batch for text in texts.values() for batch in text]
+    losses = []
+    for batch, logits in zip(batches, batch_logits(model, batches), strict=True):
+        ids, mask = (batch[name].to(logits.device) for name in ("input_ids", "attention_mask"))
+        losses.append(sequence_losses(logits, ids, mask))
+    remaining = iter(losses)
+    return {name: summarise([next(remaining) for _ in text]) for name, text in texts.items()}

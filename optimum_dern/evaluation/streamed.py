@@ -1,10 +1,11 @@
-"""Loss of a checkpoint that need not fit into memory: one decoder layer at a time, all texts at once."""
+"""A checkpoint that need not fit into memory, evaluated one decoder layer at a time, all batches at once."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..calibration.recording import record_layer_calls, replay_last_hidden
 from ..checkpoint.conversion import NameMap
@@ -13,13 +14,44 @@ from ..checkpoint.preparation import open_checkpoint
 from ..engine.progress import progress_bar
 from ..engine.stream import HiddenStream
 from ..models.structure import find_moe_layers
-from .perplexity import TextLoss, sequence_losses, summarise
+from .perplexity import TextLoss, evaluate_texts
 
 
-__all__ = ["evaluate_checkpoint"]
+__all__ = ["StreamedCheckpoint", "evaluate_checkpoint"]
 
 
-@torch.no_grad()
+class StreamedCheckpoint:
+    """Stands for the loaded model wherever logits are evaluated; each evaluation reads the checkpoint once.
+
+    Hidden states of all batches are in memory, and one decoder layer.
+
+    Args:
+        model: folder or Hub id.
+        device: where layers are computed.
+        **source: `revision`, `token`, `trust_remote_code` and `dtype`.
+    """
+
+    def __init__(self, model: str | Path, device: torch.device, **source: Any) -> None:
+        reader, self.skeleton, _ = open_checkpoint(model, **source)
+        self.config = self.skeleton.config
+        names = NameMap(self.skeleton, list(reader.infos))
+        self.loader = PartLoader(self.skeleton, find_moe_layers(self.skeleton), reader, names, device)
+
+    @torch.no_grad()
+    def stream_logits(self, batches: Sequence[dict]) -> Iterator[Tensor]:
+        """Logits of every batch, (batch, sequence, vocabulary), one batch at a time."""
+        loader, decoder_layers = self.loader, self.loader.decoder_layers
+        with loader.outside():
+            stream = HiddenStream(record_layer_calls(self.skeleton, decoder_layers, batches))
+        for position in progress_bar(range(len(decoder_layers)), "Evaluating layers"):
+            with loader.loaded(position):
+                stream.step(position, decoder_layers[position])
+        with loader.outside(head=True):
+            for batch, hidden in zip(batches, stream.hidden, strict=True):
+                inputs = {name: value.to(loader.device) for name, value in batch.items()}
+                yield replay_last_hidden(self.skeleton, decoder_layers, inputs, hidden)
+
+
 def evaluate_checkpoint(
     model: str | Path, texts: Mapping[str, list[dict]], device: torch.device, **source: Any
 ) -> dict[str, TextLoss]:
@@ -29,25 +61,9 @@ def evaluate_checkpoint(
         model: folder or Hub id.
         texts: token batches by name, as `load_texts` gives them.
         device: where layers are computed.
-        **source: `revision`, `token` and `trust_remote_code`.
+        **source: `revision`, `token`, `trust_remote_code` and `dtype`.
 
     Returns:
         What `evaluate_texts` gives for the loaded model.
     """
-    reader, skeleton, _ = open_checkpoint(model, **source)
-    loader = PartLoader(skeleton, find_moe_layers(skeleton), reader, NameMap(skeleton, list(reader.infos)), device)
-    decoder_layers = loader.decoder_layers
-    batches = [batch for text in texts.values() for batch in text]
-    with loader.outside():
-        stream = HiddenStream(record_layer_calls(skeleton, decoder_layers, batches))
-    for position in progress_bar(range(len(decoder_layers)), "Evaluating layers"):
-        with loader.loaded(position):
-            stream.step(position, decoder_layers[position])
-    losses = []
-    with loader.outside(head=True):
-        for batch, hidden in zip(batches, stream.hidden, strict=True):
-            inputs = {name: value.to(device) for name, value in batch.items()}
-            logits = replay_last_hidden(skeleton, decoder_layers, inputs, hidden)
-            losses.append(sequence_losses(logits, inputs["input_ids"], inputs["attention_mask"]))
-    remaining = iter(losses)
-    return {name: summarise([next(remaining) for _ in text]) for name, text in texts.items()}
+    return evaluate_texts(StreamedCheckpoint(model, device, **source), texts)

@@ -95,6 +95,8 @@ def test_load_texts(tmp_path):
     assert sum(len(batch["input_ids"]) for batch in texts["code"]) == 240
     assert list(load_texts(tmp_path / "news.txt", tokenizer, 64)) == ["news"]
     assert list(load_texts(sample_texts(), tokenizer, 64)) == ["text"]
+    few = load_texts(tmp_path, tokenizer, 64, batch_size=3, limit=7)["code"]
+    assert [len(batch["input_ids"]) for batch in few] == [3, 3, 1]
     results = evaluate_texts(make_model("mixtral"), {"news": texts["news"]})
     assert isinstance(results["news"], TextLoss)
     assert results["news"].tokens == sum(len(batch["input_ids"]) for batch in texts["news"]) * 63

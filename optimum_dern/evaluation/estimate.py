@@ -1,0 +1,50 @@
+"""A measured number and its standard error, over items that were drawn independently."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .metrics import mean_and_error
+
+
+__all__ = ["Estimate", "mean_estimate", "paired_difference", "perplexity_estimate"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error, 0 where there is one item only."""
+
+    value: float
+    standard_error: float
+
+    def to_dict(self) -> dict[str, float]:
+        return {"value": self.value, "standard_error": self.standard_error}
+
+
+def mean_estimate(values: Sequence[float]) -> Estimate:
+    """The mean of independent items.
+
+    Args:
+        values: one per item, at least one.
+    """
+    return Estimate(*mean_and_error(values, [1] * len(values)))
+
+
+def perplexity_estimate(log_likelihoods: Sequence[float]) -> Estimate:
+    """exp(-mean), as for LAMBADA's last words; its error is that of the mean, carried through the exponential."""
+    mean = mean_estimate(log_likelihoods)
+    value = math.inf if mean.value < -709 else math.exp(-mean.value)
+    return Estimate(value, value * mean.standard_error)
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """Mean of `second - first` over items that both were measured on.
+
+    Two models mostly fail on the same items, so this error is smaller than what the two separate errors suggest.
+
+    Raises:
+        ValueError: different numbers of items.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"cannot pair {len(first)} items with {len(second)}; measure both on the same items")
+    return mean_estimate([b - a for a, b in zip(first, second, strict=True)])

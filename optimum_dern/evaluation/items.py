@@ -1,0 +1,122 @@
+"""Rows of a task file to items: pairs of a context and a continuation whose log-likelihoods are compared.
+
+The texts are those of lm-eval's own prompts, to the character, so that both give the same numbers:
+
+    multiple_choice    context, choices, label            log p(" " + choice | context)
+    (with letters)     ... and letters                    log p(" " + letter | context), the choices are in the context
+    multiple_context   contexts, continuation, label      log p(continuation | contexts[i])
+    minimal_pair       choices, label                     log p(" " + choice), whole sentences after BOS (or EOS)
+    last_word          context, target                    log p(" " + target | context), and whether greedily chosen
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+__all__ = ["KINDS", "Item", "Request", "kind_of_row", "make_item"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A continuation to score after a context, which may be empty."""
+
+    context: str
+    continuation: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: the requests compete, and the one at `label` is right."""
+
+    id: str
+    requests: tuple[Request, ...]
+    label: int
+    lengths: tuple[str, ...] = ()  # the choices' texts, by whose length log-likelihoods are normalised; or none
+
+
+KEYS = {  # a row of this kind has these; the first kind that fits is taken
+    "multiple_context": ("contexts", "continuation", "label"),
+    "multiple_choice": ("context", "choices", "label"),
+    "last_word": ("context", "target"),
+    "minimal_pair": ("choices", "label"),
+}
+KINDS = tuple(KEYS)
+
+
+def kind_of_row(row: Mapping[str, Any]) -> str:
+    """The kind of task that a row belongs to, by its keys.
+
+    Raises:
+        ValueError: it belongs to none; generated answers (GSM8K) are not scored here.
+    """
+    for kind, keys in KEYS.items():
+        if all(key in row for key in keys):
+            return kind
+    shapes = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in KEYS.items())
+    raise ValueError(f"a row with the keys {sorted(row)} is of no kind that is scored by likelihood ({shapes})")
+
+
+def make_item(row: Mapping[str, Any], kind: str, name: str, cloze: bool = False) -> Item:
+    """Turn one row into an item.
+
+    Args:
+        row: of a task file.
+        kind: one of `KINDS`.
+        name: the item's, where the row has no `id`.
+        cloze: for rows with letters, score the choices' texts after the question alone instead.
+
+    Raises:
+        ValueError: a key is missing or holds something else.
+    """
+    missing = [key for key in KEYS[kind] if key not in row]
+    if missing:
+        raise ValueError(f"{name} has no {missing[0]!r}, which {kind} rows have; it has {sorted(row)}")
+    requests, label, lengths = _MAKERS[kind](row, name, cloze)
+    if not isinstance(label, int) or not 0 <= label < len(requests):
+        raise ValueError(f"{name} has the label {label!r}; give the right choice's index, 0 to {len(requests) - 1}")
+    if any(not request.continuation.strip() for request in requests):
+        raise ValueError(f"{name} has an empty choice or target; there is nothing to score")
+    return Item(str(row.get("id", name)), requests, label, lengths)
+
+
+def _multiple_choice(row: Mapping[str, Any], name: str, cloze: bool) -> tuple:
+    context, choices = row["context"], _texts(row, "choices", name)
+    if cloze:
+        if "question" not in row:
+            raise ValueError(f"{name} has no 'question', which cloze scoring puts before the choices")
+        context = f"Question: {row['question'].strip()}\nAnswer:"
+    elif "letters" in row:
+        letters = _texts(row, "letters", name)
+        return tuple(Request(context, f" {letter}") for letter in letters), row["label"], ()
+    return tuple(Request(context, f" {choice}") for choice in choices), row["label"], choices
+
+
+def _multiple_context(row: Mapping[str, Any], name: str, cloze: bool) -> tuple:
+    contexts, continuation = _texts(row, "contexts", name), row["continuation"]
+    if continuation[:1].isspace():
+        continuation = f" {continuation.strip()}"  # lm-eval's, whatever the spaces of the sentence
+    return tuple(Request(context, continuation) for context in contexts), row["label"], ()
+
+
+def _minimal_pair(row: Mapping[str, Any], name: str, cloze: bool) -> tuple:
+    return tuple(Request("", f" {choice}") for choice in _texts(row, "choices", name)), row["label"], ()
+
+
+def _last_word(row: Mapping[str, Any], name: str, cloze: bool) -> tuple:
+    return (Request(row["context"], f" {row['target']}"),), 0, ()
+
+
+def _texts(row: Mapping[str, Any], key: str, name: str) -> tuple[str, ...]:
+    texts = row[key]
+    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name} has {key} {texts!r:.80}; give a list of at least two strings")
+    return tuple(texts)
+
+
+_MAKERS: dict[str, Callable[[Mapping[str, Any], str, bool], tuple]] = {
+    "multiple_context": _multiple_context,
+    "multiple_choice": _multiple_choice,
+    "last_word": _last_word,
+    "minimal_pair": _minimal_pair,
+}

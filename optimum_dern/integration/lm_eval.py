@@ -1,0 +1,182 @@
+"""Evaluation with lm-eval (EleutherAI's harness), of a model in memory or a saved checkpoint, without the network.
+
+    results = evaluate_with_lm_eval(model, tokenizer, load_tasks(["suite"], folder))
+
+The tasks' rows are written beside task definitions that include lm-eval's own, so that prompts, scoring and metrics
+are lm-eval's; tasks that it does not have keep their rows' text.  `write_lm_eval_tasks` alone makes the folder for its
+command line:
+
+    lm_eval run --model hf --model_args pretrained=CHECKPOINT,dtype=float32 --include_path FOLDER --tasks boolq,piqa
+"""
+
+import copy
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from ..calibration.data import preserved_random_state
+from ..evaluation.accuracy import Outcome, TaskResult
+from ..evaluation.estimate import mean_estimate, perplexity_estimate
+from ..evaluation.tasks import Task
+from .lm_eval_rows import DEFINITIONS, plain_definition, plain_row
+
+
+__all__ = ["check_installed", "evaluate_with_lm_eval", "harness_model", "write_lm_eval_tasks"]
+
+
+def evaluate_with_lm_eval(
+    model: Any, tokenizer: Any, tasks: Sequence[Task], batch_size: int = 8, folder: str | Path | None = None
+) -> dict[str, TaskResult]:
+    """Evaluate a model on tasks with lm-eval.
+
+    Args:
+        model: a causal language model, or the folder or Hub id of a checkpoint, which is loaded in float32.
+        tokenizer: of the model; that of the checkpoint where None.
+        tasks: of `load_tasks` or `make_task`.
+        batch_size: sequences a forward pass.
+        folder: where task definitions are written and stay; a temporary one by default.
+
+    Returns:
+        What `evaluate_tasks` gives, without `acc_bytes`, item by item from lm-eval's log.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+    """
+    evaluator = _lm_eval("lm_eval.evaluator")
+    manager = _lm_eval("lm_eval.tasks").TaskManager
+    with ExitStack() as stack:
+        stack.enter_context(preserved_random_state())  # lm-eval seeds the global generators
+        if folder is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+        names = write_lm_eval_tasks(tasks, folder)
+        answer = evaluator.simple_evaluate(
+            model=harness_model(model, tokenizer, batch_size),
+            tasks=list(names.values()),
+            task_manager=manager(include_path=str(folder), include_defaults=False),
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+    results = {}
+    for task in tasks:
+        name = names[task.name]
+        parts = answer["group_subtasks"].get(name) or [name]
+        samples = [sample for part in parts for sample in answer["samples"][part]]
+        results[task.name] = _result(task, sorted(samples, key=lambda sample: sample["doc"]["item"]))
+    return results
+
+
+def check_installed() -> None:
+    """Raise ImportError, with what to do, where lm-eval is missing."""
+    _lm_eval("lm_eval")
+
+
+def harness_model(model: Any, tokenizer: Any = None, batch_size: int = 8, **options: Any) -> Any:
+    """Wrap a model for `lm_eval.simple_evaluate`; log-likelihoods are taken in float32.
+
+    Args:
+        model: a causal language model, or the folder or Hub id of a checkpoint, which is loaded in float32.
+        tokenizer: of the model; that of the checkpoint where None.
+        batch_size: sequences a forward pass.
+        **options: of lm-eval's `HFLM`, such as `max_length`; they win.
+
+    Returns:
+        An `HFLM`.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+        ValueError: a model in memory without a tokenizer.
+    """
+    wrapper = _lm_eval("lm_eval.models.huggingface").HFLM
+    defaults: dict[str, Any] = {"backend": "causal", "batch_size": batch_size, "softmax_dtype": "float32"}
+    if isinstance(model, str | Path):
+        import torch
+
+        model = str(model)
+        defaults |= {"dtype": "float32", "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    elif tokenizer is None:
+        raise ValueError("a model in memory needs its tokenizer, too")
+    if tokenizer is not None:
+        defaults["tokenizer"] = copy.deepcopy(tokenizer)  # lm-eval may give it another padding token
+    return wrapper(pretrained=model, **defaults | options)
+
+
+def write_lm_eval_tasks(tasks: Sequence[Task], folder: str | Path) -> dict[str, str]:
+    """Write tasks as lm-eval reads them, for `TaskManager(include_path=folder)` or `lm_eval run --include_path`.
+
+    Args:
+        tasks: of `load_tasks` or `make_task`.
+        folder: where to; made if needed.
+
+    Returns:
+        lm-eval's name of every task; `:cloze` becomes `_cloze` in it.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+    """
+    root = Path(_lm_eval("lm_eval.tasks").__file__).parent
+    folder = Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {}
+    for task in tasks:
+        names[task.name] = name = task.name.replace(":", "_")
+        file, convert = DEFINITIONS.get(task.name, ("", lambda row: None))
+        rows = [convert(row) for row in task.rows]
+        if any(row is None for row in rows):
+            rows = [plain_row(task, position) for position in range(len(task.items))]
+            _write_task(folder, name, rows, plain_definition(task))
+        elif "{subject}" not in file:
+            _write_task(folder, name, rows, {"include": str(root / file)})
+        else:
+            _write_group(folder, name, rows, str(root / file))
+    return names
+
+
+def _write_group(folder: Path, name: str, rows: list[dict], definition: str) -> None:
+    """A task of each subject, by lm-eval's definition for it, and the group of them all."""
+    subjects = dict.fromkeys(row["subject"] for row in rows)
+    for subject in subjects:
+        part = [row | {"item": i} for i, row in enumerate(rows) if row["subject"] == subject]
+        _write_task(folder, f"{name}_{subject}", part, {"include": definition.format(subject=subject)})
+    metrics = [{"metric": "acc", "weight_by_size": True}]
+    tasks = [f"{name}_{subject}" for subject in subjects]
+    _write_definition(folder / f"{name}.yaml", {"group": name, "task": tasks, "aggregate_metric_list": metrics})
+
+
+def _write_task(folder: Path, name: str, rows: list[dict], definition: dict[str, Any]) -> None:
+    """Rows, and a definition that reads them instead of the data set of the one that it includes."""
+    from datasets import Dataset
+
+    data = folder / f"{name}.parquet"  # JSON would be read with guessed types
+    Dataset.from_list([{"item": i} | row for i, row in enumerate(rows)]).to_parquet(data)
+    source = {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")}
+    facts = {"task": name, "dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": source}
+    splits = {"training_split": None, "validation_split": None, "test_split": "test", "fewshot_split": None}
+    _write_definition(folder / f"{name}.yaml", definition | facts | splits | {"num_fewshot": 0})
+
+
+def _write_definition(path: Path, facts: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")  # JSON is YAML
+
+
+def _result(task: Task, samples: Sequence[Mapping[str, Any]]) -> TaskResult:
+    outcomes = []
+    for item, sample in zip(task.items, samples, strict=True):
+        logs = tuple(float(answer[0]) for answer in sample["filtered_resps"])
+        measured = {name: float(sample[name]) for name in ("acc", "acc_norm") if name in sample}
+        outcomes.append(Outcome(item.id, logs, measured))
+    metrics = {name: mean_estimate([outcome.metrics[name] for outcome in outcomes]) for name in outcomes[0].metrics}
+    if task.kind == "last_word":
+        metrics["perplexity"] = perplexity_estimate([outcome.log_likelihoods[0] for outcome in outcomes])
+    return TaskResult(task.name, task.kind, metrics, task.chance, tuple(outcomes))
+
+
+def _lm_eval(module: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError("lm-eval is not installed; run pip install 'optimum-dern[eval]'") from error

@@ -1,6 +1,6 @@
 """`CompressionReport`: what happened to every layer, and the totals, as plain JSON.
 
-Schema version 1; `docs/source/report.md` explains every field.
+Schema version 2; `docs/source/report.md` explains every field.
 """
 
 import json
@@ -12,7 +12,8 @@ from typing import Any
 
 __all__ = ["REPORT_VERSION", "CompressionReport", "LayerReport", "ModelSize"]
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
+READABLE = (1, 2)  # version 1 had neither `segment_flow` nor `similarity_map`
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class LayerReport:
     moved_share: float | None  # of the dropped segments, how many moved to a retained expert
     similarity_quantiles: dict[str, float] | None  # of the dropped segments' best cosines
     seconds: float
+    segment_flow: dict[str, Any] | None = None  # moved segments between experts, see `core/segment_flow.py`
+    similarity_map: dict[str, Any] | None = None  # of experts and their neurons, see `core/similarity_map.py`
+    protected: list[int] = field(default_factory=list)  # original indices that the selection could not drop
+    largest_output: float = 0.0  # largest absolute component of any original expert's output
 
 
 @dataclass(frozen=True)
@@ -85,18 +90,25 @@ class CompressionReport:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: a report of another version.
+            ValueError: a report of a version that this release does not know.
         """
-        if values.get("report_version") != REPORT_VERSION:
-            raise ValueError(f"report version {values.get('report_version')!r}; this release reads {REPORT_VERSION}")
-        rest = {name: value for name, value in values.items() if name != "ratio"}
+        version = values.get("report_version")
+        if version not in READABLE:
+            raise ValueError(
+                f"report version {version!r}; this release reads {' and '.join(map(str, READABLE))}: "
+                "update optimum-dern"
+            )
+        rest = {name: value for name, value in values.items() if name != "ratio"} | {"report_version": REPORT_VERSION}
         rest["layers"] = [LayerReport(**layer) for layer in values["layers"]]
         rest["before"], rest["after"] = ModelSize(**values["before"]), ModelSize(**values["after"])
         return cls(**rest)
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", "utf-8")
+        """Write the report as JSON, a layer a line: their long lists of numbers would fill a line each."""
+        values = self.to_dict()
+        layers = ",\n    ".join(map(json.dumps, values["layers"]))
+        text = json.dumps({**values, "layers": []}, indent=2)
+        Path(path).write_text(text.replace('"layers": []', f'"layers": [\n    {layers}\n  ]', 1) + "\n", "utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "CompressionReport":

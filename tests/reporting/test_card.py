@@ -17,8 +17,9 @@ from optimum_dern.calibration.description import describe_dataset, recordable_da
 from optimum_dern.commands import compress
 from optimum_dern.commands.arguments import config_from_arguments
 from optimum_dern.evaluation.perplexity import TextLoss
-from optimum_dern.reporting.card import model_card, reproduction_command
+from optimum_dern.reporting.card import model_card
 from optimum_dern.reporting.report import ModelSize
+from optimum_dern.reporting.reproduction import reproduction_command
 
 
 def make_report(config=None, source="allenai/OLMoE-1B-7B-0924", **fields):
@@ -82,7 +83,7 @@ def test_numbers():
     assert "| parameters | 6,919,161,856 | 3,697,000,000 |" in text
     assert "| active parameters per token | 1,281,952,768 | 1,280,904,192 |" in text
     assert "| bytes | 13,838,323,712 | 7,394,000,000 |" in text
-    assert "0.53 of the bytes" in text
+    assert "leaves 53 % of the bytes" in text
     assert "128 sequences, 262,144 tokens from `notes.txt`" in text
     assert "0123456789abcdef" in text
 

@@ -1,0 +1,60 @@
+"""`report CHECKPOINT`: the report of a compression as a page, from the JSON beside a checkpoint."""
+
+import argparse
+from pathlib import Path
+
+
+__all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "run"]
+
+HELP = "Write the report of a compressed checkpoint as one HTML page."
+DESCRIPTION = (
+    "Read dern_report.json, of this release or an earlier one, and write dern_report.html beside it: what was\n"
+    "gained, what was lost and where, in one file that needs no network.  compress does so too, at its end.\n"
+    "A picture for the model card, assets/dern_report.png, is drawn where matplotlib is installed."
+)
+EPILOG = """examples:
+  optimum-dern report ./mixtral-4
+  optimum-dern report ./mixtral-4 --card
+  optimum-dern report ./mixtral-4/dern_report.json --output page.html
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="its folder, or its dern_report.json")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write only the page, and to this file")
+    parser.add_argument("--card", action="store_true", help="write README.md anew, too; what was edited there is lost")
+    parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the page, and say where it is."""
+    if args.card and args.output:
+        raise ValueError("--card writes into the checkpoint, and --output elsewhere; give one of them")
+    report, folder = _load(args.checkpoint)
+
+    from ..reporting.page import report_page
+    from ..reporting.presentation import replace_text, write_presentation
+
+    if args.output:
+        if args.output.is_dir() or not args.output.absolute().parent.is_dir():
+            raise ValueError(f"--output {args.output} must be a file in a folder that exists")
+        replace_text(args.output, report_page(report))
+        print(args.output)
+        return
+    for file in write_presentation(report, folder, keep_card=not args.card, draw=True):
+        print(file)
+
+
+def _load(path: Path):
+    """The report, and the folder that it is in."""
+    from ..checkpoint.publishing import REPORT_NAME
+    from ..reporting.report import CompressionReport
+
+    file = path / REPORT_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {file}; give the folder of a checkpoint that optimum-dern compressed")
+    try:
+        return CompressionReport.load(file), file.parent
+    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{file} is not a report that this release can read ({error!r})") from error

@@ -1,0 +1,47 @@
+"""What people look at beside a checkpoint: the page of its report, a picture of it, and the model card."""
+
+import os
+from pathlib import Path
+
+from .card import model_card
+from .page import PAGE_NAME, report_page
+from .plots import IMAGE_NAME, write_image
+from .report import CompressionReport
+
+
+__all__ = ["CARD_NAME", "replace_text", "write_presentation"]
+
+CARD_NAME = "README.md"
+
+
+def write_presentation(
+    report: CompressionReport, folder: Path, keep_card: bool = False, draw: bool | None = None
+) -> list[Path]:
+    """Write page, picture and card of a report into the folder of its checkpoint.
+
+    Args:
+        report: to show.
+        folder: existing.
+        keep_card: leave a card that is there as it is: cards are edited by hand.
+        draw: the picture, which takes a second; by default where a loss was measured.
+
+    Returns:
+        The files that were written.
+    """
+    draw = bool(report.evaluation) if draw is None else draw
+    replace_text(folder / PAGE_NAME, report_page(report))
+    card = folder / CARD_NAME
+    keep_card = keep_card and card.exists()
+    image = write_image(report, folder) if draw else None
+    if not draw and not keep_card:
+        (folder / IMAGE_NAME).unlink(missing_ok=True)  # of an earlier checkpoint
+    if not keep_card:
+        replace_text(card, f"{model_card(report, image)}\n")
+    return [folder / PAGE_NAME, *([folder / image] if image else []), *([] if keep_card else [card])]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file at once: whoever reads it finds the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)

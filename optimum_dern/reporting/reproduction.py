@@ -1,0 +1,48 @@
+"""The command line that makes a compressed checkpoint again."""
+
+import dataclasses
+import json
+import re
+import shlex
+from typing import Any
+
+from .report import CompressionReport
+
+
+__all__ = ["is_in_memory", "reproduction_command"]
+
+IN_MEMORY = re.compile(r" in memory \(\w+\)$")  # the end of what describes data that has no name or path
+
+
+def reproduction_command(report: CompressionReport) -> str:
+    """The command line that makes the same checkpoint: every field that differs from the defaults.
+
+    Calibration data that was given in memory has no name that a command could give; `DATA` stands for it.
+    """
+    from ..config import DernConfig
+
+    defaults = DernConfig(preset=report.config["preset"], sparsity=report.config["sparsity"]).to_dict()
+    words = ["optimum-dern", "compress", report.source or "MODEL", "OUTPUT"]
+    words += ["--revision", report.revision] if report.revision else []
+    for field in dataclasses.fields(DernConfig):
+        value = report.config.get(field.name)  # an earlier version's report does not have the newest options
+        is_default = value == (field.default if field.name in ("sparsity", "preset") else defaults[field.name])
+        if field.name in ("dataset", "quant_method") or is_default or value is None:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, dict):
+            words += [flag, json.dumps(value)]
+        else:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    if report.config["dataset"] is None:  # what was decided from the weights alone
+        return shlex.join(words)
+    dataset = "DATA" if is_in_memory(report.config["dataset"]) else report.config["dataset"]
+    sources = [f"{name}={weight}" for name, weight in dataset.items()] if isinstance(dataset, dict) else [dataset]
+    return shlex.join([*words, "--dataset", *map(str, sources)])
+
+
+def is_in_memory(dataset: Any) -> bool:
+    """Whether a recorded dataset is the description of data that has no name or path."""
+    return isinstance(dataset, str) and IN_MEMORY.search(dataset) is not None

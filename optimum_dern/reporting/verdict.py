@@ -1,0 +1,53 @@
+"""The outcome of a compression in one or two sentences, for the head of a page or a card."""
+
+import math
+from fractions import Fraction
+
+from .report import CompressionReport
+
+
+__all__ = ["mean_losses", "title", "verdict"]
+
+SHARES = {
+    Fraction(1, 4): "a quarter",
+    Fraction(1, 3): "a third",
+    Fraction(1, 2): "half",
+    Fraction(2, 3): "two thirds",
+    Fraction(3, 4): "three quarters",
+}
+
+
+def title(report: CompressionReport) -> str:
+    """Name of the compressed model: that of its source, and how many experts it keeps."""
+    name = report.source.rstrip("/").split("/")[-1] if report.source else report.model_type
+    return f"{name}, {report.after.experts} of {report.before.experts} experts"
+
+
+def verdict(report: CompressionReport) -> str:
+    """What was given, and what it cost."""
+    before, after = report.before, report.after
+    if after.experts == before.experts:
+        return f"Nothing was compressed: every layer keeps its {before.experts} routed experts."
+    share = SHARES.get(Fraction(after.experts, before.experts))
+    kept = f"{after.experts} of its {before.experts} routed experts"
+    kept = f"{share} of its routed experts ({after.experts} of {before.experts})" if share else kept
+    gain = f"Each layer keeps {kept}, which leaves {100 * report.ratio:.0f} % of the bytes."
+    losses = mean_losses(report)
+    if losses is None:
+        return f"{gain} What that costs in quality has not been measured."
+    change = losses[1] - losses[0]
+    texts = "a held-out text" if len(report.evaluation) == 1 else f"{len(report.evaluation)} held-out texts"
+    verb = "rose" if change > 0 else "fell"
+    return (
+        f"{gain} The loss on {texts} {verb} from {losses[0]:.3f} to {losses[1]:.3f} nats per token "
+        f"({change:+.3f}, perplexity × {math.exp(change):.2f})."
+    )
+
+
+def mean_losses(report: CompressionReport) -> tuple[float, float] | None:
+    """Loss before and after, each the mean over the texts; None where none was measured."""
+    pairs = [(pair["before"]["loss"], pair["after"]["loss"]) for pair in report.evaluation.values()]
+    if not pairs:
+        return None
+    before, after = zip(*pairs, strict=True)
+    return sum(before) / len(pairs), sum(after) / len(pairs)

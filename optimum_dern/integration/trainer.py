@@ -1,0 +1,77 @@
+"""How far a model in training is from the original: a callback for transformers' `Trainer`.
+
+    cache = cache_logits(original, texts, "predictions")  # before the compression, in place
+    trainer.add_callback(DernEvaluationCallback(trainer, cache))
+
+A loss says how well a model predicts a text, not whether it still is the model that was compressed: healing on one
+domain lowers the loss there and may drift away from the original elsewhere.  So the divergence from the original, and
+the share of tokens for which both have the same first choice, stand beside it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from ..evaluation.agreement import Agreement, agreement
+from ..evaluation.logits_cache import LogitsCache
+from ..evaluation.metrics import perplexity_of
+
+
+__all__ = ["DernEvaluationCallback"]
+
+PREFIX = "eval_dern_"
+
+
+class DernEvaluationCallback(TrainerCallback):
+    """Whenever a `Trainer` evaluates, log loss and perplexity on some texts, and the distance from the original.
+
+    The values go to the trainer's log and to what `evaluate` returns: `eval_dern_loss`, `eval_dern_perplexity`,
+    `eval_dern_kl` (nats per token, the cache's lower bound) and `eval_dern_top1`, means over the predicted tokens of
+    all texts; of several texts also each one's, such as `eval_dern_books_kl`.  `metric_for_best_model` may name any of
+    them.  Every process measures the same, so that none waits for another; nothing of the model changes.
+
+    Args:
+        trainer: that the callback is added to.
+        cache: the original's predictions, of `evaluation.logits_cache.cache_logits`.
+    """
+
+    def __init__(self, trainer: Trainer, cache: LogitsCache) -> None:
+        self.trainer, self.cache = trainer, cache
+        self.original_losses = {name: _mean_loss(cache, name) for name in cache.texts}
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **options: Any
+    ) -> None:
+        """Measure, log, and add to the metrics of this evaluation."""
+        values = {f"{PREFIX}{name}": value for name, value in self.measure().items()}
+        self.trainer.log(dict(values))  # reporters write on the first process only
+        if metrics is not None:
+            metrics.update(values)
+
+    def measure(self) -> dict[str, float]:
+        """The values of the trainer's model as it is now, by their names without the prefix."""
+        found = agreement(self.trainer.model, self.cache)
+        tokens = sum(result.tokens for result in found.values())
+
+        def mean(value: Callable[[str, Agreement], float]) -> float:
+            return sum(value(name, result) * result.tokens for name, result in found.items()) / tokens
+
+        values = self._named("", mean(self._loss), mean(lambda _, r: r.kl.value), mean(lambda _, r: r.top1.value))
+        if len(found) > 1:
+            for name, result in found.items():
+                values |= self._named(f"{name}_", self._loss(name, result), result.kl.value, result.top1.value)
+        return values
+
+    def _loss(self, name: str, result: Agreement) -> float:
+        return self.original_losses[name] + result.loss_increase.value
+
+    @staticmethod
+    def _named(prefix: str, loss: float, kl: float, top1: float) -> dict[str, float]:
+        values = {"loss": loss, "perplexity": perplexity_of(loss), "kl": kl, "top1": top1}
+        return {f"{prefix}{name}": value for name, value in values.items()}
+
+
+def _mean_loss(cache: LogitsCache, text: str) -> float:
+    losses = [batch["losses"].double() for batch in cache.batches(text)]
+    return sum(part.sum().item() for part in losses) / sum(map(len, losses))

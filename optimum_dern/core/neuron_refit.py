@@ -26,9 +26,10 @@ from .reduction import Reduce, alone, largest
 from .segments import Segments
 
 
-__all__ = ["PASSES", "count_steps", "refit_neurons"]
+__all__ = ["count_passes", "count_steps", "refit_neurons"]
 
-PASSES = 12  # over the tokens
+MOST_PASSES, FEWEST_PASSES = 12, 3  # over the tokens
+ENOUGH_TOKENS = 1_250_000  # seen in all passes together: of more tokens, fewer passes do
 BATCH_TOKENS = 1024
 STEPS_PER_PASS = 32  # at least, of batches that are smaller where tokens are few
 SMALLEST_BATCH = 64
@@ -45,6 +46,11 @@ class Moving(NamedTuple):
     size: float  # root mean square of the projection at the start
 
 
+def count_passes(tokens: int) -> int:
+    """How often every token is seen."""
+    return max(FEWEST_PASSES, min(MOST_PASSES, ENOUGH_TOKENS // max(tokens, 1)))
+
+
 def count_steps(tokens: int) -> int:
     """How many minibatches a pass over the tokens has."""
     return max(1, tokens // BATCH_TOKENS, min(STEPS_PER_PASS, tokens // SMALLEST_BATCH))
@@ -55,7 +61,7 @@ def refit_neurons(
     routing: Routing,
     target: Tensor,
     activation: Activation,
-    passes: int = PASSES,
+    passes: int | None = None,
     rate: float = 0.1,
     order: Tensor | None = None,
     reduce: Reduce = alone,
@@ -68,7 +74,7 @@ def refit_neurons(
         routing: T tokens.
         target: (T, o) output to reproduce.
         activation: the model's rule from pre-activations to neurons, elementwise in the neurons.
-        passes: over the tokens.
+        passes: over the tokens; by default as many as their number asks for.
         rate: of the first steps, relative to the size of the weights.
         order: (T,) distinct numbers of the tokens, among those of all processes; by default 0 to T - 1.
         reduce: over the processes that share the tokens.
@@ -79,7 +85,9 @@ def refit_neurons(
     """
     order = torch.arange(len(target)) if order is None else order.cpu()
     moving = [_moving(part, segments) for part in segments[:3] if part is not None]
-    steps = passes * count_steps(int(reduce(torch.tensor(len(target), device=target.device))))
+    total = int(reduce(torch.tensor(len(target), device=target.device)))
+    passes = count_passes(total) if passes is None else passes
+    steps = passes * count_steps(total)
     for step, tokens in enumerate(_minibatches(order, steps, passes, target.device, reduce, seed), start=1):
         length = rate * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         current = _with_parts(segments, moving)

@@ -131,7 +131,8 @@ def _variants(
         scaled = _scaled(plain, task)
         yield scaled
         better = min(plain, scaled, key=lambda variant: errors[variant.name])  # what is yielded is judged at once
-        yield _refitted(replace(better, name=name), task, config.refit_sweeps)
+        sweeps = 1 if config.neuron_refit else config.refit_sweeps  # the neurons' refit goes on from there
+        yield _refitted(replace(better, name=name), task, sweeps)
 
 
 def _steps(config: DernConfig) -> list[Step]:

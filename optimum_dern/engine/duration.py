@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from ..config import DernConfig
-from ..core.neuron_refit import PASSES
+from ..core.neuron_refit import count_passes
 from ..models.structure import MoELayer
 
 
@@ -52,7 +52,7 @@ def count_operations(layer: MoELayer, tokens: int, config: DernConfig, num_exper
         candidates = 2 if config.method == "dern" and config.guard else 1
         total += candidates * (gram + experts + 2 * config.refit_sweeps * routed)
         total += config.router_refit * (gram + experts + 2 * routed)
-        total += config.neuron_refit * PASSES * 3 * experts
+        total += config.neuron_refit * count_passes(tokens) * 3 * experts
     return total
 
 

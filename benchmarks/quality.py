@@ -3,19 +3,21 @@
     python benchmarks/quality.py                                    # both models of examples/tiny_moe, half dropped
     python benchmarks/quality.py MODEL --calibration TEXT --evaluation TEXT
     python benchmarks/quality.py --sparsity 0.25 0.5 0.75 --seeds 5 --tasks-folder BENCH --tasks blimp lambada_openai
+    python benchmarks/quality.py --data DATA --num-samples 2048     # more text: DATA/text/DOMAIN/train.txt
 
 Every method gets the same calibration sequences (a new draw per seed), of which the oneshot ones share one pass, and
 the same evaluation windows.  Variants: `published`, the method as its paper has it; `refit`, with the ridge refit of
 the retained experts' down projections; `router`, with the router's refit too, each step taken only where the guard's
 held-out error falls.  `recommended` is this package's default.  "same keep-set" prunes exactly the experts that
-`recommended` of that seed dropped.  Results are merged into the output file model by model;
-`benchmarks/quality_table.py` makes tables and the plot from it.
+`recommended` of that seed dropped.  Results are merged into the output file: a later run of the same settings adds
+draws, sparsities or variants.  `benchmarks/quality_table.py` makes tables and the plot from it.
 """
 
 import argparse
 import copy
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -74,13 +76,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()
     for path in [Path(args.model)] if args.model else [TINY / "scratch", TINY / "upcycled"]:
-        started = time.perf_counter()
+        check_settings(args, path.name)
         with tempfile.TemporaryDirectory() as folder:
             subject, result = prepare(path, args, folder)
-            for seed in range(args.seeds):
-                result["rows"] += measure(subject, args, seed)
+            for seed in range(args.first_seed, args.first_seed + args.seeds):
+                started = time.perf_counter()
+                result["rows"] = measure(subject, args, seed)
                 result["seconds"] = round(time.perf_counter() - started)
-                save(args.output, path.name, result)  # after every draw: a long run may be cut
+                result = save(args.output, path.name, result)  # after every draw: a long run may be cut
         print(markdown_tables(path.name, result), flush=True)
     print(json.dumps({"output": str(args.output)}))
 
@@ -127,19 +130,40 @@ def measure(subject: Subject, args: argparse.Namespace, seed: int) -> list[dict[
     return rows
 
 
-def save(path: Path, name: str, result: dict[str, Any]) -> None:
-    """Put one model's result beside those of others."""
+def check_settings(args: argparse.Namespace, name: str) -> None:
+    """Figures of other settings are not mixed with new ones."""
+    known = json.loads(args.output.read_text("utf-8")).get(name) if args.output.exists() else None
+    if known and known["settings"] != settings(args):
+        differing = [key for key, value in settings(args).items() if known["settings"].get(key) != value]
+        sys.exit(f"{args.output} has figures of {name} with other {', '.join(differing)}; give another --output")
+
+
+def save(path: Path, name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Put one model's new rows beside what the file has; returns all of the model's."""
     results = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    known = results.get(name, {"rows": [], "seconds": 0, "tasks": {}})
+
+    def key(row: dict[str, Any]) -> tuple:
+        return tuple(row[part] for part in ("method", "variant", "sparsity", "seed"))
+
+    new = {key(row) for row in result["rows"]}
+    rows = [row for row in known["rows"] if key(row) not in new] + result["rows"]
+    seconds, tasks = known["seconds"] + result["seconds"], known["tasks"] | result["tasks"]
+    merged = result | {"rows": rows, "seconds": seconds, "tasks": tasks}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**results, name: result}) + "\n", "utf-8")
+    path.write_text(json.dumps({**results, name: merged}) + "\n", "utf-8")
+    return merged
 
 
 def compress_all(subject: Subject, args: argparse.Namespace, seed: int) -> Iterator[tuple[dict, LayersAside]]:
     """Every result of one calibration draw, out of as few passes as may be."""
     full, layers = subject.model, find_moe_layers(subject.model)
     options = {"num_samples": args.num_samples, "sequence_length": args.sequence_length, "batch_size": 8, "seed": seed}
-    data = {"dataset": str(args.calibration), **options}
-    batches = load_batches(str(args.calibration), subject.tokenizer, **options)
+    source = str(args.calibration)
+    if args.data:
+        source = {str(file): 1.0 for file in sorted(args.data.glob("text/*/train.txt"))}
+    data = {"dataset": source, **options}
+    batches = load_batches(source, subject.tokenizer, **options)
     names = [
         (method, variant, sparsity)
         for sparsity in args.sparsity
@@ -184,25 +208,22 @@ def row_of(name: tuple[str, str, float], seed: int, sink: LayersAside) -> dict[s
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the figures depend on, for the result file."""
-    names = (
-        "num_samples",
-        "sequence_length",
-        "windows",
-        "seeds",
-        "refit_seeds",
-        "threads",
-        "tasks",
-        "limit",
-        "task_seeds",
-    )
+    names = ("num_samples", "sequence_length", "windows", "threads", "limit")
+    text = "DATA/text/*/train.txt" if args.data else args.calibration.name
     versions = {"version": __version__, "torch": torch.__version__}
-    return {name: getattr(args, name) for name in names} | versions | {"recommended": DernConfig().to_dict()}
+    return (
+        {name: getattr(args, name) for name in names}
+        | {"calibration": text}
+        | versions
+        | {"recommended": DernConfig().to_dict()}
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="checkpoint folder (default: both models of examples/tiny_moe)")
     parser.add_argument("--calibration", type=Path, default=TINY / "text" / "calibration", help="file or folder")
+    parser.add_argument("--data", type=Path, help="folder with text/DOMAIN/train.txt to calibrate on instead")
     parser.add_argument("--evaluation", type=Path, default=TINY / "text" / "evaluation", help="file or folder")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
@@ -211,6 +232,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=24, help="evaluation windows a text (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="calibration draws (default: %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=0, help="number of the first of them")
     parser.add_argument("--refit-seeds", type=int, default=1, help="of these, for the refitted variants")
     parser.add_argument("--refit-sparsity", type=float, nargs="*", default=[0.5], help="sparsities for them")
     parser.add_argument("--tasks", nargs="+", default=[], help="as in optimum-dern evaluate")

@@ -16,7 +16,7 @@ model = AutoModelForCausalLM.from_pretrained(
     quantization_config=optimum_dern.DernConfig(
         num_experts=4,  # of 8; or sparsity=0.5
         dataset=str(folder / "text" / "calibration"),
-        num_samples=64,
+        num_samples=32,
         sequence_length=256,
         batch_size=8,
     ),

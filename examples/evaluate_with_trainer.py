@@ -22,7 +22,7 @@ folder = Path(__file__).parent / "tiny_moe"
 model = AutoModelForCausalLM.from_pretrained(folder / "upcycled")
 tokenizer = AutoTokenizer.from_pretrained(folder / "upcycled")
 
-samples = load_samples(str(folder / "text" / "evaluation"), tokenizer, num_samples=256, sequence_length=256, seed=0)
+samples = load_samples(str(folder / "text" / "evaluation"), tokenizer, num_samples=128, sequence_length=256, seed=0)
 trainer = Trainer(
     model,
     TrainingArguments(output_dir="build/trainer", per_device_eval_batch_size=16, report_to="none"),
@@ -35,7 +35,7 @@ before = trainer.evaluate()
 compressor = DernCompressor(
     num_experts=4,  # of 8; or sparsity=0.5
     dataset=str(folder / "text" / "calibration"),
-    num_samples=64,
+    num_samples=32,
     sequence_length=256,
     batch_size=8,
 )

@@ -28,8 +28,8 @@ from .segments import Segments
 
 __all__ = ["count_passes", "count_steps", "refit_neurons"]
 
-MOST_PASSES, FEWEST_PASSES = 12, 3  # over the tokens
-ENOUGH_TOKENS = 1_250_000  # seen in all passes together: of more tokens, fewer passes do
+MOST_PASSES, FEWEST_PASSES = 12, 2  # over the tokens
+ENOUGH_TOKENS = 1_500_000  # seen in all passes together: of more tokens, fewer passes do
 BATCH_TOKENS = 1024
 STEPS_PER_PASS = 32  # at least, of batches that are smaller where tokens are few
 SMALLEST_BATCH = 64
@@ -62,7 +62,7 @@ def refit_neurons(
     target: Tensor,
     activation: Activation,
     passes: int | None = None,
-    rate: float = 0.1,
+    rate: float = 0.05,
     order: Tensor | None = None,
     reduce: Reduce = alone,
     seed: int = 0,
@@ -125,21 +125,45 @@ def _gradients(
     segments: Segments, routing: Routing, target: Tensor, activation: Activation
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """Of half the squared error by each expert's projections, in turn; an expert may move once it has had its own."""
-    batches = list(expert_batches(segments, routing, activation))
+    traced = _Traced(activation)
+    batches = list(expert_batches(segments, routing, traced))
     error = -target.to(segments.compute_dtype)
     for batch in batches:
         error.index_add_(0, batch.token, batch.weight * expert_output(segments, batch))
     parts = [part for part in segments[:3] if part is not None]
     for expert in range(len(segments.up)):
         gradients = [torch.zeros_like(part[expert]) for part in parts]
-        for batch in (batch for batch in batches if batch.expert == expert):
+        for number, batch in enumerate(batches):
+            if batch.expert != expert:
+                continue
             pull = batch.weight * error[batch.token]  # (n, o)
             inputs = expert_inputs(segments, routing.inputs(batch.token, batch.slot, error.dtype))
-            by_neuron = pull @ segments.down[expert].T  # (n, f)
-            for gradient, slope in zip(gradients, _slopes(segments, expert, inputs, activation), strict=False):
-                gradient += (slope * by_neuron).T @ inputs
+            pulled = traced.pull_back(number, pull @ segments.down[expert].T)  # (n, f) each
+            for gradient, by_row in zip(gradients, pulled, strict=False):
+                gradient += by_row.T @ inputs
             gradients[-1] += batch.neurons.T @ pull
         yield expert, gradients
+
+
+class _Traced:
+    """An activation that remembers its calls, for its derivatives by the gate and up pre-activations."""
+
+    def __init__(self, activation: Activation) -> None:
+        self.activation = activation
+        self.calls: list[tuple[Tensor, list[Tensor]]] = []
+
+    def __call__(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        before = [part.detach().requires_grad_() for part in (gate, up) if part is not None]
+        with torch.enable_grad():
+            neurons = self.activation(*(before if gate is not None else (None, *before)))
+        self.calls.append((neurons, before))
+        return neurons.detach()
+
+    def pull_back(self, call: int, by_neuron: Tensor) -> tuple[Tensor, ...]:
+        """Gradients by the pre-activations (n, f) each, from those by the neurons; the call is forgotten."""
+        neurons, before = self.calls[call]
+        self.calls[call] = ()
+        return torch.autograd.grad(neurons, before, by_neuron)
 
 
 def _reduced(
@@ -172,12 +196,3 @@ def _move(part: Moving, expert: int, gradient: Tensor, length: float, step: int)
     damping = DAMPING * scale.square().mean().sqrt()
     direction = mean / (scale + damping).clamp_(min=torch.finfo(scale.dtype).tiny)
     part.value[expert].sub_(direction, alpha=length * part.size / (1 - MOMENTUM**step))
-
-
-def _slopes(segments: Segments, expert: int, inputs: Tensor, activation: Activation) -> tuple[Tensor, ...]:
-    """Derivatives of the neurons by gate (where there is one) and up pre-activations, each (n, f)."""
-    parts = [part[expert].to(inputs.dtype) for part in (segments.gate, segments.up) if part is not None]
-    with torch.enable_grad():
-        before = [(inputs @ part.T).detach().requires_grad_() for part in parts]
-        neurons = activation(*(before if segments.gate is not None else (None, *before)))
-        return torch.autograd.grad(neurons.sum(), before)

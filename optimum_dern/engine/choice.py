@@ -28,6 +28,7 @@ class LayerTask:
 
     target: Tensor  # (T, o) the original layer's routed output
     held_out: Tensor  # (T,) bool: tokens that judge; the others are fitted
+    enough: Tensor  # (T,) bool: of those, the ones that closed forms see
     activation: Activation
     router_rows: Tensor | None  # (N, d) of the retained experts, where the router has one matrix
     reroute: Callable[[Candidate], Routing]  # the same T tokens once a candidate's router is in place
@@ -190,15 +191,16 @@ def _router_step(variant: Variant, task: LayerTask) -> Variant | None:
 def _neuron_step(variant: Variant, task: LayerTask) -> Variant:
     """All projections together."""
     order = None if task.order is None else task.order[~task.held_out.to(task.order.device)]
-    data = _fitted(variant.routing, task)
+    data = _fitted(variant.routing, task, closed_form=False)
     segments = refit_neurons(variant.candidate.segments, *data, order=order, reduce=task.reduce)
     candidate = replace(variant.candidate, segments=segments)
     return replace(variant, name=_with_suffix(variant.name, "neurons"), candidate=candidate, source=candidate)
 
 
-def _fitted(routing: Routing, task: LayerTask) -> tuple[Routing, Tensor, Activation]:
-    """What a fit may see: the tokens that are not held out."""
-    return routing.select(~task.held_out), task.target[~task.held_out], task.activation
+def _fitted(routing: Routing, task: LayerTask, closed_form: bool = True) -> tuple[Routing, Tensor, Activation]:
+    """What a fit may see: tokens that are not held out."""
+    tokens = task.enough if closed_form else ~task.held_out
+    return routing.select(tokens), task.target[tokens], task.activation
 
 
 def _with_suffix(name: str, suffix: str) -> str:

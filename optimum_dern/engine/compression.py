@@ -13,7 +13,7 @@ from ..models.view import layer_activation, read_layer, release_experts_
 from ..reporting.report import LayerReport
 from .choice import LayerTask, choose_candidate
 from .distributed import ALONE, Processes
-from .positions import token_positions
+from .positions import enough_tokens, evenly_spaced, token_positions
 from .rewriting import LayerData, LayerRewriter
 from .selecting import find_places, observe_layer
 
@@ -51,7 +51,10 @@ def compress_layer_(
     own_rows = rows and own_rows[retained]
     del weights, observed, problem  # what nobody else holds on to need not wait for the candidates' refits
     release_experts_(layer)
-    task = LayerTask(target, held_out, activation, own_rows, rewriter.reroute, processes.reduce, order)
+    neurons = num_experts * candidates["pruned"].segments.up.shape[1]
+    wanted = enough_tokens(neurons, layer.top_k) if config.neuron_refit else statistics.tokens
+    enough = ~held_out & evenly_spaced(order, wanted, processes).to(held_out.device)
+    task = LayerTask(target, held_out, enough, activation, own_rows, rewriter.reroute, processes.reduce, order)
     choice = choose_candidate(candidates, task, config)
     rewriter.write(choice.candidate)
     return LayerReport(

@@ -12,6 +12,7 @@ import torch
 from ..config import DernConfig
 from ..core.neuron_refit import count_passes
 from ..models.structure import MoELayer
+from .positions import enough_tokens
 
 
 __all__ = ["count_operations", "measure_rate", "predict_seconds"]
@@ -48,10 +49,12 @@ def count_operations(layer: MoELayer, tokens: int, config: DernConfig, num_exper
         total += 2.0 * dropped * width * num_experts * width * 2 * size
         total += 2.0 * num_experts * pool * width * (parts + 1) * size * config.cluster_iterations / 3
     if config.refit:
-        gram = 2.0 * tokens * layer.top_k * width**2 + num_experts * width**3 / 3
+        fitted = min(tokens, enough_tokens(num_experts * width, layer.top_k)) if config.neuron_refit else tokens
+        share = fitted / max(tokens, 1)
+        gram = 2.0 * fitted * layer.top_k * width**2 + num_experts * width**3 / 3
         candidates = 2 if config.method == "dern" and config.guard else 1
-        total += candidates * (gram + experts + 2 * config.refit_sweeps * routed)
-        total += config.router_refit * (gram + experts + 2 * routed)
+        total += candidates * (gram + share * (experts + 2 * config.refit_sweeps * routed))
+        total += config.router_refit * (gram + share * (experts + 2 * routed))
         total += config.neuron_refit * count_passes(tokens) * 3 * experts
     return total
 

@@ -165,7 +165,7 @@ def _phases(
         factors = min(block, count * width**2 * FLOAT) + 2 * width**2 * FLOAT
         yield _Phase(held + rerouted + fitted + one + neurons + factors, chosen + down_in_float - gone)
         if config.neuron_refit:  # moving weights, and two running means of their gradients
-            batch = min(BATCH_TOKENS, tokens) * layer.top_k * (4 * width + 2 * size) * FLOAT
+            batch = min(BATCH_TOKENS, tokens) * layer.top_k * (6 * width + 2 * size) * FLOAT
             yield _Phase(held + rerouted + inputs + outputs + 3 * one + batch, chosen + 3 * in_float - gone)
             chosen += in_float
     yield _Phase(held + rerouted + one, chosen + kept - gone)

@@ -1,4 +1,4 @@
-"""Which number each calibration token has among those of all processes."""
+"""Which number each calibration token has among those of all processes, and some of them, evenly spaced."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,9 @@ from torch import Tensor
 from .distributed import ALONE, Processes
 
 
-__all__ = ["token_positions"]
+__all__ = ["enough_tokens", "evenly_spaced", "token_positions"]
+
+ENOUGH_TOKENS, ENOUGH_PER_NEURON = 65_536, 32
 
 
 def token_positions(masks: Sequence[Tensor], processes: Processes = ALONE) -> Tensor:
@@ -29,3 +31,28 @@ def token_positions(masks: Sequence[Tensor], processes: Processes = ALONE) -> Te
     starts = (lengths.cumsum(0) - lengths)[processes.rank :: processes.count].tolist()
     parts = [torch.arange(start, start + length) for start, length in zip(starts, own, strict=True)]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def enough_tokens(neurons: int, top_k: int) -> int:
+    """How many tokens closed forms need where the refit of the neurons goes on from what they find.
+
+    Args:
+        neurons: of all retained experts together.
+        top_k: experts a token.
+    """
+    return max(ENOUGH_TOKENS, ENOUGH_PER_NEURON * neurons // top_k)
+
+
+def evenly_spaced(order: Tensor, wanted: int, processes: Processes = ALONE) -> Tensor:
+    """Mark about as many tokens as are wanted, the same ones whoever holds them.
+
+    Args:
+        order: (T,) numbers of the tokens, of `token_positions`.
+        wanted: how many, over all processes.
+        processes: that share the tokens.
+
+    Returns:
+        (T,) bool, True for all where there are no more than wanted.
+    """
+    total = int(processes.reduce(torch.tensor(len(order), device=processes.device)))
+    return order * wanted % max(total, 1) < wanted

@@ -26,6 +26,7 @@ CASES = {
     "groups": ("deepseek_v3", "ragged", {}),
     "paper": ("qwen3_moe", "ragged", {"preset": "paper", "router_update": "rows"}),
     "prune": ("qwen3_moe", "ragged", {"method": "prune", "selection": "reap", "router_refit": False}),
+    "greedy": ("deepseek_v3", "ragged", {"method": "prune", "preset": "paper", "selection": "greedy"}),
     "random": ("mixtral", "even", {"selection": "random", "cluster_init": "random", "calibration_order": "oneshot"}),
     "three batches": ("mixtral", "few", {"batch_size": 1}),  # the last of three processes has nothing to fit
     "two batches": ("mixtral", "few", {"batch_size": 2}),  # the last of two, likewise
@@ -217,7 +218,7 @@ def test_the_result_of_one_process(count, folder, single, notes):
         for found, expected in zip(layers, report.layers, strict=True):
             for fact in ("name", "tokens", "held_out_tokens", "retained", "winner", "moved_share"):
                 assert found[fact] == getattr(expected, fact), (name, fact)
-            assert found["saliency"] == pytest.approx(expected.saliency, rel=1e-6)
+            assert found["saliency"] == pytest.approx(expected.saliency, rel=1e-5)
             assert found["errors"] == pytest.approx(expected.errors, rel=1e-3)
     assert all([fact for fact in own if fact] == [fact for fact in chosen[0] if fact] for own in chosen)
 

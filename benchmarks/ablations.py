@@ -57,6 +57,8 @@ GROUPS = {
         "no refit": {"refit": False},
         "no recombination, experts by router only": {"method": "prune"},
         "no guard": {"guard": False},
+        "no drift correction": {"drift_correction": 0.0},
+        "full drift correction": {"drift_correction": 1.0},
         "one-shot calibration": {"calibration_order": "oneshot"},
     },
 }

@@ -168,11 +168,13 @@ def compress_all(subject: Subject, args: argparse.Namespace, seed: int) -> Itera
         (method, variant, sparsity)
         for sparsity in args.sparsity
         for method in args.methods
+        if method != RECOMMENDED
         for variant in args.variants
         if variant == "published" or (seed < args.refit_seeds and sparsity in args.refit_sparsity)
     ]
     configs = {(m, v, s): DernConfig(sparsity=s, **METHODS[m], **VARIANTS[v], **data) for m, v, s in names}
-    configs |= {(RECOMMENDED, "", s): DernConfig(sparsity=s, **data) for s in args.sparsity}
+    if RECOMMENDED in args.methods:
+        configs |= {(RECOMMENDED, "", s): DernConfig(sparsity=s, **data) for s in args.sparsity}
     done = run(full, layers, batches, configs)
     yield from ((row_of(name, seed, sink), sink) for name, sink in done.items())
     keep = {
@@ -184,7 +186,8 @@ def compress_all(subject: Subject, args: argparse.Namespace, seed: int) -> Itera
     configs = {
         (SAME_KEEP_SET, "", s): DernConfig(sparsity=s, protect_experts=experts, **prune) for s, experts in keep.items()
     }
-    yield from ((row_of(name, seed, sink), sink) for name, sink in run(full, layers, batches, configs).items())
+    if keep:
+        yield from ((row_of(name, seed, sink), sink) for name, sink in run(full, layers, batches, configs).items())
 
 
 def run(full: Any, layers: list, batches: list[dict], configs: dict[tuple, DernConfig]) -> dict[tuple, LayersAside]:
@@ -226,8 +229,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with text/DOMAIN/train.txt to calibrate on instead")
     parser.add_argument("--evaluation", type=Path, default=TINY / "text" / "evaluation", help="file or folder")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="VARIANT")
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, RECOMMENDED], choices=[*METHODS, RECOMMENDED])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--num-samples", type=int, default=400, help="calibration sequences (default: %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=24, help="evaluation windows a text (default: %(default)s)")

@@ -1,6 +1,6 @@
 """Tables and the plot of `quality.py`'s results.
 
-python benchmarks/quality_table.py benchmarks/results/quality.json [--plot docs/source/images/quality.svg]
+python benchmarks/quality_table.py benchmarks/results/quality.json [--summary] [--plot docs/source/images/quality.svg]
 """
 
 import argparse
@@ -28,6 +28,31 @@ def markdown_tables(name: str, result: dict[str, Any]) -> str:
         for key in sorted(groups, key=lambda key: mean_of(groups[key], "loss")):
             parts.append(line([" + ".join(filter(None, key)), *figures(groups[key], list(full), tasks)]))
     return "\n".join(parts)
+
+
+def summary(results: dict[str, Any]) -> str:
+    """Loss increases as published and by `recommended`: a row a method, a column a model and sparsity."""
+    columns = [
+        (name, sparsity) for name in results for sparsity in sorted({r["sparsity"] for r in results[name]["rows"]})
+    ]
+    cells: dict[str, dict[tuple[str, float], list[dict]]] = {}
+    for name, result in results.items():
+        for row in (row for row in result["rows"] if row["variant"] in ("published", "")):
+            cells.setdefault(row["method"], {}).setdefault((name, row["sparsity"]), []).append(row)
+    parts = [line(["", *(f"`{name}`, {sparsity:.0%}" for name, sparsity in columns)])]
+    parts.append(line(["---", *["---:"] * len(columns)]))
+    order = [column for column in columns if column[1] == 0.5] or columns
+    for method in sorted(cells, key=lambda m: sum(mean_of(cells[m][c], "loss") for c in order if c in cells[m])):
+        parts.append(line([method, *(spread_of(cells[method].get(column, [])) for column in columns)]))
+    return "\n".join(parts)
+
+
+def spread_of(runs: list[dict]) -> str:
+    """Mean over domains and seeds, and the standard deviation over seeds where there are several."""
+    means = [fmean(run["loss"].values()) for run in runs]
+    if not means:
+        return ""
+    return f"{fmean(means):+.3f}" if len(means) == 1 else f"{fmean(means):+.3f} ± {stdev(means):.3f}"
 
 
 def figures(runs: list[dict], domains: list[str], tasks: list[str]) -> list[str]:
@@ -107,11 +132,14 @@ def draw(axis: Any, result: dict[str, Any], method: str, variant: str, **style: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
+    parser.add_argument("--summary", action="store_true", help="one short table of all models")
     parser.add_argument("--plot", type=Path, help="an .svg or .png file")
     args = parser.parse_args()
     results = json.loads(args.results.read_text("utf-8"))
-    for name, result in results.items():
-        print(markdown_tables(name, result))
+    if args.summary:
+        print(summary(results))
+    else:
+        print("\n".join(markdown_tables(name, result) for name, result in results.items()))
     if args.plot is not None:
         plot(results, args.plot)
 

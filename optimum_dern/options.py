@@ -18,6 +18,7 @@ PRESETS = {
         "refit": True,
         "router_refit": True,
         "neuron_refit": True,
+        "drift_correction": 0.5,
         "guard": True,
         "calibration_order": "sequential",
     },
@@ -26,6 +27,7 @@ PRESETS = {
         "refit": False,
         "router_refit": False,
         "neuron_refit": False,
+        "drift_correction": 0.0,
         "guard": False,
         "calibration_order": "oneshot",
     },
@@ -92,6 +94,9 @@ class DernOptions:
     neuron_refit: bool | None = _option(
         None, "with refit: minibatch descent of all projections towards the layer's own output"
     )
+    drift_correction: float | None = _option(
+        None, "with refit, sequential: share of what earlier layers have changed that a layer's refits make up for"
+    )
     refit_ridge: float | None = _option(
         None, "ridge of the refit, relative to the mean eigenvalue of its equations (default: the guard's choice)"
     )
@@ -135,6 +140,8 @@ class DernOptions:
         for name in ("refit_ridge", "cluster_tolerance"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}, but it must be above 0")
+        if not 0 <= self.drift_correction <= 1:
+            raise ValueError(f"drift_correction={self.drift_correction!r}, but it must be from 0 to 1")
         self._check_similarity()
         if isinstance(self.dataset, Path):
             self.dataset = str(self.dataset)
@@ -142,6 +149,11 @@ class DernOptions:
             self.protect_experts = _normalised_protection(self.protect_experts)
         if self.quant_method != "dern":
             raise ValueError(f"quant_method={self.quant_method!r} is not this package's; leave it out or give 'dern'")
+
+    @property
+    def corrects_drift(self) -> bool:
+        """Whether refits also make up for what compressed layers before have changed."""
+        return self.calibration_order == "sequential" and bool(self.refit) and self.drift_correction > 0
 
     def _choose(self, name: str) -> None:
         if getattr(self, name) not in CHOICES[name]:

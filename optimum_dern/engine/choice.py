@@ -26,7 +26,7 @@ RIDGES = (1e-3, 1e-1)  # then tried instead
 class LayerTask:
     """What candidates of a layer are fitted to and judged by."""
 
-    target: Tensor  # (T, o) the original layer's routed output
+    target: Tensor  # (T, o) the original layer's routed output, or what else is wanted, times the weight of tokens
     held_out: Tensor  # (T,) bool: tokens that judge; the others are fitted
     enough: Tensor  # (T,) bool: of those, the ones that closed forms see
     activation: Activation
@@ -34,6 +34,14 @@ class LayerTask:
     reroute: Callable[[Candidate], Routing]  # the same T tokens once a candidate's router is in place
     reduce: Reduce = alone  # over the processes, each of which has its own T tokens
     order: Tensor | None = None  # (T,) number of each token among those of all processes
+    token_weight: Tensor | None = None  # (T, 1) by which an error counts; all alike by default
+
+    def select(self, routing: Routing, tokens: Tensor) -> tuple[Routing, Tensor, Activation]:
+        """Routing and target of some tokens, (T,) bool, both times the tokens' weights."""
+        chosen = routing.select(tokens)
+        if self.token_weight is not None:
+            chosen = chosen._replace(weight=chosen.weight * self.token_weight[tokens].to(chosen.weight))
+        return chosen, self.target[tokens], self.activation
 
 
 @dataclass(frozen=True)
@@ -93,9 +101,8 @@ def _guarded(
     errors: dict[str, float] = {}
 
     def judge(variant: Variant) -> float:
-        routing = variant.routing.select(task.held_out)
-        output = routed_output(variant.candidate.segments, routing, task.activation)
-        error = relative_error(output, task.target[task.held_out], task.reduce)
+        routing, target, activation = task.select(variant.routing, task.held_out)
+        error = relative_error(routed_output(variant.candidate.segments, routing, activation), target, task.reduce)
         errors[variant.name] = min(error, errors.get(variant.name, error))  # a step may be tried several times
         return error
 
@@ -156,7 +163,7 @@ def _ridge_steps(config: DernConfig) -> list[Step]:
 
 def _scaled(variant: Variant, task: LayerTask) -> Variant:
     """Every expert's output times the factor that fits the target best."""
-    scales = fit_scales(variant.candidate.segments, *_fitted(variant.routing, task), task.reduce)
+    scales = fit_scales(variant.candidate.segments, *task.select(variant.routing, task.enough), task.reduce)
     candidate = replace(variant.candidate, segments=scale_outputs(variant.candidate.segments, scales))
     return replace(variant, name=f"{variant.name}+scale", candidate=candidate, source=candidate)
 
@@ -164,7 +171,7 @@ def _scaled(variant: Variant, task: LayerTask) -> Variant:
 def _refitted(variant: Variant, task: LayerTask, sweeps: int) -> Variant:
     """The down projections, from where they are, near those of the source."""
     start, source = variant.candidate.segments.down, variant.source
-    data = _fitted(variant.routing, task)
+    data = task.select(variant.routing, task.enough)
     segments = refit_down(source.segments, *data, variant.ridge, sweeps, start, task.reduce)
     return replace(variant, name=_with_suffix(variant.name, "refit"), candidate=replace(source, segments=segments))
 
@@ -176,7 +183,7 @@ def _router_step(variant: Variant, task: LayerTask) -> Variant | None:
     rule = None if rows is None else recognise_rule(rows, variant.routing, reduce=task.reduce)
     if rule is None:
         return None
-    data = _fitted(variant.routing, task)
+    data = task.select(variant.routing, task.enough)
     rows = refit_router(rows, candidate.segments, *data, rule, variant.ridge, reduce=task.reduce)
     moved = replace(
         variant,
@@ -191,16 +198,10 @@ def _router_step(variant: Variant, task: LayerTask) -> Variant | None:
 def _neuron_step(variant: Variant, task: LayerTask) -> Variant:
     """All projections together."""
     order = None if task.order is None else task.order[~task.held_out.to(task.order.device)]
-    data = _fitted(variant.routing, task, closed_form=False)
+    data = task.select(variant.routing, ~task.held_out)
     segments = refit_neurons(variant.candidate.segments, *data, order=order, reduce=task.reduce)
     candidate = replace(variant.candidate, segments=segments)
     return replace(variant, name=_with_suffix(variant.name, "neurons"), candidate=candidate, source=candidate)
-
-
-def _fitted(routing: Routing, task: LayerTask, closed_form: bool = True) -> tuple[Routing, Tensor, Activation]:
-    """What a fit may see: tokens that are not held out."""
-    tokens = task.enough if closed_form else ~task.held_out
-    return routing.select(tokens), task.target[tokens], task.activation
 
 
 def _with_suffix(name: str, suffix: str) -> str:

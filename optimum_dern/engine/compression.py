@@ -54,7 +54,9 @@ def compress_layer_(
     neurons = num_experts * candidates["pruned"].segments.up.shape[1]
     wanted = enough_tokens(neurons, layer.top_k) if config.neuron_refit else statistics.tokens
     enough = ~held_out & evenly_spaced(order, wanted, processes).to(held_out.device)
-    task = LayerTask(target, held_out, enough, activation, own_rows, rewriter.reroute, processes.reduce, order)
+    goal = target if data.goal is None else data.goal
+    reroute, reduce = rewriter.reroute, processes.reduce
+    task = LayerTask(goal, held_out, enough, activation, own_rows, reroute, reduce, order, data.token_weight)
     choice = choose_candidate(candidates, task, config)
     rewriter.write(choice.candidate)
     return LayerReport(

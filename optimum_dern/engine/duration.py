@@ -44,6 +44,7 @@ def count_operations(layer: MoELayer, tokens: int, config: DernConfig, num_exper
     routed = 2.0 * tokens * layer.top_k * width * size  # one projection of all tokens' experts
     experts, attention = (parts + 1) * routed, 8.0 * tokens * size**2
     total = 2 * experts + 2 * attention  # measured, and run once compressed
+    total += config.corrects_drift * 2 * (experts + attention)  # the original, and behind compressed layers
     if config.method == "dern":
         dropped, pool = layer.num_experts - num_experts, width * layer.num_experts / num_experts
         total += 2.0 * dropped * width * num_experts * width * 2 * size

@@ -96,6 +96,7 @@ def _plans(
     largest = max(_bytes(layer) for layer in decoder_layers)
     outside = _bytes(model) - sum(_bytes(layer) for layer in decoder_layers)
     streams = len(counts) if config.calibration_order == "sequential" else 1  # each result sees its own layers
+    streams += config.corrects_drift  # and the original's
     hidden = streams * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
 
     def plan(spilled: bool, in_file: bool, max_elements: int = MAX_ELEMENTS) -> MemoryPlan:
@@ -141,7 +142,8 @@ def _phases(
     chunk = min(CHUNK_TOKENS, tokens) * (4 * width + 3 * size) * FLOAT
     held, copies = 2 * inputs + outputs, (2 if config.method == "dern" else 1)  # block inputs, experts' inputs, target
     held += inputs if CRITERIA[config.selection].needs == "residual" else 0
-    yield _Phase(held + 2 * inputs + one + chunk, 0)
+    held += config.corrects_drift * outputs  # what refits aim at
+    yield _Phase(held + 2 * inputs + config.corrects_drift * 2 * outputs + one + chunk, 0)
     pruned_by_error = config.method == "dern" and config.selection == "router" and config.neuron_refit
     if config.selection == "greedy" or pruned_by_error:
         tried = min(tokens, trial_tokens(layer.num_experts)) * layer.num_experts

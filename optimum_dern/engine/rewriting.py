@@ -1,7 +1,7 @@
 """One layer on its way from E experts to N: write a candidate, and see how its router then sends the same tokens."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from ..core.statistics import ExpertStatistics
 from ..methods import Candidate
 from ..models.structure import MoELayer
 from ..models.view import LayerWeights, write_layer_, write_routing_
+from .drift import Drift
 
 
 __all__ = ["LayerData", "LayerRewriter"]
@@ -29,6 +30,18 @@ class LayerData:
     masks: Sequence[Tensor]  # per micro-batch, which tokens are real
     block_calls: Sequence[tuple[tuple, dict]]  # of the MoE block, to route again
     residual: Tensor | None = None  # (T, d) the residual stream before the experts, where the criterion needs it
+    goal: Tensor | None = None  # (T, o) what refits aim at, where that is not the target, each token times its weight
+    token_weight: Tensor | None = None  # (T, 1)
+
+    def making_up_for(self, drift: Drift | None, share: float) -> "LayerData":
+        """The same, with refits that aim at this share of the drift as well."""
+        if drift is None or drift.error.shape != self.target.shape:
+            return self
+        goal = self.target + share * drift.error.to(self.target)
+        if self.routing.weighs_input:  # a weight of the output does not exist there
+            return replace(self, goal=goal)
+        weight = drift.token_weight.to(goal)
+        return replace(self, goal=goal * weight, token_weight=weight)
 
 
 @dataclass(frozen=True)

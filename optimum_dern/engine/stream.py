@@ -1,5 +1,6 @@
 """The hidden states of all calibration sequences, walking through the decoder one layer at a time."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -49,6 +50,15 @@ class HiddenStream:
                 self.files.unmap_pages()
             else:
                 self.hidden[batch] = hidden
+
+    @torch.no_grad()
+    def outputs(self, position: int, layer: nn.Module) -> Iterator[Tensor]:
+        """What one layer would make of the hidden states, a micro-batch at a time; they stay before it."""
+        for batch in range(len(self.hidden)):
+            output = self._call(position, layer, batch)
+            if self.files is not None:
+                self.files.unmap_pages()
+            yield output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
     def probe(self, position: int, layer: nn.Module) -> None:

@@ -22,6 +22,7 @@ from ..models.original import original_kept
 from ..models.structure import MoELayer
 from .compression import compress_layer_
 from .distributed import Processes
+from .drift import measure_drift
 from .measuring import measure_layer
 from .rewriting import LayerData
 from .stream import HiddenStream
@@ -48,6 +49,7 @@ class Walk:
     stream: HiddenStream
     targets: Sequence[Target]
     sequential: bool  # through compressed layers, those of its one target
+    original: HiddenStream | None = None  # through the original model, where a target makes up for its drift from it
 
     def waiting(self, position: int) -> list[Target]:
         """The targets that have not done a layer."""
@@ -66,10 +68,15 @@ class Pass:
 
 
 def open_walks(calls: list[list[Call]], targets: Sequence[Target], spill: Path | None) -> list[Walk]:
-    """One walk through the original model for all that see it, and one for each of the others."""
+    """One walk through the original model for all that see it, and one for each of the others, behind it."""
     oneshot = [target for target in targets if target.config.calibration_order == "oneshot"]
-    groups = [oneshot] * bool(oneshot) + [[target] for target in targets if target not in oneshot]
-    return [Walk(HiddenStream(_own_containers(calls), spill), group, group is not oneshot) for group in groups]
+    walks = []
+    if oneshot or any(target.config.corrects_drift for target in targets):
+        walks.append(Walk(HiddenStream(_own_containers(calls), spill), oneshot, sequential=False))
+    for target in (target for target in targets if target not in oneshot):
+        original = walks[0].stream if target.config.corrects_drift else None
+        walks.append(Walk(HiddenStream(_own_containers(calls), spill), [target], True, original))
+    return walks
 
 
 def _own_containers(calls: list[list[Call]]) -> list[list[Call]]:
@@ -120,6 +127,10 @@ def _measure_and_compress(walk: Walk, position: int, decoder_layer: nn.Module, l
         record = stack.enter_context(record_routing(layer.block, layer.experts, stop=walk.sequential))
         (walk.stream.probe if walk.sequential else walk.stream.step)(position, decoder_layer)
     data = measure_layer(layer, record, common.masks, common.held_out, common.processes)
+    if walk.original is not None:
+        streams = walk.stream, walk.original
+        drift = measure_drift(position, decoder_layer, layer, *streams, common.masks, common.processes)
+        data = data.making_up_for(drift, targets[0].config.drift_correction)
     if residual is not None:
         data = replace(data, residual=residual.without_padding(common.masks))
     del record, residual

@@ -1,0 +1,93 @@
+"""What compressed layers before it have made of a layer's hidden states, for its refits to make up for.
+
+Behind compressed layers a layer reads x' instead of x.  To give y(x'), as the original layer would, keeps
+the error H - H' that has come up before: H is what leaves the original decoder layer in the original model, H' what
+leaves the original layer behind the compressed ones.  The refits aim at
+
+    y(x') + c (H - H'),        each token weighed by 1 / |H|,
+
+since the norm that follows makes an error count relative to the size of the stream.  That holds where the experts'
+output reaches the stream as it is.  Whether it does is tried: where the output is scaled or normalised on its way, the
+layer's refits aim at y(x').
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..core.reduction import any_process
+from ..models.structure import MoELayer
+from .distributed import ALONE, Processes
+from .stream import HiddenStream
+
+
+__all__ = ["Drift", "measure_drift"]
+
+TOLERANCE = 0.05  # relative deviation of what arrives from what was added: bfloat16 is at 0.01
+
+
+class Drift(NamedTuple):
+    """Of the T real tokens of one layer."""
+
+    error: Tensor  # (T, d) H - H'
+    token_weight: Tensor  # (T, 1) 1 / |H|, 1 on average
+
+
+@torch.no_grad()
+def measure_drift(
+    position: int,
+    decoder_layer: nn.Module,
+    layer: MoELayer,
+    stream: HiddenStream,
+    original: HiddenStream,
+    masks: Sequence[Tensor],
+    processes: Processes = ALONE,
+) -> Drift | None:
+    """Run the original decoder layer behind the compressed ones, to its end.
+
+    Args:
+        position: of the decoder layer.
+        decoder_layer: with its original experts.
+        layer: its MoE layer.
+        stream: hidden states that enter it behind compressed layers.
+        original: those of the original model, one step ahead.
+        masks: per micro-batch, (batch, sequence) bool, True for a real token.
+        processes: that share the micro-batches.
+
+    Returns:
+        The drift, or None where the experts' output does not reach the stream as it is.
+    """
+    errors, sizes = [], []
+    for output, wanted, mask in zip(stream.outputs(position, decoder_layer), original.hidden, masks, strict=True):
+        mask = mask.to(output.device)
+        wanted = wanted.to(output.device)[mask].float()  # (n, d)
+        errors.append(wanted - output[mask].float())
+        sizes.append(wanted.square().mean(1, keepdim=True).sqrt())
+    arrives = _arrives(position, decoder_layer, layer, stream, masks[0])
+    if any_process(torch.tensor(not arrives, device=processes.device), processes.reduce):
+        return None
+    weight = 1 / torch.cat(sizes).clamp(min=1e-6)  # (T, 1)
+    mean = processes.reduce(weight.sum()) / processes.reduce(torch.tensor(float(len(weight)), device=weight.device))
+    return Drift(torch.cat(errors), weight / mean)
+
+
+def _arrives(position: int, decoder_layer: nn.Module, layer: MoELayer, stream: HiddenStream, mask: Tensor) -> bool:
+    """Whether what is added to the experts' output is added to the decoder layer's, tried on the first micro-batch."""
+    before = next(stream.outputs(position, decoder_layer))
+    generator = torch.Generator().manual_seed(position)
+    noise = torch.randn(before.shape, generator=generator).to(before)
+    noise *= before[mask.to(before.device)].float().square().mean().sqrt().to(before)
+
+    def add(module: nn.Module, args: tuple, output: object) -> object:
+        fits = isinstance(output, Tensor) and output.numel() == noise.numel()
+        return output + noise.reshape(output.shape) if fits else None
+
+    handle = layer.experts.register_forward_hook(add)
+    try:
+        change = next(stream.outputs(position, decoder_layer)) - before
+    finally:
+        handle.remove()
+    deviation = (change - noise)[mask.to(before.device)].float().norm()
+    return bool(deviation <= TOLERANCE * noise[mask.to(before.device)].float().norm())

@@ -4,15 +4,22 @@ import copy
 
 import pytest
 import torch
+from families import FAMILIES as ALL_FAMILIES
+from families import make_model as make_family
 from tiny import compress, make_model, padded_batch, random_tokens
 
 from optimum_dern.calibration.recording import record_layer_calls
 from optimum_dern.engine.drift import measure_drift
 from optimum_dern.engine.stream import HiddenStream
-from optimum_dern.models.structure import find_decoder_layers, find_moe_layers
+from optimum_dern.models.structure import find_decoder_layers, find_moe_layers, layers_by_position
 
 
 FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v3")  # the last two have shared experts
+CHANGED_ON_THE_WAY = set(
+    "afmoe axk1 cohere2_moe deepseek_v4 diffusion_gemma flex_olmo gemma4 gemma4_text glm5_next hy_v4 llama4 "
+    "llama4_text minimax_m3_vl minimax_m3_vl_text nemotron_h qwen4_exp qwen4_exp_text".split()
+)
+every_family = pytest.mark.parametrize("family", ALL_FAMILIES)
 BATCHES = [padded_batch([5, 12, 9], "left", 0), padded_batch([7, 7], "left", 1)]
 MASKS = [batch["attention_mask"].bool() for batch in BATCHES]
 
@@ -82,3 +89,22 @@ def test_what_is_made_up_for(family):
             compress(smaller, dataset=random_tokens(200), **fields)
             errors.append((smaller.model(text).last_hidden_state - target).norm())
     assert errors[1] < errors[0]
+
+
+@every_family
+def test_an_unchanged_model_has_none(family):
+    """Two walks through one model see the same; families that change the experts' output on its way are known."""
+    model = make_family(family)
+    layers = find_moe_layers(model)
+    decoder = find_decoder_layers(model, layers[0])[1]
+    positions = layers_by_position(model, layers)
+    stream, original = (HiddenStream(record_layer_calls(model, decoder, BATCHES)) for _ in range(2))
+    changing = set()
+    for position, decoder_layer in enumerate(decoder):
+        original.step(position, decoder_layer)
+        if position in positions:
+            drift = measure_drift(position, decoder_layer, positions[position], stream, original, MASKS)
+            changing.add(drift is None)
+            assert drift is None or drift.error.abs().max() <= 1e-6 * original.hidden[0].abs().max()
+        stream.step(position, decoder_layer)
+    assert changing == {family in CHANGED_ON_THE_WAY}

@@ -33,8 +33,9 @@ function errors() {
     id: "error-figure",
     title: "Error of the experts' output, layer by layer",
     note:
-      "Squared distance to the original layer's output, as a share of that output, on calibration text that no fit " +
-      "has seen. Of all candidates the guard wrote the one with the lowest error.",
+      "Squared distance to the output that is wanted (the original layer's, and a part of what layers before have " +
+      "changed), as a share of it, on calibration text that no fit has seen. Of all candidates the guard wrote the " +
+      "one with the lowest error.",
     legend: [
       [sample(circle(8, 7, 5.5, "lost-fill")), "written"],
       [sample(circle(8, 7, 5, "hollow")), "plain pruning"],

@@ -60,9 +60,9 @@ def measure_drift(
         The drift, or None where the experts' output does not reach the stream as it is.
     """
     errors, sizes = [], []
-    for output, wanted, mask in zip(stream.outputs(position, decoder_layer), original.hidden, masks, strict=True):
+    for output, wanted, mask in zip(stream.outputs(position, decoder_layer), original, masks, strict=True):
         mask = mask.to(output.device)
-        wanted = wanted.to(output.device)[mask].float()  # (n, d)
+        wanted = wanted[mask].float()  # (n, d)
         errors.append(wanted - output[mask].float())
         sizes.append(wanted.square().mean(1, keepdim=True).sqrt())
     arrives = _arrives(position, decoder_layer, layer, stream, masks[0])

@@ -51,6 +51,13 @@ class HiddenStream:
             else:
                 self.hidden[batch] = hidden
 
+    def __iter__(self) -> Iterator[Tensor]:
+        """The hidden states, a micro-batch at a time."""
+        for hidden in self.hidden:
+            yield hidden.to(self.device)
+            if self.files is not None:
+                self.files.unmap_pages()
+
     @torch.no_grad()
     def outputs(self, position: int, layer: nn.Module) -> Iterator[Tensor]:
         """What one layer would make of the hidden states, a micro-batch at a time; they stay before it."""

@@ -90,6 +90,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    matplotlib.rcParams |= {"svg.hashsalt": "quality", "svg.fonttype": "none"}  # same bytes each time, and few
+
     figure, axes = plt.subplots(1, len(results), figsize=(5.2 * len(results), 4.2), squeeze=False)
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
         published = [row for row in result["rows"] if row["variant"] == "published"]

@@ -70,7 +70,7 @@ def test_heal_with_lora(tmp_path):
     assert before < compressed < before + 0.1
     assert healed < compressed - 0.003
     folder = tmp_path / "build" / "healed"
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", output_loading_info=True)
     assert not any(info.values())
     assert model.config.num_local_experts == 4
     texts = load_texts(EVALUATION, AutoTokenizer.from_pretrained(folder), 256)

@@ -51,7 +51,7 @@ def compress_layer_(
     own_rows = rows and own_rows[retained]
     del weights, observed, problem  # what nobody else holds on to need not wait for the candidates' refits
     release_experts_(layer)
-    neurons = num_experts * candidates["pruned"].segments.up.shape[1]
+    neurons = num_experts * next(iter(candidates.values())).segments.up.shape[1]
     wanted = enough_tokens(neurons, layer.top_k) if config.neuron_refit else statistics.tokens
     enough = ~held_out & evenly_spaced(order, wanted, processes).to(held_out.device)
     goal = target if data.goal is None else data.goal

@@ -26,9 +26,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed $(VENV)/transformers-4
 	DERN_TRANSFORMERS4=$(abspath $(VENV)/transformers-4) $(PYTEST)
 
-# The fast tests of what uses transformers with the oldest that is supported; `make test` has the newest.
+# The fast tests with the oldest transformers that is supported; `make test` has the newest.
 test-versions: $(VENV)/transformers-oldest
-	PYTHONPATH=$(abspath $<) $(PYTEST) -m "not slow" --ignore tests/core
+	PYTHONPATH=$(abspath $<) $(PYTEST) -m "not slow"
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -162,6 +162,8 @@ def compress_all(subject: Subject, args: argparse.Namespace, seed: int) -> Itera
     source = str(args.calibration)
     if args.data:
         source = {str(file): 1.0 for file in sorted(args.data.glob("text/*/train.txt"))}
+        if not source:
+            sys.exit(f"{args.data} has no text/DOMAIN/train.txt; give a folder that has, or --calibration")
     data = {"dataset": source, **options}
     batches = load_batches(source, subject.tokenizer, **options)
     names = [

@@ -218,7 +218,8 @@ def test_the_result_of_one_process(count, folder, single, notes):
         for found, expected in zip(layers, report.layers, strict=True):
             for fact in ("name", "tokens", "held_out_tokens", "retained", "winner", "moved_share"):
                 assert found[fact] == getattr(expected, fact), (name, fact)
-            assert found["saliency"] == pytest.approx(expected.saliency, rel=1e-5)
+            behind_fits = expected is not report.layers[0]  # float32 sums in another order, through twelve passes
+            assert found["saliency"] == pytest.approx(expected.saliency, rel=1e-5 if behind_fits else 1e-6)
             assert found["errors"] == pytest.approx(expected.errors, rel=1e-3)
     assert all([fact for fact in own if fact] == [fact for fact in chosen[0] if fact] for own in chosen)
 

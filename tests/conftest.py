@@ -18,3 +18,9 @@ def pytest_report_header() -> str:
     from importlib.metadata import version
 
     return f"transformers {version('transformers')}, torch {torch.__version__}"
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Files with slow tests first: one that comes last would keep the other processes waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

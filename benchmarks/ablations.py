@@ -4,7 +4,8 @@
     python benchmarks/ablations.py --plots docs/source/images
 
 Most groups change one thing in `preset="paper"` (nothing is refitted, no guard), as the ablations of the paper do
-(arXiv 2509.10377); the last one switches steps of `preset="recommended"` off.  Figures are increases of the loss over
+(arXiv 2509.10377).  "recombination" tries other rules than the paper's (`segment_rules.py`), without and with refits,
+and "recommended" switches steps of `preset="recommended"` off.  Figures are increases of the loss over
 the full model in nats per token, mean over the domains of the evaluation text.
 """
 
@@ -15,6 +16,7 @@ import statistics
 import time
 from pathlib import Path
 
+import segment_rules  # noqa: F401 - registers the methods of the group "recombination"
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -28,6 +30,18 @@ TINY = ROOT / "examples" / "tiny_moe"
 THRESHOLDS = tuple(step / 10 for step in range(10))
 PAPER = {"preset": "paper"}
 MOVING = PAPER | {"similarity_threshold": 0.3}  # low enough for segments to move in both models
+OWN = MOVING | {"cluster_init": "own"}
+RULES = {
+    "pruning": PAPER | {"method": "prune"},
+    "as published": MOVING | {"cluster_init": "gate"},
+    "k-means from own neurons": OWN,
+    "the same, canonical": OWN | {"method": "kmeans, canonical"},
+    "averaged in function space": OWN | {"method": "function space"},
+    "the best of the pool": OWN | {"method": "choose"},
+    "the same, function space": OWN | {"method": "choose, function space"},
+    "the best of those routed together": OWN | {"method": "choose, routed together"},
+}
+EVERY_REFIT = {"preset": "recommended", "guard": False}  # in every layer the method's own result
 GROUPS = {
     "controls": {
         "prune by router": {"preset": "paper", "method": "prune"},
@@ -48,6 +62,9 @@ GROUPS = {
         "down": MOVING | {"similarity_weights": (0, 0, 1)},
     },
     "router update": {update: MOVING | {"router_update": update} for update in ("none", "rows")},
+    "recombination": RULES,
+    "recombination, refit of the down projections": {name: rule | {"refit": True} for name, rule in RULES.items()},
+    "recombination, all refits": {name: rule | EVERY_REFIT for name, rule in RULES.items()},
     "recommended": {
         "recommended": {},
         "experts by greedy only": {"selection": "greedy"},
@@ -171,7 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--evaluation", type=Path, default=TINY / "text" / "evaluation", help="file or folder")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="default: all")
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--num-samples", type=int, default=100, help="calibration sequences (default: %(default)s)")
+    parser.add_argument("--num-samples", type=int, default=64, help="calibration sequences (default: %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows a domain (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1)

@@ -1,6 +1,7 @@
 """Tables and the plot of `quality.py`'s results.
 
-python benchmarks/quality_table.py benchmarks/results/quality.json [--summary] [--plot docs/source/images/quality.svg]
+python benchmarks/quality_table.py benchmarks/results/quality.json [--plot docs/source/images/quality.svg]
+python benchmarks/quality_table.py benchmarks/results/quality.json --summary       # or --recovery 0.5
 """
 
 import argparse
@@ -43,6 +44,22 @@ def summary(results: dict[str, Any]) -> str:
     parts.append(line(["---", *["---:"] * len(columns)]))
     order = [column for column in columns if column[1] == 0.5] or columns
     for method in sorted(cells, key=lambda m: sum(mean_of(cells[m][c], "loss") for c in order if c in cells[m])):
+        parts.append(line([method, *(spread_of(cells[method].get(column, [])) for column in columns)]))
+    return "\n".join(parts)
+
+
+def recovery(results: dict[str, Any], sparsity: float) -> str:
+    """What refits take back of every method's loss increase: a row a method, a column a model and variant."""
+    variants = {"published": "as published", "refit": "+ refit", "router": "+ router refit"}
+    columns, cells = [(name, variant) for name in results for variant in variants], {}
+    for name, result in results.items():
+        rows = [row for row in result["rows"] if row["sparsity"] == sparsity]
+        draws = {row["seed"] for row in rows if row["variant"] == "router"}
+        for row in (row for row in rows if row["seed"] in draws and row["variant"] in variants):
+            cells.setdefault(row["method"], {}).setdefault((name, row["variant"]), []).append(row)
+    parts = [line(["", *(f"`{name}`, {variants[variant]}" for name, variant in columns)])]
+    parts.append(line(["---", *["---:"] * len(columns)]))
+    for method in sorted(cells, key=lambda m: sum(mean_of(cells[m][c], "loss") for c in columns if c[1] == "router")):
         parts.append(line([method, *(spread_of(cells[method].get(column, [])) for column in columns)]))
     return "\n".join(parts)
 
@@ -135,11 +152,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--summary", action="store_true", help="one short table of all models")
+    parser.add_argument("--recovery", type=float, metavar="SPARSITY", help="what refits take back of every method")
     parser.add_argument("--plot", type=Path, help="an .svg or .png file")
     args = parser.parse_args()
     results = json.loads(args.results.read_text("utf-8"))
     if args.summary:
         print(summary(results))
+    elif args.recovery is not None:
+        print(recovery(results, args.recovery))
     else:
         print("\n".join(markdown_tables(name, result) for name, result in results.items()))
     if args.plot is not None:

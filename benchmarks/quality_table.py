@@ -69,7 +69,9 @@ def spread_of(runs: list[dict]) -> str:
     means = [fmean(run["loss"].values()) for run in runs]
     if not means:
         return ""
-    return f"{fmean(means):+.3f}" if len(means) == 1 else f"{fmean(means):+.3f} ± {stdev(means):.3f}"
+    digits = 4 if abs(fmean(means)) < 0.1 else 3
+    spread = f" ± {stdev(means):.{digits}f}" if len(means) > 1 else ""
+    return f"{fmean(means):+.{digits}f}{spread}"
 
 
 def figures(runs: list[dict], domains: list[str], tasks: list[str]) -> list[str]:

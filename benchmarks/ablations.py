@@ -63,8 +63,8 @@ GROUPS = {
     },
     "router update": {update: MOVING | {"router_update": update} for update in ("none", "rows")},
     "recombination": RULES,
-    "recombination, refit of the down projections": {name: rule | {"refit": True} for name, rule in RULES.items()},
-    "recombination, all refits": {name: rule | EVERY_REFIT for name, rule in RULES.items()},
+    "recombination+refit": {name: rule | {"refit": True} for name, rule in RULES.items()},
+    "recombination+all": {name: rule | EVERY_REFIT for name, rule in RULES.items()},
     "recommended": {
         "recommended": {},
         "experts by greedy only": {"selection": "greedy"},

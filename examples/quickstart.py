@@ -17,7 +17,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder / "upcycled")
 compressor = DernCompressor(
     num_experts=4,  # of 8; or sparsity=0.5
     dataset=str(folder / "text" / "calibration"),
-    num_samples=64,
+    num_samples=32,  # quick; hundreds for a model that you mean to keep
     sequence_length=256,
     batch_size=8,
 )

@@ -40,12 +40,8 @@ def summary(results: dict[str, Any]) -> str:
     for name, result in results.items():
         for row in (row for row in result["rows"] if row["variant"] in ("published", "")):
             cells.setdefault(row["method"], {}).setdefault((name, row["sparsity"]), []).append(row)
-    parts = [line(["", *(f"`{name}`, {sparsity:.0%}" for name, sparsity in columns)])]
-    parts.append(line(["---", *["---:"] * len(columns)]))
     order = [column for column in columns if column[1] == 0.5] or columns
-    for method in sorted(cells, key=lambda m: sum(mean_of(cells[m][c], "loss") for c in order if c in cells[m])):
-        parts.append(line([method, *(spread_of(cells[method].get(column, [])) for column in columns)]))
-    return "\n".join(parts)
+    return table_of(cells, {(name, sparsity): f"`{name}`, {sparsity:.0%}" for name, sparsity in columns}, order)
 
 
 def recovery(results: dict[str, Any], sparsity: float) -> str:
@@ -57,9 +53,14 @@ def recovery(results: dict[str, Any], sparsity: float) -> str:
         draws = {row["seed"] for row in rows if row["variant"] == "router"}
         for row in (row for row in rows if row["seed"] in draws and row["variant"] in variants):
             cells.setdefault(row["method"], {}).setdefault((name, row["variant"]), []).append(row)
-    parts = [line(["", *(f"`{name}`, {variants[variant]}" for name, variant in columns)])]
-    parts.append(line(["---", *["---:"] * len(columns)]))
-    for method in sorted(cells, key=lambda m: sum(mean_of(cells[m][c], "loss") for c in columns if c[1] == "router")):
+    order = [column for column in columns if column[1] == "router"]
+    return table_of(cells, {(name, variant): f"`{name}`, {variants[variant]}" for name, variant in columns}, order)
+
+
+def table_of(cells: dict[str, dict[tuple, list[dict]]], columns: dict[tuple, str], order: list[tuple]) -> str:
+    """Runs by method and column as a table, the least sum over the columns of `order` first."""
+    parts = [line(["", *columns.values()]), line(["---", *["---:"] * len(columns)])]
+    for method in sorted(cells, key=lambda m: sum(mean_of(cells[m][c], "loss") for c in order if c in cells[m])):
         parts.append(line([method, *(spread_of(cells[method].get(column, [])) for column in columns)]))
     return "\n".join(parts)
 

@@ -59,13 +59,13 @@ def measure_drift(
     Returns:
         The drift, or None where the experts' output does not reach the stream as it is.
     """
-    errors, sizes = [], []
+    errors, sizes, first = [], [], None
     for output, wanted, mask in zip(stream.outputs(position, decoder_layer), original, masks, strict=True):
-        mask = mask.to(output.device)
+        first, mask = output if first is None else first, mask.to(output.device)
         wanted = wanted[mask].float()  # (n, d)
         errors.append(wanted - output[mask].float())
         sizes.append(wanted.square().mean(1, keepdim=True).sqrt())
-    arrives = _arrives(position, decoder_layer, layer, stream, masks[0])
+    arrives = _arrives(position, decoder_layer, layer, stream, first, masks[0])
     if any_process(torch.tensor(not arrives, device=processes.device), processes.reduce):
         return None
     weight = 1 / torch.cat(sizes).clamp(min=1e-6)  # (T, 1)
@@ -73,9 +73,10 @@ def measure_drift(
     return Drift(torch.cat(errors), weight / mean)
 
 
-def _arrives(position: int, decoder_layer: nn.Module, layer: MoELayer, stream: HiddenStream, mask: Tensor) -> bool:
+def _arrives(
+    position: int, decoder_layer: nn.Module, layer: MoELayer, stream: HiddenStream, before: Tensor, mask: Tensor
+) -> bool:
     """Whether what is added to the experts' output is added to the decoder layer's, tried on the first micro-batch."""
-    before = next(stream.outputs(position, decoder_layer))
     generator = torch.Generator().manual_seed(position)
     noise = torch.randn(before.shape, generator=generator).to(before)
     noise *= before[mask.to(before.device)].float().square().mean().sqrt().to(before)

@@ -140,8 +140,8 @@ def _gradients(
             inputs = expert_inputs(segments, routing.inputs(batch.token, batch.slot, error.dtype))
             pulled = traced.pull_back(number, pull @ segments.down[expert].T)  # (n, f) each
             for gradient, by_row in zip(gradients, pulled, strict=False):
-                gradient += by_row.T @ inputs
-            gradients[-1] += batch.neurons.T @ pull
+                gradient.addmm_(by_row.T, inputs)
+            gradients[-1].addmm_(batch.neurons.T, pull)
         yield expert, gradients
 
 
@@ -170,6 +170,9 @@ def _reduced(
     own: Iterator[tuple[int, list[Tensor]]], max_elements: int, reduce: Reduce
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """The gradients of all processes, of as many experts at a time as may be held: messages are few."""
+    if reduce is alone:  # nothing is sent, so nothing needs to be laid together
+        yield from own
+        return
     waiting: list[tuple[int, list[Tensor]]] = []
     for item in own:
         waiting.append(item)
@@ -191,8 +194,8 @@ def _move(part: Moving, expert: int, gradient: Tensor, length: float, step: int)
     """One step of one expert's projection."""
     mean, square = part.gradient[expert], part.square[expert]
     mean.lerp_(gradient, 1 - MOMENTUM)
-    square.lerp_(gradient.square(), 1 - SMOOTHING)
-    scale = (square / (1 - SMOOTHING**step)).sqrt_()
-    damping = DAMPING * scale.square().mean().sqrt()
-    direction = mean / (scale + damping).clamp_(min=torch.finfo(scale.dtype).tiny)
-    part.value[expert].sub_(direction, alpha=length * part.size / (1 - MOMENTUM**step))
+    square.mul_(SMOOTHING).addcmul_(gradient, gradient, value=1 - SMOOTHING)
+    scale = square / (1 - SMOOTHING**step)
+    damping = DAMPING * scale.mean().sqrt()
+    divisor = scale.sqrt_().add_(damping.clamp(min=torch.finfo(scale.dtype).tiny))
+    part.value[expert].addcdiv_(mean, divisor, value=-length * part.size / (1 - MOMENTUM**step))

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..core.reduction import Reduce, alone
+
 
 __all__ = ["ALONE", "ProcessFailed", "Processes", "joined_processes"]
 
@@ -59,10 +61,12 @@ class Processes:
             )
         return items[self.rank :: self.count]
 
-    def reduce(self, local: Tensor, operation: str = "sum") -> Tensor:
-        """A `core.reduction.Reduce` over all processes."""
-        if self.count == 1:
-            return local
+    @property
+    def reduce(self) -> Reduce:
+        """Over all processes."""
+        return alone if self.count == 1 else self._reduce_all
+
+    def _reduce_all(self, local: Tensor, operation: str = "sum") -> Tensor:
         local = local.contiguous()
         _talk(dist.all_reduce, local, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[operation])
         return local

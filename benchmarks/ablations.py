@@ -111,6 +111,8 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, dict[str, list[fl
     known: dict[str, float] = {}  # several groups have the paper's own choice
     for group in args.groups:
         for variant, fields in GROUPS[group].items():
+            if args.variants and variant not in args.variants:
+                continue
             for seed in range(args.seeds):
                 config = DernConfig(**common_fields(args, seed) | fields)
                 key = config.to_json_string()
@@ -187,6 +189,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, default=TINY / "text" / "calibration", help="file or folder")
     parser.add_argument("--evaluation", type=Path, default=TINY / "text" / "evaluation", help="file or folder")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="default: all")
+    parser.add_argument("--variants", nargs="+", help="of these groups; default: all")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--num-samples", type=int, default=64, help="calibration sequences (default: %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=256)

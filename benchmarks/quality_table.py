@@ -1,7 +1,7 @@
 """Tables and the plot of `quality.py`'s results.
 
 python benchmarks/quality_table.py benchmarks/results/quality.json [--plot docs/source/images/quality.svg]
-python benchmarks/quality_table.py benchmarks/results/quality.json --summary       # or --recovery 0.5
+python benchmarks/quality_table.py benchmarks/results/quality.json --summary       # or --recovery
 """
 
 import argparse
@@ -44,8 +44,14 @@ def summary(results: dict[str, Any]) -> str:
     return table_of(cells, {(name, sparsity): f"`{name}`, {sparsity:.0%}" for name, sparsity in columns}, order)
 
 
-def recovery(results: dict[str, Any], sparsity: float) -> str:
-    """What refits take back of every method's loss increase: a row a method, a column a model and variant."""
+def recovery(results: dict[str, Any]) -> str:
+    """What refits take back of every method's loss increase, a table a sparsity."""
+    levels = sorted({row["sparsity"] for result in results.values() for row in result["rows"]})
+    return "\n".join(f"\n{level:.0%} of the experts dropped\n\n{recovery_at(results, level)}" for level in levels)
+
+
+def recovery_at(results: dict[str, Any], sparsity: float) -> str:
+    """A row a method, a column a model and variant."""
     variants = {"published": "as published", "refit": "+ refit", "router": "+ router refit"}
     columns, cells = [(name, variant) for name in results for variant in variants], {}
     for name, result in results.items():
@@ -155,14 +161,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--summary", action="store_true", help="one short table of all models")
-    parser.add_argument("--recovery", type=float, metavar="SPARSITY", help="what refits take back of every method")
+    parser.add_argument("--recovery", action="store_true", help="what refits take back of every method")
     parser.add_argument("--plot", type=Path, help="an .svg or .png file")
     args = parser.parse_args()
     results = json.loads(args.results.read_text("utf-8"))
     if args.summary:
         print(summary(results))
-    elif args.recovery is not None:
-        print(recovery(results, args.recovery))
+    elif args.recovery:
+        print(recovery(results))
     else:
         print("\n".join(markdown_tables(name, result) for name, result in results.items()))
     if args.plot is not None:

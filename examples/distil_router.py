@@ -53,6 +53,7 @@ held_out_values = DernEvaluationCallback(trainer, held_out)  # trainer.add_callb
 before = held_out_values.measure()
 trainer.train()
 after = held_out_values.measure()
+compressor.report.add_training(f"router distillation, {trainer.state.global_step} steps of 2,048 tokens")
 compressor.save(model.to(torch.bfloat16), output / "model", tokenizer=tokenizer)  # the source's dtype
 
 print(f"\n{'on held-out text':24} {'compressed':>10} {'distilled':>10}")

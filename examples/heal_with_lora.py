@@ -63,6 +63,7 @@ trainer = Trainer(
 trainer.train()
 
 merged = adapted.merge_and_unload().to(torch.bfloat16)  # the source's dtype
+compressor.report.add_training(f"LoRA, {trainer.state.global_step} steps of 2,048 tokens")  # for the model card
 compressor.save(merged, "build/healed", tokenizer=tokenizer)
 healed = AutoModelForCausalLM.from_pretrained("build/healed", dtype=torch.float32)  # plain transformers, as saved
 losses["healed"] = evaluate_loss(healed, held_out)

@@ -60,6 +60,7 @@ def model_card(report: CompressionReport, image: str | None = None) -> Any:
         calibration=report.calibration,
         evaluation=_evaluation_rows(report),
         command=reproduction_command(report),
+        training=report.training,
         versions=", ".join(f"{tool} {version}" for tool, version in report.versions.items()),
         in_memory=is_in_memory(report.config["dataset"]),
     )

@@ -65,6 +65,7 @@ class CompressionReport:
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     peak_memory_bytes: int = 0  # of the process, or of the GPU where the model is on one
+    training: str = ""  # of the compressed weights, by whoever trained them
     report_version: int = REPORT_VERSION
 
     @property
@@ -75,6 +76,10 @@ class CompressionReport:
     def add_evaluation(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Record losses measured before and after, `evaluation.perplexity.TextLoss` by name of the text."""
         self.evaluation = {name: {"before": asdict(before[name]), "after": asdict(after[name])} for name in before}
+
+    def add_training(self, description: str) -> None:
+        """Record how the weights were trained after the compression; losses measured before are no longer theirs."""
+        self.training, self.evaluation = description, {}
 
     def summary(self) -> dict[str, Any]:
         """The totals without the layers: sizes, ratio, evaluation, seconds."""

@@ -32,6 +32,7 @@ def verdict(report: CompressionReport) -> str:
     kept = f"{after.experts} of its {before.experts} routed experts"
     kept = f"{share} of its routed experts ({after.experts} of {before.experts})" if share else kept
     gain = f"Each layer keeps {kept}, which leaves {100 * report.ratio:.0f} % of the bytes."
+    gain += f" It was trained after the compression: {report.training}." if report.training else ""
     losses = mean_losses(report)
     if losses is None:
         return f"{gain} What that costs in quality has not been measured."

@@ -98,6 +98,23 @@ def test_evaluation():
     assert "| news | 2.5000 (0.0100) | 2.7500 (0.0200) | +0.2500 |" in text
 
 
+def test_training():
+    """What was trained afterwards is said; losses from before it are not the checkpoint's, later ones are."""
+    before, after = {"news": TextLoss(2.5, 0.01, 1000)}, {"news": TextLoss(2.75, 0.02, 1000)}
+    report = make_report()
+    report.add_evaluation(before, after)
+    assert "trained" not in model_card(report).text
+    report.add_training("LoRA, 50 steps")
+    text = model_card(report).text
+    assert "It was trained after the compression: LoRA, 50 steps." in text
+    assert "before it was trained.\n\n```bash" in text
+    assert "2.7500" not in text and "No evaluation was run" in text
+    assert "model-index" not in model_card(report).content
+    report.add_evaluation(before, after)
+    assert "2.7500" in model_card(report).text
+    assert CompressionReport.from_dict(report.to_dict()) == report
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -89,7 +89,8 @@ def main() -> None:
     for path in args.models:
         started = time.perf_counter()
         measured = results.get(path.name, {}).get("increase", {})
-        measured |= measure(path, args)
+        for group, variants in measure(path, args).items():
+            measured[group] = measured.get(group, {}) | variants
         seconds = round(time.perf_counter() - started)
         results[path.name] = {"settings": settings(args), "increase": measured, "seconds": seconds}
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, dict[str, list[fl
     known: dict[str, float] = {}  # several groups have the paper's own choice
     for group in args.groups:
         for variant, fields in GROUPS[group].items():
-            if args.variants and variant not in args.variants:
+            if variant not in (args.variants or GROUPS[group]):
                 continue
             for seed in range(args.seeds):
                 config = DernConfig(**common_fields(args, seed) | fields)
@@ -198,7 +199,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "ablations.json")
     parser.add_argument("--plots", type=Path, help="folder for the plots")
-    return parser.parse_args()
+    args = parser.parse_args()
+    known = [variant for group in args.groups for variant in GROUPS[group]]
+    if unknown := [variant for variant in args.variants or [] if variant not in known]:
+        parser.error(f"no variant of {', '.join(args.groups)}: {', '.join(unknown)}; there are {', '.join(known)}")
+    return args
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from torch import Tensor
 from .expert_sets import MAX_SETS, all_sets, count_sets, free_experts
 from .mixture import Routing, expert_batches, expert_output
 from .observation import ObservedLayer
-from .router_choice import RouterChoice, choose_experts, log_masses, recognise_choice
+from .router_choice import RouterChoice, choose_experts, recognise_choice
+from .router_rule import log_masses
 from .selection import Places, check_places
 
 
@@ -63,7 +64,7 @@ class Trial:
         linear, quadratic = self._terms(index, weight)
         grown = 1.0  # by how much the weights grow where an expert goes that was not chosen
         if self.choice.rule.over_all:
-            grown = 1 / (1 - log_masses(logits, self.choice.rule).double().softmax(dim=1))  # (T, E)
+            grown = 1 / (1 - log_masses(logits, self.choice.rule.phi).double().softmax(dim=1))  # (T, E)
         squares = self.energy.unsqueeze(1) - 2 * grown * linear.unsqueeze(1) + grown**2 * quadratic.unsqueeze(1)
         squares = squares.expand_as(logits).clone()
         for slot in range(self.top_k):  # tokens that have chosen the expert

@@ -1,6 +1,6 @@
 """How a router chooses and weighs its experts, recognised from what it does, to tell what it would do without some.
 
-With logits z, every router whose weights follow a known rule (`router_refit.recognise_rule`) chooses the k experts of
+With logits z, every router whose weights follow a known rule (`router_rule.recognise_rule`) chooses the k experts of
 the largest
 
     z,    softmax(z) + b    or    sigmoid(z) + b
@@ -10,6 +10,7 @@ as its two best experts together, or as its best.  Which of these a router does 
 calibration tokens.  A dropped expert is one with the logit -inf.
 """
 
+from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
@@ -18,13 +19,13 @@ from torch import Tensor
 
 from .mixture import Routing
 from .observation import ObservedLayer
-from .router_refit import RouterRule, recognise_rule
+from .reduction import Reduce
+from .router_rule import AGREEMENT, RouterRule, log_masses, possible_logits, recognise_rule, share_of_tokens
 
 
-__all__ = ["RouterChoice", "UnknownRouter", "choose_experts", "log_masses", "recognise_choice"]
+__all__ = ["RouterChoice", "UnknownRouter", "choose_experts", "recognise_choice"]
 
 COMPARED = {"logit": lambda z: z, "exp": lambda z: z.softmax(dim=1), "sigmoid": torch.sigmoid}
-AGREEMENT = 0.99  # share of the tokens whose experts have to be those that the router chose: rounding breaks ties
 
 
 class UnknownRouter(ValueError):
@@ -64,15 +65,10 @@ def choose_experts(logits: Tensor, choice: RouterChoice, top_k: int) -> tuple[Te
         closed = torch.ones_like(judged, dtype=torch.bool).scatter_(1, judged.topk(choice.topk_group).indices, False)
         value = groups.masked_fill(closed.unsqueeze(2), -torch.inf).flatten(1)
     index = value.topk(top_k, dim=1).indices
-    log = log_masses(logits, choice.rule)
+    log = log_masses(logits, choice.rule.phi)
     if choice.rule.over_all:
         return index, choice.rule.scale * log.softmax(dim=1).gather(1, index)
     return index, choice.rule.scale * log.gather(1, index).softmax(dim=1)
-
-
-def log_masses(logits: Tensor, rule: RouterRule) -> Tensor:
-    """Logarithms of the numbers whose shares are the weights: (T, E)."""
-    return torch.nn.functional.logsigmoid(logits) if rule.phi == "sigmoid" else logits
 
 
 def recognise_choice(layer: ObservedLayer, routing: Routing) -> tuple[RouterChoice, Tensor]:
@@ -88,33 +84,38 @@ def recognise_choice(layer: ObservedLayer, routing: Routing) -> tuple[RouterChoi
     Raises:
         UnknownRouter: the router is of another kind; the message says why.
     """
-    rows, bias = layer.router_rows, layer.router_bias
-    if rows is None or routing.weighs_input or rows.shape[1] != routing.hidden.shape[1]:
+    rows = layer.router_rows
+    ways = [] if rows is None else list(possible_logits(rows, layer.router_bias, routing))
+    if not ways:
         raise _unknown("it is no matrix that reads what the experts read, and weighs what they return")
-    hidden = routing.hidden.float()
-    if bias is not None:  # the logit of a constant input
-        hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)
-        rows = torch.cat([rows.float(), bias.float().unsqueeze(1)], dim=1)
-    rule = recognise_rule(rows, routing._replace(hidden=hidden), reduce=layer.reduce)
-    if rule is None:
+    found = [
+        (_agreement(choice, logits, routing.index, layer.reduce), choice, logits)
+        for logits in ways
+        for choice in _choices(layer, logits, routing)
+    ]
+    if not found:
         raise _unknown("its weights are neither softmax nor normalised sigmoid of its logits")
-    logits = hidden @ rows.float().T  # (T, E)
-    groups = (layer.num_groups, layer.topk_group)
+    share, choice, logits = max(found, key=lambda entry: entry[0])  # the first of equals
+    if share < AGREEMENT:
+        raise _unknown("it does not choose the experts of the largest logits")
+    return choice, logits
+
+
+def _choices(layer: ObservedLayer, logits: Tensor, routing: Routing) -> Iterator[RouterChoice]:
+    """What a router whose logits these are may do."""
+    rule = recognise_rule(logits, routing, reduce=layer.reduce)
+    if rule is None:
+        return
     corrections = (None,) if layer.choice_bias is None else (None, layer.choice_bias)
     judged = (2, 1) if layer.topk_group < layer.num_groups else (2,)
-    variants = [RouterChoice(rule, by, b, *groups, best) for b, best, by in product(corrections, judged, COMPARED)]
-    same = torch.stack([_same(variant, logits, routing.index) for variant in variants])
-    share = layer.reduce(same) / layer.reduce(torch.tensor(float(len(logits)), device=same.device)).clamp(min=1)
-    best = int(share.argmax())  # the first of equals
-    if share[best] < AGREEMENT:
-        raise _unknown("it does not choose the experts of the largest logits")
-    return variants[best], logits
+    for bias, best, by in product(corrections, judged, COMPARED):
+        yield RouterChoice(rule, by, bias, layer.num_groups, layer.topk_group, best)
 
 
-def _same(choice: RouterChoice, logits: Tensor, index: Tensor) -> Tensor:
-    """How many tokens get the very experts that they have: a float64 number."""
+def _agreement(choice: RouterChoice, logits: Tensor, index: Tensor, reduce: Reduce) -> float:
+    """Share of the tokens that get the very experts that they have."""
     chosen, _ = choose_experts(logits, choice, index.shape[1])
-    return (chosen.sort(dim=1).values == index.sort(dim=1).values).all(1).double().sum()
+    return share_of_tokens((chosen.sort(dim=1).values == index.sort(dim=1).values).all(1), reduce)
 
 
 def _unknown(reason: str) -> UnknownRouter:

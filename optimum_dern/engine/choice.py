@@ -12,7 +12,8 @@ from ..core.neuron_refit import refit_neurons
 from ..core.output_scale import fit_scales, scale_outputs
 from ..core.reduction import Reduce, alone
 from ..core.refit import refit_down
-from ..core.router_refit import recognise_rule, refit_router
+from ..core.router_refit import refit_router
+from ..core.router_rule import possible_logits, recognise_rule
 from ..methods import Candidate
 
 
@@ -30,7 +31,7 @@ class LayerTask:
     held_out: Tensor  # (T,) bool: tokens that judge; the others are fitted
     enough: Tensor  # (T,) bool: of those, the ones that closed forms see
     activation: Activation
-    router_rows: Tensor | None  # (N, d) of the retained experts, where the router has one matrix
+    router: Callable[[Candidate], tuple[Tensor, Tensor | None] | None]  # its rows and bias, where it is one matrix
     reroute: Callable[[Candidate], Routing]  # the same T tokens once a candidate's router is in place
     reduce: Reduce = alone  # over the processes, each of which has its own T tokens
     order: Tensor | None = None  # (T,) number of each token among those of all processes
@@ -109,8 +110,7 @@ def _guarded(
     finalists: dict[tuple[int, ...] | None, tuple[float, Variant]] = {}  # one of every set of retained experts
     for name, candidate in candidates.items():
         kept = None if candidate.retained is None else tuple(candidate.retained.tolist())
-        for variant in _variants(name, candidate, task, config, errors):
-            error = judge(variant)
+        for error, variant in _variants(name, candidate, task, config, judge):
             if kept not in finalists or error < finalists[kept][0]:
                 finalists[kept] = error, variant
     for kept, (error, best) in finalists.items():
@@ -130,17 +130,18 @@ def relative_error(output: Tensor, target: Tensor, reduce: Reduce = alone) -> fl
 
 
 def _variants(
-    name: str, candidate: Candidate, task: LayerTask, config: DernConfig, errors: Mapping[str, float]
-) -> Iterator[Variant]:
-    """A candidate as it is, with its experts' outputs scaled, and the better of these with a refit."""
+    name: str, candidate: Candidate, task: LayerTask, config: DernConfig, judge: Callable[[Variant], float]
+) -> Iterator[tuple[float, Variant]]:
+    """A candidate as it is, with its experts' outputs scaled, and the better of these with a refit; their errors."""
     plain = Variant(name, candidate, task.reroute(candidate), candidate, config.refit_ridge or RIDGE)
-    yield plain
+    yield (error := judge(plain)), plain
     if config.refit:
         scaled = _scaled(plain, task)
-        yield scaled
-        better = min(plain, scaled, key=lambda variant: errors[variant.name])  # what is yielded is judged at once
+        yield (scaled_error := judge(scaled)), scaled
+        better = scaled if scaled_error < error else plain
         sweeps = 1 if config.neuron_refit else config.refit_sweeps  # the neurons' refit goes on from there
-        yield _refitted(replace(better, name=name), task, sweeps)
+        refitted = _refitted(replace(better, name=name), task, sweeps)
+        yield judge(refitted), refitted
 
 
 def _steps(config: DernConfig) -> list[Step]:
@@ -179,12 +180,17 @@ def _refitted(variant: Variant, task: LayerTask, sweeps: int) -> Variant:
 def _router_step(variant: Variant, task: LayerTask) -> Variant | None:
     """The router, then the down projections for it; None where the router follows no rule that is known."""
     candidate = variant.candidate
-    rows = task.router_rows if candidate.router_rows is None else candidate.router_rows
-    rule = None if rows is None else recognise_rule(rows, variant.routing, reduce=task.reduce)
+    router = task.router(candidate)
+    if router is None:
+        return None
+    rows, bias = router
+    logits = possible_logits(rows, bias, variant.routing)
+    rules = (recognise_rule(z, variant.routing, reduce=task.reduce) for z in logits)
+    rule = next((rule for rule in rules if rule is not None), None)
     if rule is None:
         return None
     data = task.select(variant.routing, task.enough)
-    rows = refit_router(rows, candidate.segments, *data, rule, variant.ridge, reduce=task.reduce)
+    rows = refit_router(rows, candidate.segments, *data, rule, variant.ridge, bias=bias, reduce=task.reduce)
     moved = replace(
         variant,
         name=_with_suffix(variant.name, "router"),

@@ -35,8 +35,6 @@ def compress_layer_(
     layer, activation = data.layer, layer_activation(data.layer)
     weights = read_layer(layer)
     statistics, target = data.statistics, data.target
-    rows = layer.router_weight
-    own_rows = rows and weights.routing[rows.path]
     held_out = data.held_out.to(target.device) & config.guard  # without a guard nothing needs to be judged
     order = token_positions(data.masks, processes)
     observed = observe_layer(data, weights, held_out, order, processes)
@@ -47,16 +45,16 @@ def compress_layer_(
     candidates = get_method(config.method).compress_layer(problem, config)
 
     likeness = similarity_map(weights.segments, config.similarity_weights, config.seed + position)
-    rewriter = LayerRewriter(data, weights.routing, retained, rows and rows.path)
-    own_rows = rows and own_rows[retained]
+    paths = (entry and entry.path for entry in (layer.router_weight, layer.router_bias))
+    rewriter = LayerRewriter(data, weights.routing, retained, *paths)
     del weights, observed, problem  # what nobody else holds on to need not wait for the candidates' refits
     release_experts_(layer)
     neurons = num_experts * next(iter(candidates.values())).segments.up.shape[1]
     wanted = enough_tokens(neurons, layer.top_k) if config.neuron_refit else statistics.tokens
     enough = ~held_out & evenly_spaced(order, wanted, processes).to(held_out.device)
     goal = target if data.goal is None else data.goal
-    reroute, reduce = rewriter.reroute, processes.reduce
-    task = LayerTask(goal, held_out, enough, activation, own_rows, reroute, reduce, order, data.token_weight)
+    router, reroute, reduce = rewriter.router, rewriter.reroute, processes.reduce
+    task = LayerTask(goal, held_out, enough, activation, router, reroute, reduce, order, data.token_weight)
     choice = choose_candidate(candidates, task, config)
     rewriter.write(choice.candidate)
     return LayerReport(

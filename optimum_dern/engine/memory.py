@@ -12,6 +12,7 @@ from ..core.greedy import trial_tokens
 from ..core.mixture import CHUNK_TOKENS
 from ..core.neuron_refit import BATCH_TOKENS
 from ..core.workspace import MAX_ELEMENTS
+from ..methods.dern import tries_second_set
 from ..models.structure import MoELayer, find_decoder_layers
 
 
@@ -144,8 +145,7 @@ def _phases(
     held += inputs if CRITERIA[config.selection].needs == "residual" else 0
     held += config.corrects_drift * outputs  # what refits aim at
     yield _Phase(held + 2 * inputs + config.corrects_drift * 2 * outputs + one + chunk, 0)
-    pruned_by_error = config.method == "dern" and config.selection == "router" and config.neuron_refit
-    if config.selection == "greedy" or pruned_by_error:
+    if config.selection == "greedy" or tries_second_set(config):
         tried = min(tokens, trial_tokens(layer.num_experts)) * layer.num_experts
         grams = tried * layer.num_experts * 2 * FLOAT  # float64
         yield _Phase(held + one + chunk + grams + 2 * min(block, tried * size * FLOAT), 0)

@@ -37,11 +37,9 @@ class LayerData:
         """The same, with refits that aim at this share of the drift as well."""
         if drift is None:
             return self
-        goal = self.target + share * drift.error.to(self.target)
-        if self.routing.weighs_input:  # a weight of the output does not exist there
-            return replace(self, goal=goal)
-        weight = drift.token_weight.to(goal)
-        return replace(self, goal=goal * weight, token_weight=weight)
+        weight = drift.token_weight.to(self.target)
+        goal = (self.target + share * drift.error.to(self.target)) * weight
+        return replace(self, goal=goal, token_weight=weight)
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,18 @@ class LayerRewriter:
     routing: Mapping[str, Tensor]  # router tensors of all E experts
     retained: Tensor  # (N,) the experts that stay where a candidate does not say otherwise
     router_path: str | None  # of these, the matrix that a candidate may replace
+    bias_path: str | None = None  # and the bias that belongs to it
 
     def write(self, candidate: Candidate) -> None:
         """Put a candidate's experts and router into the model."""
         write_layer_(self.data.layer, LayerWeights(candidate.segments, self._routing(candidate)))
+
+    def router(self, candidate: Candidate) -> tuple[Tensor, Tensor | None] | None:
+        """Rows (N, d) and bias (N,) with which a candidate is routed; None where the router has no single matrix."""
+        if self.router_path is None:
+            return None
+        routing = self._routing(candidate)
+        return routing[self.router_path], self.bias_path and routing[self.bias_path]
 
     def reroute(self, candidate: Candidate) -> Routing:
         """What the experts receive for the same inputs once the candidate's router is in place (which this does)."""

@@ -37,8 +37,8 @@ def observe_layer(
         order: (T,) number of each token among those of all processes.
         processes: that share the tokens.
     """
-    layer, rows = data.layer, data.layer.router_weight
-    logit_bias = rows and rows.path.removesuffix("weight") + "bias"
+    layer = data.layer
+    rows, bias = layer.router_weight, layer.router_bias
     return ObservedLayer(
         segments=weights.segments,
         activation=layer_activation(layer),
@@ -48,8 +48,8 @@ def observe_layer(
         statistics=data.statistics,
         router_rows=rows and weights.routing[rows.path],
         reduce=processes.reduce,
-        router_bias=rows and weights.routing.get(logit_bias),
-        choice_bias=_choice_bias(layer, weights, logit_bias),
+        router_bias=bias and weights.routing[bias.path],
+        choice_bias=_choice_bias(layer, weights),
         num_groups=layer.num_groups,
         topk_group=layer.topk_group,
         residual=data.residual,
@@ -78,7 +78,8 @@ def find_places(
     return Places(num_experts, layer.num_groups, tuple(protected.get(position, ())))
 
 
-def _choice_bias(layer: MoELayer, weights: LayerWeights, logit_bias: str | None) -> Tensor | None:
+def _choice_bias(layer: MoELayer, weights: LayerWeights) -> Tensor | None:
     """The one other number that the router has for each expert, such as DeepSeek-V3's correction of the load."""
-    vectors = [r.path for r in layer.routing if r.tensor.numel() == layer.num_experts and r.path != logit_bias]
+    added = layer.router_bias and layer.router_bias.path
+    vectors = [r.path for r in layer.routing if r.tensor.numel() == layer.num_experts and r.path != added]
     return weights.routing[vectors[0]].flatten() if len(vectors) == 1 else None

@@ -12,6 +12,9 @@ from ..core.selection import Places
 from .registry import Candidate, LayerProblem, register_method
 
 
+__all__ = ["Dern", "tries_second_set"]
+
+
 @register_method("dern")
 class Dern:
     """Plain pruning beside the recombined layer, for the guard to choose from.
@@ -45,11 +48,17 @@ class Dern:
         facts = _facts(recombined, problem.retained)
         pruned = Candidate(problem.layer.segments.select(problem.retained), facts=facts)
         candidates = {"pruned": pruned}
-        if config.guard and config.neuron_refit and config.selection == "router":
+        if tries_second_set(config):
             candidates |= _pruned_by_error(problem)
         if facts["moved_share"]:  # else this is pruning to the bit
             candidates["recombined"] = Candidate(recombined.segments, rows, facts)
         return candidates
+
+
+def tries_second_set(config: DernConfig) -> bool:
+    """Whether the guard gets to choose between two sets of retained experts."""
+    refitted = config.guard and config.refit and config.neuron_refit
+    return config.method == "dern" and config.selection == "router" and refitted
 
 
 def _pruned_by_error(problem: LayerProblem) -> dict[str, Candidate]:
@@ -62,8 +71,7 @@ def _pruned_by_error(problem: LayerProblem) -> dict[str, Candidate]:
     retained = retained.to(problem.retained.device)
     if torch.equal(retained, problem.retained):
         return {}
-    candidate = Candidate(layer.segments.select(retained), layer.router_rows[retained], retained=retained)
-    return {"pruned by error": candidate}
+    return {"pruned by error": Candidate(layer.segments.select(retained), retained=retained)}
 
 
 def _facts(recombined: Recombination, retained: torch.Tensor) -> dict[str, object]:

@@ -72,6 +72,12 @@ class MoELayer:
         matrices = [r for r in self.routing if r.tensor.dim() == 2 and r.dim == 0 and r.tensor.shape[1] > 1]
         return matrices[0] if len(matrices) == 1 else None
 
+    @property
+    def router_bias(self) -> RoutingTensor | None:
+        """What that matrix's logits have added to them (E,), if anything."""
+        path = self.router_weight and self.router_weight.path.removesuffix("weight") + "bias"
+        return next((r for r in self.routing if r.path == path), None)
+
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """All MoE layers of a model, in the order of its modules; weights may be on the meta device."""

@@ -10,7 +10,7 @@ from reference import reference_route
 from samples import assert_near
 
 from optimum_dern.core.router_choice import RouterChoice, choose_experts, recognise_choice
-from optimum_dern.core.router_refit import RouterRule
+from optimum_dern.core.router_rule import RouterRule
 
 
 BIAS = [0.4, -0.3, 0.2, 0.0, -0.5, 0.3, 0.1, -0.2]

@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import silu
 
 from optimum_dern.core.mixture import Routing, routed_output
-from optimum_dern.core.router_refit import RouterRule, recognise_rule, refit_router
+from optimum_dern.core.router_refit import refit_router
+from optimum_dern.core.router_rule import RouterRule
 from optimum_dern.core.segments import Segments
 
 
@@ -21,10 +22,10 @@ def activation(gate, up):
     return silu(gate) * up
 
 
-def apply_rule(rows, hidden, index, rule):
+def apply_rule(rows, hidden, index, rule, bias=0.0):
     """Weights (T, k) of given choices, written out with torch so that autograd can differentiate them."""
     phi = torch.exp if rule.phi == "exp" else torch.sigmoid
-    values = phi(hidden @ rows.T)  # (T, N)
+    values = phi(hidden @ rows.T + bias)  # (T, N)
     chosen = values.gather(1, index)
     return rule.scale * chosen / (values if rule.over_all else chosen).sum(1, keepdim=True)
 
@@ -44,35 +45,21 @@ def layer(rule, seed=0, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_rule_is_recognised(rule):
-    """The rule comes back from what the router does."""
-    _, rows, routing, _ = layer(rule)
-    found = recognise_rule(rows, routing)
-    assert found[:2] == rule[:2]
-    assert found.scale == pytest.approx(rule.scale, rel=1e-4)
-
-
-def test_unknown_rules_are_left_alone():
-    """Even weights, and a router that reads something else than the experts."""
-    _, rows, routing, _ = layer(RULES[0])
-    assert recognise_rule(rows, routing._replace(weight=torch.full_like(routing.weight, 0.5))) is None
-    assert recognise_rule(rows[:, :3], routing) is None
-    assert recognise_rule(rows, routing._replace(hidden=routing.hidden.flip(0))) is None
-
-
-@pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("ridge", [1e-3, 0.3])
-def test_step_solves_the_normal_equations(rule, ridge):
-    """The step equals (J^T J + lambda I)^-1 J^T r with J from autograd."""
+@pytest.mark.parametrize(("ridge", "bias"), [(1e-3, None), (0.3, None), (1e-2, [1.0, -0.5, 0.0, 2.0, 0.3])])
+def test_step_solves_the_normal_equations(rule, ridge, bias):
+    """The step equals (J^T J + lambda I)^-1 J^T r with J from autograd; a bias of the logits stays."""
     segments, rows, routing, target = layer(rule)
+    bias = None if bias is None else torch.tensor(bias, dtype=torch.float64)
+    added = 0.0 if bias is None else bias
+    routing = routing._replace(weight=apply_rule(rows, routing.hidden, routing.index, rule, added))
 
     def output(flat):
-        weight = apply_rule(flat.view_as(rows), routing.hidden, routing.index, rule)
+        weight = apply_rule(flat.view_as(rows), routing.hidden, routing.index, rule, added)
         return routed_output(segments, routing._replace(weight=weight), activation).flatten()
 
     jacobian = torch.autograd.functional.jacobian(output, rows.flatten())  # (T o, N d)
     residual = target.flatten() - output(rows.flatten())
-    slope = 1 - (routing.hidden @ rows.T).sigmoid() if rule.phi == "sigmoid" else torch.ones(TOKENS, EXPERTS)
+    slope = 1 - (routing.hidden @ rows.T + added).sigmoid() if rule.phi == "sigmoid" else torch.ones(TOKENS, EXPERTS)
     trace = 0.0
     for t in range(TOKENS):
         for slot, expert in enumerate(routing.index[t].tolist()):
@@ -83,7 +70,7 @@ def test_step_solves_the_normal_equations(rule, ridge):
     penalty = ridge * trace / rows.numel() * torch.eye(rows.numel(), dtype=torch.float64)
     step = torch.linalg.solve(jacobian.T @ jacobian + penalty, jacobian.T @ residual)
 
-    found = refit_router(rows, segments, routing, target, activation, rule, ridge, 400, tolerance=1e-12)
+    found = refit_router(rows, segments, routing, target, activation, rule, ridge, 400, 1e-12, bias)
     torch.testing.assert_close(found - rows, step.view_as(rows), rtol=1e-6, atol=1e-9)
 
 

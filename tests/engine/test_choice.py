@@ -4,9 +4,11 @@ from functools import partial
 
 import pytest
 import torch
+from families import make_model as make_family
 from tiny import EXPERTS, FAMILIES, FIRST_MOE, compress, make_model, random_tokens, same_state, state_of
 
 from optimum_dern.engine import choice
+from optimum_dern.models.structure import find_moe_layers
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -204,6 +206,31 @@ def test_the_guard_chooses_between_sets_of_experts():
     rows = original.get_submodule(first.name).gate.weight[first.retained]
     moved = (model.get_submodule(first.name).gate.weight - rows).norm() / rows.norm()
     assert moved < 0.5  # refitted, but those experts' rows
+
+
+def test_routers_that_round_are_known_as_well():
+    """In bfloat16 the logits of 128 experts have ties: the same candidates are judged as in float32."""
+    fields = {"num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 1}
+    judged = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model("qwen3_moe", **fields).to(dtype)
+        judged.append(set(compress(model, num_experts=64, dataset=random_tokens(24)).report.layers[0].errors))
+    assert judged[0] == judged[1]
+    assert {"pruned by error+refit+router", "pruned+refit+router"} <= judged[0]
+
+
+def test_a_router_with_a_bias_is_refitted():
+    """Of its rows and the bias, which stays."""
+    model = make_family("gpt_oss")
+    layers = find_moe_layers(model)
+    with torch.no_grad():
+        for layer in layers:
+            layer.router_bias.tensor.copy_(torch.arange(EXPERTS) / 8)
+    before = [layer.router_bias.tensor.clone() for layer in layers]
+    report = compress(model, guard=False, neuron_refit=False, method="prune").report
+    for layer, found, bias in zip(report.layers, layers, before, strict=True):
+        assert layer.winner == "pruned+refit+router"
+        assert torch.equal(found.router_bias.tensor, bias[layer.retained])
 
 
 @pytest.mark.parametrize("guard", [True, False])

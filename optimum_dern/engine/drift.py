@@ -12,6 +12,7 @@ layer's refits aim at y(x').
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -59,15 +60,16 @@ def measure_drift(
     Returns:
         The drift, or None where the experts' output does not reach the stream as it is.
     """
-    errors, sizes, first = [], [], None
-    for output, wanted, mask in zip(stream.outputs(position, decoder_layer), original, masks, strict=True):
-        first, mask = output if first is None else first, mask.to(output.device)
-        wanted = wanted[mask].float()  # (n, d)
-        errors.append(wanted - output[mask].float())
-        sizes.append(wanted.square().mean(1, keepdim=True).sqrt())
+    outputs = stream.outputs(position, decoder_layer)
+    first = next(outputs)
     arrives = _arrives(position, decoder_layer, layer, stream, first, masks[0])
     if any_process(torch.tensor(not arrives, device=processes.device), processes.reduce):
         return None
+    errors, sizes = [], []
+    for output, wanted, mask in zip(chain([first], outputs), original, masks, strict=True):
+        wanted = wanted.to(output.device)[mask.to(output.device)].float()  # (n, d)
+        errors.append(wanted - output[mask.to(output.device)].float())
+        sizes.append(wanted.square().mean(1, keepdim=True).sqrt())
     weight = 1 / torch.cat(sizes).clamp(min=1e-6)  # (T, 1)
     mean = processes.reduce(weight.sum()) / processes.reduce(torch.tensor(float(len(weight)), device=weight.device))
     return Drift(torch.cat(errors), weight / mean)

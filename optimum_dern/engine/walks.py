@@ -127,7 +127,7 @@ def _measure_and_compress(walk: Walk, position: int, decoder_layer: nn.Module, l
         record = stack.enter_context(record_routing(layer.block, layer.experts, stop=walk.sequential))
         (walk.stream.probe if walk.sequential else walk.stream.step)(position, decoder_layer)
     data = measure_layer(layer, record, common.masks, common.held_out, common.processes)
-    if walk.original is not None:
+    if walk.original is not None and not data.routing.weighs_input:  # else there is no weight of an output
         streams = walk.stream, walk.original
         drift = measure_drift(position, decoder_layer, layer, *streams, common.masks, common.processes)
         data = data.making_up_for(drift, targets[0].config.drift_correction)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core.mixture import Routing
 from ..models.overrides import routing_hook
+from .sharing import SharedTensors
 
 
 __all__ = ["Call", "RoutingRecord", "record_layer_calls", "record_routing", "replaced_forward", "replay_last_hidden"]
@@ -139,12 +140,15 @@ def _record(
 ) -> list[list[Call]]:
     """Record every layer's calls while `output` of the hidden states that it got stands for what it returns."""
     calls: list[list[Call]] = [[] for _ in layers]
+    shared = SharedTensors()
     device = model.get_input_embeddings().weight.device
 
     def recorder(position: int) -> Callable:
         def forward(*args, **kwargs):
             call = Call.of(args, kwargs | NO_CACHE if "past_key_values" in kwargs else kwargs)
-            calls[position].append(call._replace(hidden=None if position else keep(call.hidden)))
+            others = {name: shared.share(value) for name, value in call.kwargs.items()}
+            hidden = None if position else keep(call.hidden)
+            calls[position].append(Call(hidden, shared.share(call.args), others))
             if position + 1 == len(layers):
                 raise StopForward
             return output(call.hidden)
@@ -155,6 +159,7 @@ def _record(
         for position, layer in enumerate(layers):
             stack.enter_context(replaced_forward(layer, recorder(position)))
         for batch in batches:
+            shared.next_batch()
             run_until_stopped(model, **{name: value.to(device) for name, value in batch.items()}, use_cache=False)
     return calls
 

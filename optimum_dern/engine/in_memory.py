@@ -5,8 +5,9 @@ from typing import Any
 from ..config import DernConfig
 from ..models.layer_counts import write_layer_counts_
 from ..models.mode import evaluation_mode
+from ..models.original import restored_on_error
 from ..models.structure import MoELayer
-from ..models.view import restored_on_error, write_counts_
+from ..models.view import write_counts_
 from ..reporting.report import LayerReport
 from .budgets import find_layer_counts
 from .layers import compress_layers_, compress_unseen_layers_

@@ -1,13 +1,13 @@
-"""A layer's original tensors, kept while compressed ones take their place."""
+"""Layers' original tensors, kept while compressed ones take their place."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from .structure import MoELayer
 from .view import write_routing_
 
 
-__all__ = ["original_kept"]
+__all__ = ["original_kept", "restored_on_error"]
 
 
 @contextmanager
@@ -17,14 +17,36 @@ def original_kept(layer: MoELayer) -> Iterator[None]:
     Args:
         layer: with its original experts, in memory or on the meta device.
     """
-    blocks = (layer, *layer.twins)
-    experts = [dict(block.experts._parameters) for block in blocks]
-    routing = [[entry.tensor for entry in block.routing] for block in blocks]
+    restore_ = _keep(layer)
     try:
         yield
     finally:
+        restore_()
+
+
+@contextmanager
+def restored_on_error(layers: Sequence[MoELayer]) -> Iterator[None]:
+    """The same for all layers of a model, but only if the body fails or is interrupted."""
+    restorers = [_keep(layer) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for restore_ in restorers:
+            restore_()
+        raise
+
+
+def _keep(layer: MoELayer) -> Callable[[], None]:
+    """Hold on to a layer's tensors; the function that is returned puts them back."""
+    blocks = (layer, *layer.twins)
+    experts = [dict(block.experts._parameters) for block in blocks]
+    routing = [[entry.tensor for entry in block.routing] for block in blocks]
+
+    def restore_() -> None:
         write_routing_(layer, {entry.path: tensor for entry, tensor in zip(layer.routing, routing[0], strict=True)})
         for block, parameters, tensors in zip(blocks, experts, routing, strict=True):
             block.experts._parameters.update(parameters)
             for entry, tensor in zip(block.routing, tensors, strict=True):
                 setattr(entry.module, entry.name, tensor)
+
+    return restore_

@@ -1,7 +1,6 @@
 """Read a MoE layer as segments, and write a compressed one back: the one place that mutates a model."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,6 @@ __all__ = [
     "layer_activation",
     "read_layer",
     "release_experts_",
-    "restored_on_error",
     "retained_routing",
     "write_counts_",
     "write_layer_",
@@ -92,18 +90,6 @@ def release_experts_(layer: MoELayer) -> None:
         if parameter is not None:
             empty = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
             layer.experts._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-
-
-@contextmanager
-def restored_on_error(layers: list[MoELayer]) -> Iterator[None]:
-    """Put the layers back as they are now if the body fails or is interrupted."""
-    originals = [read_layer(layer) for layer in layers]
-    try:
-        yield
-    except BaseException:
-        for layer, weights in zip(layers, originals, strict=True):
-            write_layer_(layer, weights)
-        raise
 
 
 def write_counts_(model: nn.Module, layers: list[MoELayer], num_experts: int) -> None:

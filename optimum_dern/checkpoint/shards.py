@@ -7,6 +7,7 @@ start, and each tensor goes to its place when it is ready.  Shards get their fin
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -79,6 +80,7 @@ class ShardWriter:
                 os.replace(temporary, path)
             self.places.update(read_header(path))
         self._files = {path: os.open(path, os.O_RDWR) for path in {info.path for info in self.places.values()}}
+        self.close = weakref.finalize(self, _close_files, self._files)  # once, at the latest when nobody uses it
 
     def write(self, name: str, tensor: Tensor) -> str:
         """Write one tensor, on the CPU, in its dtype.
@@ -105,12 +107,6 @@ class ShardWriter:
         for file in self._files.values():
             os.fsync(file)
 
-    def close(self) -> None:
-        """Close all files."""
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
-
     def index(self) -> dict | None:
         """The index of the shards; None for a single file."""
         if list(self.plan) == [SINGLE_NAME]:
@@ -130,6 +126,12 @@ class ShardWriter:
             temporary = self.folder / INDEX_NAME
             temporary.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
             os.replace(temporary, output / INDEX_NAME)
+
+
+def _close_files(files: dict[Path, int]) -> None:
+    for file in files.values():
+        os.close(file)
+    files.clear()
 
 
 def parse_bytes(size: int | str) -> int:

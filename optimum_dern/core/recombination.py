@@ -9,6 +9,7 @@ from torch import Tensor
 from .assignment import assign_segments
 from .clustering import initial_centroids, spherical_kmeans
 from .segments import Segments, similarity_vectors
+from .selection import dropped_experts
 
 
 __all__ = ["Map", "Recombination", "recombine_layer"]
@@ -56,9 +57,7 @@ def recombine_layer(
     Returns:
         The recombined layer.  An expert that received nothing is returned bit for bit.
     """
-    dropped = torch.ones(len(segments.up), dtype=torch.bool, device=retained.device)
-    dropped[retained] = False
-    dropped = dropped.nonzero().squeeze(1)  # (E - N,)
+    dropped = dropped_experts(len(segments.up), retained)
     destination, similarity = _assign(segments, dropped, retained, similarity_weights, threshold, map_experts)
 
     importance = saliency.double() if importance_weighting else torch.ones(len(segments.up), dtype=torch.float64)

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from .selection import dropped_experts
+
 
 __all__ = ["add_moved_rows", "retain"]
 
@@ -35,8 +37,7 @@ def add_moved_rows(rows: Tensor, retained: Tensor, destination: Tensor) -> Tenso
     """
     share = rows.new_zeros(len(rows), len(retained)).double()  # (E, N)
     share[retained, range(len(retained))] = 1.0
-    dropped = [expert for expert in range(len(rows)) if expert not in set(retained.tolist())]
-    for expert, targets in zip(dropped, destination, strict=True):
+    for expert, targets in zip(dropped_experts(len(rows), retained), destination, strict=True):
         moved = targets[targets >= 0].bincount(minlength=len(retained))
         share[expert] = moved.double() / len(targets)
     return (share.T @ rows.double()).to(rows.dtype)

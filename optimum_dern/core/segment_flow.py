@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .selection import dropped_experts
+
 
 __all__ = ["segment_flow"]
 
@@ -20,10 +22,8 @@ def segment_flow(destination: Tensor, retained: Tensor) -> dict[str, object]:
         `width` (f), `moved` (of every dropped expert, ascending), `received` (of every retained expert), and `links`:
         [dropped expert, retained expert, segments] of the largest streams, in the order of the experts.
     """
-    count, retained = len(destination) + len(retained), retained.cpu()
-    dropped = torch.ones(count, dtype=torch.bool)
-    dropped[retained] = False
-    dropped = dropped.nonzero().squeeze(1)
+    retained = retained.cpu()
+    dropped = dropped_experts(len(destination) + len(retained), retained)
     streams = torch.stack([(destination == position).sum(1) for position in range(len(retained))], dim=1).cpu()
     largest = streams.flatten().argsort(descending=True, stable=True)[:MAX_LINKS].sort().values
     source, target = largest // len(retained), largest % len(retained)

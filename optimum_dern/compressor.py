@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import DernConfig
+from .engine.torch_state import check_device, plain_torch
 from .reporting.report import CompressionReport
 
 
@@ -29,6 +30,7 @@ class DernCompressor:
         self.config = config if config is not None else DernConfig(**fields)
         self.report: CompressionReport | None = None
 
+    @plain_torch()
     def compress_model(self, model: Any, tokenizer: Any = None, batches: list[dict] | None = None) -> Any:
         """Compress a model in memory, in place.
 
@@ -45,7 +47,7 @@ class DernCompressor:
             done; `model.save_pretrained` and `model.push_to_hub` publish it as this compressor would.
 
         Raises:
-            ValueError: a model, count or dataset that cannot work.
+            ValueError: a model, device, count or dataset that cannot work.
         """
         from .calibration.description import describe_calibration
         from .checkpoint.orientation import keep_orientation_
@@ -58,6 +60,7 @@ class DernCompressor:
         from .models.structure import find_moe_layers
 
         started = time.perf_counter()
+        check_device(model.device)
         layers = find_moe_layers(model)
         num_experts = self.check(model, layers)
         check_materialised(layers)
@@ -80,6 +83,7 @@ class DernCompressor:
         keep_publishable_(model, self.report, source)
         return model
 
+    @plain_torch()
     def compress_checkpoint(
         self,
         model: str | Path,
@@ -130,7 +134,7 @@ class DernCompressor:
             The report, a list of them for a list of amounts; the last one is also `self.report`.
 
         Raises:
-            ValueError: a checkpoint, count, dataset, statistics file or output folder that cannot work.
+            ValueError: a checkpoint, device, count, dataset, statistics file or output folder that cannot work.
             FileNotFoundError: weights that are not there, or only pickled ones.
             RuntimeError: another run is at the output folder.
             ProcessFailed: another process of this run has ended.
@@ -140,6 +144,7 @@ class DernCompressor:
         from .engine.preparation import CheckpointRequest, prepare_task
         from .engine.requests import configs_for
 
+        check_device(device)
         request = CheckpointRequest(
             model=model,
             output=output,
@@ -161,6 +166,7 @@ class DernCompressor:
         several = isinstance(num_experts, Sequence) or isinstance(sparsity, Sequence)
         return reports if several else self.report
 
+    @plain_torch()
     def prepare(self, model: Any, tokenizer: Any = None) -> list[dict]:
         """Do what comes before the long work, on a model whose weights need not be there yet.
 
@@ -177,6 +183,7 @@ class DernCompressor:
         self.check(model)
         return self._load_batches(model, tokenizer)
 
+    @plain_torch()
     def check(self, model: Any, layers: list | None = None) -> int:
         """Refuse whatever cannot work before any long work begins.
 

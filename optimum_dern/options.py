@@ -5,7 +5,8 @@ Kept apart from transformers, so that the command line can list and check the op
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ CHOICES = {
     "calibration_order": ("sequential", "oneshot"),
     "layer_budget": ("uniform", "error"),
 }
-POSITIVE_INTEGERS = (
+# Of fields, by annotation and by name: what is accepted, and its words.
+KINDS = {bool: (bool, "True or False"), int: (Integral, "a whole number"), float: (Real, "a number")}
+COUNTS = (
     "num_experts",
     "cluster_iterations",
     "refit_sweeps",
@@ -55,6 +58,13 @@ POSITIVE_INTEGERS = (
     "batch_size",
     "experts_multiple_of",
 )
+RANGES = {
+    **dict.fromkeys(COUNTS, (lambda value: value >= 1, "of at least 1")),
+    **dict.fromkeys(("refit_ridge", "cluster_tolerance"), (lambda value: value > 0, "above 0")),
+    "sparsity": (lambda value: 0 <= value < 1, "of at least 0 and below 1 (the fraction dropped)"),
+    "drift_correction": (lambda value: 0 <= value <= 1, "from 0 to 1"),
+    "seed": (lambda value: 0 <= value < 2**32, "from 0 to 2**32 - 1"),
+}
 
 
 def _option(default: Any, help: str) -> Any:
@@ -98,9 +108,11 @@ class DernOptions:
         None, "with refit, sequential: share of what earlier layers have changed that a layer's refits make up for"
     )
     refit_ridge: float | None = _option(
-        None, "ridge of the refit, relative to the mean eigenvalue of its equations (default: the guard's choice)"
+        None,
+        "ridge of the refit, relative to the mean eigenvalue of its equations (default: 1e-2; with guard and without "
+        "neuron_refit, the best of 1e-3, 1e-2 and 1e-1)",
     )
-    refit_sweeps: int = _option(3, "passes of the refit over a layer's experts")
+    refit_sweeps: int = _option(3, "passes of the refit over a layer's experts; one with guard and neuron_refit")
     guard: bool | None = _option(None, "keep per layer the candidate of lowest error on held-out calibration tokens")
     calibration_order: str | None = _option(None, "sequential (later layers see compressed ones) or oneshot")
     dataset: Any = _option(None, "calibration data: file, folder, wikitext2, c4, texts, tokens or {source: weight}")
@@ -133,18 +145,15 @@ class DernOptions:
         if isinstance(self.protect_experts, str | Path) and self.protect_experts != "super":
             self._retain_as_reported(Path(self.protect_experts))
         self._check_amount()
-        for name in POSITIVE_INTEGERS:
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r}, but it must be a whole number of at least 1")
-        for name in ("refit_ridge", "cluster_tolerance"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}, but it must be above 0")
-        if not 0 <= self.drift_correction <= 1:
-            raise ValueError(f"drift_correction={self.drift_correction!r}, but it must be from 0 to 1")
+        for option in fields(DernOptions):
+            self._check_value(option)
         self._check_similarity()
         if isinstance(self.dataset, Path):
             self.dataset = str(self.dataset)
+        if isinstance(self.dataset, Mapping):
+            from .calibration.data import read_mapping
+
+            self.dataset = read_mapping(self.dataset)
         if self.protect_experts not in (None, "super"):
             self.protect_experts = _normalised_protection(self.protect_experts)
         if self.quant_method != "dern":
@@ -161,6 +170,17 @@ class DernOptions:
                 f"{name}={getattr(self, name)!r}, but it must be one of {', '.join(map(repr, CHOICES[name]))}"
             )
 
+    def _check_value(self, option: Field) -> None:
+        """Refuse what is not of the field's kind and range; numpy's numbers become Python's."""
+        value, kind = getattr(self, option.name), next((k for k in KINDS if option.type in (k, k | None)), None)
+        if kind is None or (value is None and option.default is None):
+            return
+        accepted, words = KINDS[kind]
+        holds, range_words = RANGES.get(option.name, (lambda value: True, ""))
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, accepted) or not holds(value):
+            raise ValueError(f"{option.name}={value!r}, but it must be {words} {range_words}".rstrip())
+        setattr(self, option.name, kind(value))
+
     def _check_amount(self) -> None:
         if self.sparsity is not None and self.num_experts is not None:
             raise ValueError(
@@ -168,10 +188,6 @@ class DernOptions:
             )
         if self.sparsity is None and self.num_experts is None:
             self.sparsity = 0.5
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise ValueError(
-                f"sparsity={self.sparsity!r}, but it must be at least 0 and below 1 (the fraction dropped)"
-            )
 
     def _retain_as_reported(self, path: Path) -> None:
         """Take the retained experts of an earlier report, and with them, unless told otherwise, their number."""
@@ -190,8 +206,6 @@ class DernOptions:
                 f"similarity_weights={self.similarity_weights!r}, but it must be three weights >= 0 (gate, up, down)"
             )
         self.similarity_weights = weights
-        if not isinstance(self.similarity_threshold, int | float):
-            raise ValueError(f"similarity_threshold={self.similarity_threshold!r}, but it must be a number")
 
 
 def _normalised_protection(protect: Any) -> dict[int, list[int]]:

@@ -3,10 +3,12 @@
 import copy
 import json
 import random
+from contextlib import contextmanager, nullcontext
 
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import (
     EXPERTS,
     FAMILIES,
@@ -207,3 +209,63 @@ def test_report_round_trip(tmp_path):
     assert loaded.layers[0].errors == report.layers[0].errors != {}
     with pytest.raises(ValueError, match="version"):
         CompressionReport.from_dict({**report.to_dict(), "report_version": 99})
+
+
+@contextmanager
+def default_device():
+    """A default that suits no generator of the CPU, as that of a GPU."""
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+STATES = {
+    "plain": nullcontext,
+    "default": default_device,
+    "context": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu"),
+    "no_grad": torch.no_grad,
+}
+DRAWN = {"num_experts": 4, "dataset": random_tokens(), "num_samples": 10, "protect_experts": {0: [1]}, "batch_size": 4}
+
+
+def state_of_torch():
+    """What the contexts of `STATES` change."""
+    switches = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    return torch.get_default_device(), *switches
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A checkpoint, and what becomes of it in memory and on disk."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    model = make_model("mixtral")
+    model.save_pretrained(folder / "source")
+    DernCompressor(**DRAWN).compress_checkpoint(folder / "source", folder / "out")
+    DernCompressor(**DRAWN).compress_model(model)
+    return folder / "source", state_of(model), load_file(folder / "out" / "model.safetensors")
+
+
+@pytest.mark.parametrize("state", list(STATES)[1:])
+def test_the_state_of_torch(undisturbed, tmp_path, state):
+    """A default device, inference mode and autocast around a compression change no bit of it, and come back."""
+    source, expected, expected_file = undisturbed
+    model, compressor = make_model("mixtral"), DernCompressor(**DRAWN)
+    with STATES[state]():
+        before = state_of_torch()
+        compressor.compress_model(model, batches=compressor.prepare(model))
+        compressor.compress_checkpoint(source, tmp_path / "out")
+        assert state_of_torch() == before
+    assert same_state(state_of(model), expected)
+    assert same_state(load_file(tmp_path / "out" / "model.safetensors"), expected_file)
+
+
+def test_a_model_made_in_inference_mode(undisturbed):
+    """Its parameters know no gradients; it is compressed all the same."""
+    with torch.inference_mode():
+        model = make_model("mixtral")
+        DernCompressor(**DRAWN).compress_model(model)
+    assert same_state(state_of(model), undisturbed[1])

@@ -5,6 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -111,6 +112,14 @@ def test_explicit_fields_win_over_the_preset(preset, field, value):
         ({"similarity_weights": (0.0, 0.0, 0.0)}, "three weights"),
         ({"similarity_weights": (1.0, -1.0, 1.0)}, "three weights"),
         ({"similarity_threshold": "high"}, "must be a number"),
+        ({"sparsity": "half"}, "sparsity='half', but it must be a number of at least 0"),
+        ({"seed": None}, "seed=None, but it must be a whole number from 0"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**64}, "from 0 to 2[*][*]32 - 1"),
+        ({"num_samples": None}, "num_samples=None"),
+        ({"drift_correction": True}, "drift_correction=True, but it must be a number from 0 to 1"),
+        ({"dataset": {"train": ["one"], "test": ["two"]}}, r"'train', 'test'.*dataset\['train'\]"),
         ({"protect_experts": [0, 1]}, "must map decoder layers"),
         ({"quant_method": "gptq"}, "quant_method='gptq'"),
     ],
@@ -119,6 +128,26 @@ def test_out_of_range(fields, match):
     """One exception that tells what was given and what is allowed."""
     with pytest.raises(ValueError, match=match):
         DernConfig(**fields)
+
+
+FLAGS = [field.name for field in dataclasses.fields(DernConfig) if field.type in (bool, bool | None)]
+
+
+@pytest.mark.parametrize("value", [0, 1, "no", 1.0, numpy.True_, torch.tensor(True)])
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_are_true_or_false(name, value):
+    """What only counts as true elsewhere would run as yes, or worse; from keywords as from a dict."""
+    for make in (lambda fields: DernConfig(**fields), DernConfig.from_dict):
+        with pytest.raises(ValueError, match=f"{name}=.*must be True or False"):
+            make({name: value})
+
+
+def test_numbers_of_numpy():
+    """They become Python's, so that the config is JSON."""
+    config = DernConfig(num_experts=numpy.int64(4), seed=numpy.int32(3), drift_correction=numpy.float32(0.5))
+    assert json.loads(json.dumps(config.to_dict())) == json.loads(
+        json.dumps(DernConfig(num_experts=4, seed=3, drift_correction=0.5).to_dict())
+    )
 
 
 def test_unknown_fields():

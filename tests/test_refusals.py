@@ -121,6 +121,15 @@ def test_a_whole_model_without_weights():
         DernCompressor(num_experts=4, dataset=random_tokens()).compress_model(make_model("mixtral").to("meta"))
 
 
+def test_mps(monkeypatch, tmp_path):
+    """A device without float64, before anything is read; its number does not matter."""
+    model = make_model("mixtral")
+    monkeypatch.setattr(type(model), "device", torch.device("mps:0"))
+    check_refusal(model, "the device 'mps:0' has no float64.*use the CPU")
+    with pytest.raises(ValueError, match="the device 'mps' has no float64"):
+        DernCompressor().compress_checkpoint(tmp_path / "nowhere", tmp_path / "out", device="mps")
+
+
 def test_both_amounts():
     """A sparsity and a count contradict each other."""
     with pytest.raises(ValueError, match="both sparsity=0.5 and num_experts=4"):

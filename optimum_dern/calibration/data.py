@@ -3,6 +3,7 @@
     a list of str, a datasets.Dataset, .jsonl .json .parquet   one sample per row, cut at `sequence_length`
     .txt                                                       one stream of text, cut into whole windows
     a list of token dicts, .pt                                 as they are, cut at `sequence_length`
+    token dicts of several rows                                their rows without padding, cut likewise
     "wikitext2", "c4", "c4-new"                                random windows, by optimum's own loaders (downloads)
     a folder                                                   all its files, in equal shares
     {source: weight}                                           a mix: `num_samples` is shared in proportion
@@ -20,16 +21,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.torch_state import plain_torch
 from .description import describe_dataset
 
 
-__all__ = ["FILE_TYPES", "NAMED_DATASETS", "check_source", "holds_text", "load_batches", "load_samples"]
+__all__ = [
+    "FILE_TYPES",
+    "NAMED_DATASETS",
+    "check_source",
+    "holds_text",
+    "load_batches",
+    "load_samples",
+    "read_mapping",
+]
 
 NAMED_DATASETS = ("wikitext2", "c4", "c4-new")
 FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet", ".pt")
 SEPARATOR = "<|endoftext|>"  # a line of its own between the documents of a .txt file
 
 
+@plain_torch()
 def load_batches(
     dataset: Any,
     tokenizer: Any,
@@ -78,6 +89,8 @@ def load_samples(
 ) -> list[tuple[Tensor, Tensor]]:
     """Sequences of token ids and their masks, each (S,) int64 with S <= `sequence_length`."""
     if isinstance(dataset, Mapping):
+        dataset = read_mapping(dataset)
+    if isinstance(dataset, Mapping):
         return _mix(dataset, tokenizer, num_samples, sequence_length, seed, text_column)
     if isinstance(dataset, str | Path):
         if str(dataset) in NAMED_DATASETS:
@@ -118,11 +131,27 @@ def holds_text(dataset: Any) -> bool:
     return isinstance(row, str) or (isinstance(row, Mapping) and "input_ids" not in row)
 
 
-def _mix(mix: Mapping, tokenizer: Any, num_samples: int, length: int, seed: int, column: str) -> list:
-    weights = {name: float(weight) for name, weight in mix.items()}
+def read_mapping(data: Mapping) -> list[Mapping] | dict[str, float]:
+    """What a mapping is: token ids as a tokenizer returns them, made the only row, or a mix of sources.
+
+    Raises:
+        ValueError: neither, such as the splits of a `datasets.DatasetDict`, or columns.
+    """
+    if hasattr(data.get("input_ids"), "__len__"):
+        return [data]
+    try:
+        return {name: float(weight) for name, weight in data.items()}
+    except (TypeError, ValueError, RuntimeError) as error:  # the last one of tensors
+        raise ValueError(
+            f"a {type(data).__name__} of {', '.join(map(repr, data))} has no weights, so it is no mix of sources; "
+            f"give one of its parts, for example dataset[{next(iter(data))!r}]"
+        ) from error
+
+
+def _mix(weights: dict[str, float], tokenizer: Any, num_samples: int, length: int, seed: int, column: str) -> list:
     total = sum(weights.values())
     if not weights or min(weights.values()) < 0 or not total > 0:
-        raise ValueError(f"a calibration mix needs sources with weights >= 0, not all zero; got {dict(mix)}")
+        raise ValueError(f"a calibration mix needs sources with weights >= 0, not all zero; got {weights}")
     exact = {name: num_samples * weight / total for name, weight in weights.items()}
     shares = {name: int(share) for name, share in exact.items()}
     by_remainder = sorted(exact, key=lambda name: shares[name] - exact[name])
@@ -193,8 +222,32 @@ def _usable_rows(dataset: Any, column: str) -> Iterator[Any]:
             row = row[column]
         if not (isinstance(row, str | Mapping | Tensor) or (isinstance(row, Sequence) and row)):
             raise ValueError(f"a calibration row is a {type(row).__name__}; give text, token ids or a dict of them")
-        if not isinstance(row, str) or row.strip():
+        if not isinstance(row, str):
+            yield from _sequences(row)
+        elif row.strip():
             yield row
+
+
+def _sequences(row: Any) -> Iterator[Any]:
+    """The sequences of a batch, each without the padding around it; a single one as it is."""
+    tokens = row if isinstance(row, Mapping) else {"input_ids": row}
+    if not _is_batch(tokens["input_ids"]):
+        yield row
+        return
+    ids = [torch.as_tensor(sequence).flatten() for sequence in tokens["input_ids"]]
+    for sequence, mask in zip(ids, tokens.get("attention_mask", map(torch.ones_like, ids)), strict=True):
+        mask = torch.as_tensor(mask).flatten()
+        real = mask.nonzero().flatten().tolist()
+        if real:
+            part = slice(real[0], real[-1] + 1)
+            yield {"input_ids": sequence[part], "attention_mask": mask[part]}
+
+
+def _is_batch(ids: Any) -> bool:
+    """Whether ids are those of several sequences: a matrix, or a list of lists or vectors."""
+    if isinstance(ids, Sequence):
+        return len(ids) > 1 and (isinstance(ids[0], Sequence) or getattr(ids[0], "ndim", 0) > 0)
+    return getattr(ids, "ndim", 0) > 1 and len(ids) > 1
 
 
 def _tokens(row: Any, tokenizer: Any, length: int) -> tuple[Tensor, Tensor]:

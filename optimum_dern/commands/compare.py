@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speed.add_argument("--prompt-length", type=int, default=512, metavar="N", help="(default: %(default)s)")
     speed.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decoded (default: %(default)s)")
     speed.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="auto", help="default: stored")
     parser.add_argument("--trust-remote-code", action="store_true", help="run modelling code from the checkpoints")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table (.md) or all figures (.json)")
@@ -88,8 +88,10 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Whatever can be refused before a model is loaded."""
     from ..calibration.data import check_source
+    from ..engine.torch_state import check_device
     from ..evaluation.tasks import load_tasks
 
+    check_device(args.device)
     for name in (args.original, *args.compressed):
         check_model_name(name)
     for name in ("sequence_length", "limit", "batch_size", "prompt_length", "new_tokens", "repeats"):

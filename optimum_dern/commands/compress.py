@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     parser.add_argument("--max-shard-size", metavar="SIZE", help='of one file, such as "5GB" (default: the source\'s)')
     parser.add_argument("--max-memory", metavar="SIZE", help='refuse what would take more, such as "8GiB"')
-    parser.add_argument("--device", default=None, help="cpu, cuda, mps (default: cuda where there is one)")
+    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
     add_config_arguments(parser, several=True)
 
 

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences (default: %(default)s)")
     how.add_argument("--lm-eval", action="store_true", help="score tasks with lm-eval (pip install lm-eval)")
     how.add_argument("--streamed", action="store_true", help="one decoder layer in memory at a time")
-    how.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
+    how.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write all figures as JSON")
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON line instead of tables")
@@ -74,7 +74,9 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Whatever can be refused before anything is loaded."""
     from ..calibration.data import check_source
+    from ..engine.torch_state import check_device
 
+    check_device(args.device)
     for name in (args.model, *([args.against] if args.against else [])):
         check_model_name(name)
     if not args.data and not args.tasks:

@@ -8,13 +8,13 @@ quantisation off, so that what comes back is the plain model.
 import tempfile
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..compressor import DernCompressor
 from ..config import DernConfig
+from ..engine.torch_state import check_device
 
 
 __all__ = ["DernModelForCausalLM", "DernQuantizer", "patch_transformers", "unpatch_transformers"]
@@ -29,8 +29,10 @@ class DernQuantizer(HfQuantizer):
     requires_calibration = False  # True would refuse every checkpoint that is not compressed yet
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse disk offload before anything is loaded: compressed weights would not reach the offload folder."""
+        """Refuse devices before anything is loaded; compressed weights would not reach an offload folder on disk."""
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        for device in () if self.pre_quantized else devices:
+            check_device(device)
         if "disk" in devices:
             raise ValueError(
                 "device_map puts weights on disk, where compression cannot replace them; load without disk offload, "
@@ -42,8 +44,7 @@ class DernQuantizer(HfQuantizer):
             return
         self.remove_quantization_config(model)  # transformers marks the model because there is a quantizer
         self.compressor = DernCompressor(self.quantization_config)
-        with torch.device("cpu"):  # transformers builds the model in a context of the meta device
-            self.batches = self.compressor.prepare(model)
+        self.batches = self.compressor.prepare(model)
         # With a quantizer, transformers before 5.23 installs tensors of any shape.
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 

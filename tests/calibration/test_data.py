@@ -6,8 +6,8 @@ import random
 import numpy
 import pytest
 import torch
-from datasets import Dataset
-from tiny import EOS, PAD, random_tokens, sample_texts, tiny_tokenizer
+from datasets import Dataset, DatasetDict
+from tiny import EOS, PAD, padded_batch, random_tokens, sample_texts, tiny_tokenizer
 
 from optimum_dern.calibration.data import load_batches, load_samples
 
@@ -47,9 +47,13 @@ EXPECTED = [ids_of(text) for text in TEXTS]
         Dataset.from_dict({"input_ids": EXPECTED}),
         iter(TEXTS),
         ["", *TEXTS, " \n"],
+        TOKENIZER(TEXTS, return_tensors="pt", padding=True),
+        [TOKENIZER(TEXTS[:7], return_tensors="np", padding=True), TOKENIZER(TEXTS[7:])],
+        [EXPECTED],
     ],
     ids=(
-        "list tuple rows dicts tensors-2d tensors ids encodings encodings-pt dataset token-dataset iterator blanks"
+        "list tuple rows dicts tensors-2d tensors ids encodings encodings-pt dataset token-dataset iterator blanks "
+        "batch batches id-batch"
     ).split(),
 )
 def test_objects(dataset):
@@ -160,6 +164,21 @@ def test_masks_are_kept():
     assert batch["attention_mask"].tolist() == [[0, 1, 1], [0, 1, 1]]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_come_apart(side):
+    """Rows of a batch are sequences of their own, each cut by itself; padding goes, gaps in a mask stay."""
+    batch = padded_batch([9, 4, 7], side)
+    batch["attention_mask"][2, 4] = 0  # real tokens on both sides
+    samples = load_samples([batch], None, 128, 6, 0)
+    assert [len(ids) for ids, _ in samples] == [6, 4, 6]
+    assert samples[0][0].equal(batch["input_ids"][0, :6])
+    assert samples[1][0].equal(batch["input_ids"][1][batch["attention_mask"][1].bool()])
+    assert [int(mask.sum()) for _, mask in samples] == [6, 4, 5]
+    assert len(load_samples([batch], None, 2, 6, 0)) == 2
+    whole = load_samples([{"input_ids": batch["input_ids"]}], None, 128, 9, 0)
+    assert torch.stack([ids for ids, _ in whole]).equal(batch["input_ids"])
+
+
 def test_padding_without_a_padding_token():
     """EOS pads where there is no padding token."""
     tokenizer = tiny_tokenizer()
@@ -182,6 +201,8 @@ def test_padding_without_a_padding_token():
         ([{"body": "x"}], ValueError, r"no column 'text', only \['body'\]; name it with text_column"),
         ({}, ValueError, "needs sources"),
         ({"a.txt": 0}, ValueError, "not all zero"),
+        (DatasetDict(train=Dataset.from_dict({"text": TEXTS})), ValueError, r"DatasetDict of 'train'.*\['train'\]"),
+        ({"text": TEXTS}, ValueError, r"dataset\['text'\]"),
         ({"a.txt": -1, "b.txt": 2}, ValueError, ">= 0"),
     ],
 )

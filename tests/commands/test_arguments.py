@@ -1,6 +1,7 @@
 """Command-line options to a `DernConfig`."""
 
 import argparse
+import json
 
 import pytest
 
@@ -45,6 +46,16 @@ def test_no_option_is_the_default():
 def test_fields(arguments, fields):
     """Each option sets the field of its name."""
     assert parse(*arguments.split()) == DernConfig(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"guard": 1}, {"neuron_refit": "no"}, {"seed": None}, {"seed": 1.5}])
+def test_values_of_another_kind(tmp_path, fields):
+    """A file's are checked like those of keywords, and so is what an option's own parser lets through."""
+    (tmp_path / "config.json").write_text(json.dumps(fields), "utf-8")
+    with pytest.raises(ValueError, match="but it must be"):
+        parse("--config", str(tmp_path / "config.json"))
+    with pytest.raises(ValueError, match="seed=-1, but it must be"):
+        parse("--seed=-1")
 
 
 @pytest.mark.parametrize(

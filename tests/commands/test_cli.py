@@ -218,12 +218,14 @@ def test_the_source_is_never_overwritten(capsys, checkpoint, text):
         (("--config", "UNKNOWN"), "num_expert"),
         pytest.param(("--dataset", "/nowhere/notes.txt"), "neither a file"),
         pytest.param(("--dataset", "c4", "--method", "distil"), "unknown method"),
+        (("--dataset", "c4", "--device", "mps"), "the device 'mps' has no float64"),
+        (("--config", "GUARD"), "guard=1, but it must be True or False"),
         pytest.param(("--dataset", "c4", "--selection", "astrology"), "unknown selection"),
     ],
 )
 def test_errors_before_anything_is_loaded(tmp_path, monkeypatch, capsys, checkpoint, arguments, match):
     """Wrong options cost no loading and write nothing."""
-    files = {"LIST": "[1]", "BROKEN": "{", "UNKNOWN": '{"num_expert": 4}'}
+    files = {"LIST": "[1]", "BROKEN": "{", "UNKNOWN": '{"num_expert": 4}', "GUARD": '{"guard": 1}'}
     for name, content in files.items():
         (tmp_path / name).write_text(content, "utf-8")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
@@ -283,6 +285,11 @@ def test_a_damaged_checkpoint(tmp_path, capsys, checkpoint, text):
     for file in checkpoint.iterdir():
         (source / file.name).write_bytes(file.read_bytes()[: 5000 if file.suffix == ".safetensors" else None])
     error_of(capsys, "compress", source, tmp_path / "out", "--dataset", text)
+
+
+def test_compare_on_mps(capsys, checkpoint):
+    """Its losses need float64, too."""
+    assert "the device 'mps' has no float64" in error_of(capsys, "compare", checkpoint, checkpoint, "--device", "mps")
 
 
 @pytest.mark.parametrize("arguments", [("--preset", "best"), ("--num-experts", "four"), ("--no-such-option",)])

@@ -133,6 +133,7 @@ def test_tables_and_output(capsys, tmp_path, files):
         (("--data", "TEXTS", "--against", "/nowhere/model"), "no checkpoint folder '/nowhere/model'"),
         (("--data", "TEXTS", "--against", "MODEL", "--cache", "TEXTS"), "is not an empty folder"),
         (("--data", "TEXTS", "--limit", "0"), "--limit is 0"),
+        (("--data", "TEXTS", "--device", "mps"), "the device 'mps' has no float64"),
         (("--data", "TEXTS", "--top-k", "-1"), "--top-k is -1"),
         (("--data", "TEXTS", "--output", "/nowhere/figures.json"), "no folder /nowhere"),
         (("--data", "TEXTS", "TEXTS/news.jsonl"), "two texts of --data are named 'news'"),

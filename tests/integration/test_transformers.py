@@ -83,6 +83,17 @@ def test_every_way_gives_the_compressed_model(load, source, expected):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("state", [torch.inference_mode, lambda: torch.autocast("cpu")], ids=["inference", "autocast"])
+def test_the_state_of_torch(state, source):
+    """Inference mode and autocast around loading change no bit of what the compressor gives."""
+    fields = {"num_experts": 4, "dataset": random_tokens(), "batch_size": 4}
+    with state():
+        model = by_auto_class(source, DernConfig(**fields))
+    expected = MixtralForCausalLM.from_pretrained(source)
+    DernCompressor(**fields).compress_model(expected)
+    assert same_state(state_of(model), state_of(expected))
+
+
 def test_other_auto_classes(source):
     """The base model, too, is compressed by its Auto class."""
     model = AutoModel.from_pretrained(source, quantization_config=DernConfig(dataset=random_tokens(), **FIELDS))
@@ -146,6 +157,12 @@ def test_disk_offload_is_refused(source, tmp_path):
         by_auto_class(
             source, DernConfig(dataset=random_tokens(), **FIELDS), device_map=device_map, offload_folder=tmp_path
         )
+
+
+def test_mps_is_refused(source):
+    """A device map to a device without float64."""
+    with pytest.raises(ValueError, match="the device 'mps' has no float64"):
+        by_auto_class(source, DernConfig(dataset=random_tokens(), **FIELDS), device_map={"": "mps"})
 
 
 def test_a_checkpoint_that_does_not_fit_its_config(source, tmp_path):

@@ -1,0 +1,36 @@
+"""What compression needs of torch itself, whatever the caller has set."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+
+__all__ = ["check_device", "plain_torch"]
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """New tensors are made on the CPU, may have gradients, and keep their precision; the caller's state comes back."""
+    accelerator = torch.accelerator.current_accelerator()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        if torch.empty(0).device.type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for kind in {"cpu", "cpu" if accelerator is None else accelerator.type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def check_device(device: object) -> None:
+    """Refuse a device, by name or not, that cannot add up in double precision.
+
+    Raises:
+        ValueError: naming it and the mend.
+    """
+    if str(device).partition(":")[0] == "mps":
+        raise ValueError(
+            f"the device {str(device)!r} has no float64, in which statistics and losses are summed up; use the CPU "
+            "(--device cpu, device='cpu', or model.to('cpu'))"
+        )

@@ -6,7 +6,9 @@
 Most groups change one thing in `preset="paper"` (nothing is refitted, no guard), as the ablations of the paper do
 (arXiv 2509.10377).  "recombination" tries other rules than the paper's (`segment_rules.py`), without and with refits,
 and "recommended" switches steps of `preset="recommended"` off.  Figures are increases of the loss over
-the full model in nats per token, mean over the domains of the evaluation text.
+the full model in nats per token, mean over the domains of the evaluation text, each file's first windows (those of
+`quality.py` are drawn from the whole file).  Results are merged into the output file: a later run of the same settings
+adds groups or variants.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import segment_rules  # noqa: F401 - registers the methods of the group "recombination"
 import torch
+from results_file import check_settings, read_results, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -41,6 +44,7 @@ RULES = {
     "the same, function space": OWN | {"method": "choose, function space"},
     "the best of those routed together": OWN | {"method": "choose, routed together"},
 }
+TEXTS = {"calibration": "calibration", "evaluation": "evaluation"}  # of files that do not name them
 EVERY_REFIT = {"preset": "recommended", "guard": False}  # in every layer the method's own result
 GROUPS = {
     "controls": {
@@ -85,7 +89,9 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()
-    results = json.loads(args.output.read_text("utf-8")) if args.output.exists() else {}
+    for path in args.models:
+        check_settings(args.output, path.name, settings(args), TEXTS)
+    results = read_results(args.output)
     for path in args.models:
         started = time.perf_counter()
         measured = results.get(path.name, {}).get("increase", {})
@@ -93,8 +99,7 @@ def main() -> None:
             measured[group] = measured.get(group, {}) | variants
         seconds = round(time.perf_counter() - started)
         results[path.name] = {"settings": settings(args), "increase": measured, "seconds": seconds}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        write_results(args.output, results, indent=1)
         print(markdown_tables(path.name, measured), flush=True)
     if args.plots:
         plot(results, args.plots)
@@ -179,7 +184,8 @@ def plot(results: dict, folder: Path) -> None:
 def settings(args: argparse.Namespace) -> dict:
     """What the figures depend on."""
     names = ("sparsity", "num_samples", "sequence_length", "windows", "seeds", "threads")
-    return {name: getattr(args, name) for name in names} | {"version": __version__, "torch": torch.__version__}
+    texts = {name: getattr(args, name).name for name in TEXTS}
+    return {name: getattr(args, name) for name in names} | texts | {"version": __version__, "torch": torch.__version__}
 
 
 def parse_arguments() -> argparse.Namespace:

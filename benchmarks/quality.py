@@ -4,13 +4,18 @@
     python benchmarks/quality.py MODEL --calibration TEXT --evaluation TEXT
     python benchmarks/quality.py --sparsity 0.25 0.5 0.75 --seeds 5 --tasks-folder BENCH --tasks blimp lambada_openai
     python benchmarks/quality.py --data DATA --num-samples 2048     # more text: DATA/text/DOMAIN/train.txt
+    python benchmarks/quality.py MODEL --data DATA --evaluation DATA --at-once 8     # DATA/text/DOMAIN/test.txt
 
 Every method gets the same calibration sequences (a new draw per seed), of which the oneshot ones share one pass, and
 the same evaluation windows.  Variants: `published`, the method as its paper has it; `refit`, with the ridge refit of
-the retained experts' down projections; `router`, with the router's refit too, each step taken only where the guard's
-held-out error falls.  `recommended` is this package's default.  "same keep-set" prunes exactly the experts that
+the retained experts' down projections; `guard`, in every layer whatever has the lowest error on held-out tokens: the
+method's own result or plain pruning, as it is, scaled, or refitted with one of three ridges; `router`, the same with
+the router's refit.  `recommended` is this package's default.  "same keep-set" prunes exactly the experts that
 `recommended` of that seed dropped.  Results are merged into the output file: a later run of the same settings adds
 draws, sparsities or variants.  `benchmarks/quality_table.py` makes tables and the plot from it.
+
+The results of a draw are in memory together, beside the full model and a copy of it.  `--at-once` makes several passes
+of fewer results each: on a CPU the figures are the same to the bit.
 """
 
 import argparse
@@ -20,13 +25,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from quality_table import markdown_tables
+from results_file import add_rows, check_settings
+from splits import load_held_out, split_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -38,7 +45,7 @@ from optimum_dern.engine.targets import LayersAside, Target
 from optimum_dern.evaluation.accuracy import TaskResult, evaluate_tasks
 from optimum_dern.evaluation.agreement import agreement
 from optimum_dern.evaluation.logits_cache import LogitsCache, cache_logits
-from optimum_dern.evaluation.perplexity import evaluate_texts, load_texts
+from optimum_dern.evaluation.perplexity import evaluate_texts
 from optimum_dern.evaluation.tasks import load_tasks
 from optimum_dern.models.size import measure_model
 from optimum_dern.models.structure import find_moe_layers
@@ -56,9 +63,12 @@ METHODS = {
 VARIANTS = {
     "published": {"preset": "paper"},
     "refit": {"preset": "paper", "refit": True},
+    "guard": {"preset": "paper", "refit": True, "guard": True},
     "router": {"preset": "paper", "refit": True, "router_refit": True, "guard": True},
 }
 RECOMMENDED, SAME_KEEP_SET = "recommended", "prune, same keep-set"
+USUAL = {"device": "cpu", "dtype": "float32", "evaluation": "evaluation"}
+Name = tuple[str, str, float]  # method, variant and sparsity of a result
 
 
 @dataclass(frozen=True)
@@ -75,15 +85,17 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()
-    for path in [Path(args.model)] if args.model else [TINY / "scratch", TINY / "upcycled"]:
-        check_settings(args, path.name)
+    paths = [Path(args.model)] if args.model else [TINY / "scratch", TINY / "upcycled"]
+    for path in paths:
+        check_settings(args.output, path.name, settings(args))
+    for path in paths:
         with tempfile.TemporaryDirectory() as folder:
             subject, result = prepare(path, args, folder)
             for seed in range(args.first_seed, args.first_seed + args.seeds):
                 started = time.perf_counter()
                 result["rows"] = measure(subject, args, seed)
                 result["seconds"] = round(time.perf_counter() - started)
-                result = save(args.output, path.name, result)  # after every draw: a long run may be cut
+                result = add_rows(args.output, path.name, result)  # after every draw: a long run may be cut
         print(markdown_tables(path.name, result), flush=True)
     print(json.dumps({"output": str(args.output)}))
 
@@ -91,8 +103,8 @@ def main() -> None:
 def prepare(path: Path, args: argparse.Namespace, folder: str) -> tuple[Subject, dict[str, Any]]:
     """The subject, and its own figures."""
     tokenizer = AutoTokenizer.from_pretrained(path)
-    full = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    texts = load_texts(args.evaluation, tokenizer, args.sequence_length, limit=args.windows)
+    full = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, args.dtype)).to(args.device).eval()
+    texts = load_held_out(args.evaluation, tokenizer, args.sequence_length, args.windows)
     tasks = load_tasks(args.tasks, args.tasks_folder, args.limit)
     accuracies = evaluate_tasks(full, tokenizer, tasks) if tasks else {}
     above = [task for task in tasks if is_above_chance(accuracies[task.name])]
@@ -113,112 +125,108 @@ def is_above_chance(result: TaskResult) -> bool:
 
 def measure(subject: Subject, args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     """A row for every method, variant and sparsity of one calibration draw."""
-    rows = []
-    for row, compressed in compress_all(subject, args, seed):
-        model = copy.deepcopy(subject.model)
-        compressed.write_(model, find_moe_layers(model))
-        found = agreement(model, subject.cache)
-        row["parameters"] = measure_model(model, find_moe_layers(model)).parameters
-        for name, figure in (("loss", "loss_increase"), ("kl", "kl"), ("top1", "top1")):
-            row[name] = {text: getattr(value, figure).value for text, value in found.items()}
-        if subject.tasks and seed < args.task_seeds:
-            results = evaluate_tasks(model, subject.tokenizer, subject.tasks)
-            row["tasks"] = {name: result.main.value for name, result in results.items()}
-        rows.append(row)
-        name = " ".join(str(row[part]) for part in ("seed", "sparsity", "method", "variant"))
-        print(f"{name:45s} {statistics.fmean(row['loss'].values()):+.4f}", flush=True)
-    return rows
+    names = ("num_samples", "sequence_length")
+    data = {"dataset": calibration_source(args), "batch_size": 8, "seed": seed}
+    data |= {name: getattr(args, name) for name in names}
+    subject = subject if seed < args.task_seeds else replace(subject, tasks=[])
+    batches = load_batches(tokenizer=subject.tokenizer, **data)
+    rows, retained = measure_configs(subject, batches, configs_of(args, data), args.at_once)
+    prune = {"method": "prune", "preset": "paper", **data}
+    configs = {
+        (SAME_KEEP_SET, "", s): DernConfig(sparsity=s, protect_experts=retained[m, v, s], **prune)
+        for m, v, s in retained
+        if m == RECOMMENDED
+    }
+    return rows + measure_configs(subject, batches, configs, args.at_once)[0]
 
 
-def check_settings(args: argparse.Namespace, name: str) -> None:
-    """Figures of other settings are not mixed with new ones."""
-    known = json.loads(args.output.read_text("utf-8")).get(name) if args.output.exists() else None
-    if known and known["settings"] != settings(args):
-        differing = [key for key, value in settings(args).items() if known["settings"].get(key) != value]
-        sys.exit(f"{args.output} has figures of {name} with other {', '.join(differing)}; give another --output")
-
-
-def save(path: Path, name: str, result: dict[str, Any]) -> dict[str, Any]:
-    """Put one model's new rows beside what the file has; returns all of the model's."""
-    results = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    known = results.get(name, {"rows": [], "seconds": 0, "tasks": {}})
-
-    def key(row: dict[str, Any]) -> tuple:
-        return tuple(row[part] for part in ("method", "variant", "sparsity", "seed"))
-
-    new = {key(row) for row in result["rows"]}
-    rows = [row for row in known["rows"] if key(row) not in new] + result["rows"]
-    seconds, tasks = known["seconds"] + result["seconds"], known["tasks"] | result["tasks"]
-    merged = result | {"rows": rows, "seconds": seconds, "tasks": tasks}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**results, name: merged}) + "\n", "utf-8")
-    return merged
-
-
-def compress_all(subject: Subject, args: argparse.Namespace, seed: int) -> Iterator[tuple[dict, LayersAside]]:
-    """Every result of one calibration draw, out of as few passes as may be."""
-    full, layers = subject.model, find_moe_layers(subject.model)
-    options = {"num_samples": args.num_samples, "sequence_length": args.sequence_length, "batch_size": 8, "seed": seed}
-    source = str(args.calibration)
-    if args.data:
-        source = {str(file): 1.0 for file in sorted(args.data.glob("text/*/train.txt"))}
-        if not source:
-            sys.exit(f"{args.data} has no text/DOMAIN/train.txt; give a folder that has, or --calibration")
-    data = {"dataset": source, **options}
-    batches = load_batches(source, subject.tokenizer, **options)
+def configs_of(args: argparse.Namespace, data: Mapping[str, Any]) -> dict[Name, DernConfig]:
+    """What is asked for of one calibration draw, but for what takes its experts from another result."""
     names = [
         (method, variant, sparsity)
         for sparsity in args.sparsity
         for method in args.methods
         if method != RECOMMENDED
         for variant in args.variants
-        if variant == "published" or (seed < args.refit_seeds and sparsity in args.refit_sparsity)
+        if variant == "published" or (data["seed"] < args.refit_seeds and sparsity in args.refit_sparsity)
     ]
     configs = {(m, v, s): DernConfig(sparsity=s, **METHODS[m], **VARIANTS[v], **data) for m, v, s in names}
     if RECOMMENDED in args.methods:
         configs |= {(RECOMMENDED, "", s): DernConfig(sparsity=s, **data) for s in args.sparsity}
-    done = run(full, layers, batches, configs)
-    yield from ((row_of(name, seed, sink), sink) for name, sink in done.items())
-    keep = {
-        s: {r.layer: r.retained for r in sink.finished.values() if r}
-        for (m, _, s), sink in done.items()
-        if m == RECOMMENDED
-    }
-    prune = {"method": "prune", "preset": "paper", **data}
-    configs = {
-        (SAME_KEEP_SET, "", s): DernConfig(sparsity=s, protect_experts=experts, **prune) for s, experts in keep.items()
-    }
-    if keep:
-        yield from ((row_of(name, seed, sink), sink) for name, sink in run(full, layers, batches, configs).items())
+    return configs
 
 
-def run(full: Any, layers: list, batches: list[dict], configs: dict[tuple, DernConfig]) -> dict[tuple, LayersAside]:
+def measure_configs(
+    subject: Subject, batches: list[dict], configs: Mapping[Name, DernConfig], at_once: int | None
+) -> tuple[list[dict[str, Any]], dict[Name, dict[int, list[int]]]]:
+    """A row a config, and the experts that it retained by decoder layer; `at_once` of them share a pass."""
+    rows, retained, names = [], {}, list(configs)
+    size = at_once or max(1, len(names))
+    for start in range(0, len(names), size):
+        chunk = names[start : start + size]
+        results = run(subject.model, batches, {name: configs[name] for name in chunk})
+        for name in chunk:
+            retained[name] = {r.layer: r.retained for r in results[name].finished.values() if r}
+            rows.append(
+                measure_one(subject, name, configs[name].seed, results.pop(name))
+            )  # pop: its memory is free then
+    return rows, retained
+
+
+def run(full: Any, batches: list[dict], configs: Mapping[Name, DernConfig]) -> dict[Name, LayersAside]:
     """One pass for all configs; the model stays as it is."""
+    layers = find_moe_layers(full)
     sinks = {name: LayersAside(full, layers) for name in configs}
     targets = [Target(config, check_request(config, full, layers), sinks[name]) for name, config in configs.items()]
     compress_layers_(full, layers, batches, targets)
     return sinks
 
 
-def row_of(name: tuple[str, str, float], seed: int, sink: LayersAside) -> dict[str, Any]:
-    """What a result is, before it is measured."""
-    reports = [report for report in sink.finished.values() if report]
-    return {
-        **dict(zip(("method", "variant", "sparsity"), name, strict=True)),
-        "seed": seed,
-        "winners": [report.winner for report in reports],
-        "seconds": round(sum(report.seconds for report in reports), 3),
-    }
+def measure_one(subject: Subject, name: Name, seed: int, compressed: LayersAside) -> dict[str, Any]:
+    """The row of one result."""
+    reports = [report for report in compressed.finished.values() if report]
+    row = dict(zip(("method", "variant", "sparsity"), name, strict=True)) | {"seed": seed}
+    row |= {"winners": [r.winner for r in reports], "seconds": round(sum(r.seconds for r in reports), 3)}
+    model = copy.deepcopy(subject.model)
+    compressed.write_(model, find_moe_layers(model))
+    row["parameters"] = measure_model(model, find_moe_layers(model)).parameters
+    found = agreement(model, subject.cache)
+    for key, figure in (("loss", "loss_increase"), ("kl", "kl"), ("top1", "top1")):
+        row[key] = {text: getattr(value, figure).value for text, value in found.items()}
+    if subject.tasks:
+        results = evaluate_tasks(model, subject.tokenizer, subject.tasks)
+        row["tasks"] = {task: result.main.value for task, result in results.items()}
+    title = " ".join(str(row[part]) for part in ("seed", "sparsity", "method", "variant"))
+    print(f"{title:45s} {statistics.fmean(row['loss'].values()):+.4f}", flush=True)
+    return row
+
+
+def calibration_source(args: argparse.Namespace) -> str | dict[str, float]:
+    """Where the calibration text is."""
+    if not args.data:
+        paths = [str(path) for path in args.calibration]
+        return paths[0] if len(paths) == 1 else dict.fromkeys(paths, 1.0)
+    source = {str(file): 1.0 for file in split_files(args.data, "train").values()}
+    if not source:
+        sys.exit(f"{args.data} has no text/DOMAIN/train.txt; give a folder that has, or --calibration")
+    return source
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on, for the result file."""
+    """What the figures depend on, for the result file; what `USUAL` has is left out, as older files have it."""
     names = ("num_samples", "sequence_length", "windows", "threads", "limit")
-    text = "DATA/text/*/train.txt" if args.data else args.calibration.name
+    text = "DATA/text/*/train.txt" if args.data else " ".join(path.name for path in args.calibration)
+    split = split_files(args.evaluation, "test")
+    unusual = {
+        "device": torch.device(args.device).type,
+        "dtype": args.dtype,
+        "evaluation": "DATA/text/*/test.txt" if split else args.evaluation.name,
+    }
     versions = {"version": __version__, "torch": torch.__version__}
     return (
         {name: getattr(args, name) for name in names}
         | {"calibration": text}
+        | {name: value for name, value in unusual.items() if value != USUAL[name]}
         | versions
         | {"recommended": DernConfig().to_dict()}
     )
@@ -227,9 +235,11 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="checkpoint folder (default: both models of examples/tiny_moe)")
-    parser.add_argument("--calibration", type=Path, default=TINY / "text" / "calibration", help="file or folder")
+    calibration = [TINY / "text" / "calibration"]
+    parser.add_argument("--calibration", type=Path, nargs="+", default=calibration, help="files or folders")
     parser.add_argument("--data", type=Path, help="folder with text/DOMAIN/train.txt to calibrate on instead")
-    parser.add_argument("--evaluation", type=Path, default=TINY / "text" / "evaluation", help="file or folder")
+    evaluation = TINY / "text" / "evaluation"
+    parser.add_argument("--evaluation", type=Path, default=evaluation, help="file, or folder like those of the above")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5])
     parser.add_argument("--methods", nargs="+", default=[*METHODS, RECOMMENDED], choices=[*METHODS, RECOMMENDED])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
@@ -244,9 +254,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tasks-folder", type=Path)
     parser.add_argument("--limit", type=int, default=500, help="items a task (default: %(default)s)")
     parser.add_argument("--task-seeds", type=int, default=1, help="calibration draws that tasks are scored for")
+    parser.add_argument("--at-once", type=int, help="results in memory at once (default: all of a draw)")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.at_once is not None and args.at_once < 1:
+        parser.error(f"--at-once is {args.at_once}; give at least 1")
+    return args
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 
-ORDER = ("published", "refit", "router", "")
+VARIANTS = {"published": "as published", "refit": "+ refit", "guard": "+ guard", "router": "+ router refit"}
+OPTIONAL = ("guard",)  # no column where there is no row
 
 
 def markdown_tables(name: str, result: dict[str, Any]) -> str:
@@ -52,15 +53,18 @@ def recovery(results: dict[str, Any]) -> str:
 
 def recovery_at(results: dict[str, Any], sparsity: float) -> str:
     """A row a method, a column a model and variant."""
-    variants = {"published": "as published", "refit": "+ refit", "router": "+ router refit"}
-    columns, cells = [(name, variant) for name in results for variant in variants], {}
+    columns, cells = {}, {}
     for name, result in results.items():
         rows = [row for row in result["rows"] if row["sparsity"] == sparsity]
         draws = {row["seed"] for row in rows if row["variant"] == "router"}
-        for row in (row for row in rows if row["seed"] in draws and row["variant"] in variants):
+        rows = [row for row in rows if row["seed"] in draws and row["variant"] in VARIANTS]
+        there = {row["variant"] for row in rows}
+        for variant, title in VARIANTS.items():
+            if variant in there or variant not in OPTIONAL:
+                columns[name, variant] = f"`{name}`, {title}"
+        for row in rows:
             cells.setdefault(row["method"], {}).setdefault((name, row["variant"]), []).append(row)
-    order = [column for column in columns if column[1] == "router"]
-    return table_of(cells, {(name, variant): f"`{name}`, {variants[variant]}" for name, variant in columns}, order)
+    return table_of(cells, columns, [column for column in columns if column[1] == "router"])
 
 
 def table_of(cells: dict[str, dict[tuple, list[dict]]], columns: dict[tuple, str], order: list[tuple]) -> str:

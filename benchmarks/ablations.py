@@ -4,11 +4,11 @@
     python benchmarks/ablations.py --plots docs/source/images
 
 Most groups change one thing in `preset="paper"` (nothing is refitted, no guard), as the ablations of the paper do
-(arXiv 2509.10377).  "recombination" tries other rules than the paper's (`segment_rules.py`), without and with refits,
-and "recommended" switches steps of `preset="recommended"` off.  Figures are increases of the loss over
-the full model in nats per token, mean over the domains of the evaluation text, each file's first windows (those of
-`quality.py` are drawn from the whole file).  Results are merged into the output file: a later run of the same settings
-adds groups or variants.
+(arXiv 2509.10377).  "hope" is about that criterion (`hope_rules.py`), "recombination" tries other rules than the
+paper's (`segment_rules.py`), without and with refits, and "recommended" switches steps of `preset="recommended"` off.
+Figures are increases of the loss over the full model in nats per token, mean over the domains of the evaluation text,
+each file's first windows (those of `quality.py` are drawn from the whole file).  Results are merged into the output
+file: a later run of the same settings adds groups or variants.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import statistics
 import time
 from pathlib import Path
 
+import hope_rules  # noqa: F401 - registers a method of the group "hope"
 import segment_rules  # noqa: F401 - registers the methods of the group "recombination"
 import torch
 from results_file import check_settings, read_results, write_results
@@ -66,6 +67,10 @@ GROUPS = {
         "down": MOVING | {"similarity_weights": (0, 0, 1)},
     },
     "router update": {update: MOVING | {"router_update": update} for update in ("none", "rows")},
+    "hope": {
+        "as published": {"preset": "paper", "method": "prune", "selection": "hope"},
+        "over all tokens": {"preset": "paper", "method": "hope, over all tokens"},
+    },
     "recombination": RULES,
     "recombination+refit": {name: rule | {"refit": True} for name, rule in RULES.items()},
     "recombination+all": {name: rule | EVERY_REFIT for name, rule in RULES.items()},

@@ -1,0 +1,28 @@
+"""HOPE's matrix averaged over other tokens than the paper's, for `ablations.py`: a method, by importing this.
+
+HOPE (arXiv 2609.18916) takes F_ij as the mean of a_i a_j over the tokens that chose both experts, so that a pair that
+meets once counts like one that always works together.  As a mean over all tokens, p^T F p is what the pruned experts
+have put out together, squared and averaged: E (sum over pruned i of a_i)^2.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from optimum_dern import DernConfig
+from optimum_dern.core.hope import hope
+from optimum_dern.core.selection import Places
+from optimum_dern.methods import Candidate, LayerProblem, register_method
+
+
+@register_method("hope, over all tokens")
+class HopeOverAllTokens:
+    """Expert pruning by that."""
+
+    needs_tokens = False
+
+    def compress_layer(self, problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
+        layer, statistics = problem.layer, problem.layer.statistics
+        everywhere = replace(statistics, together=torch.full_like(statistics.together, statistics.tokens))
+        _, retained = hope(everywhere, Places(len(problem.retained), layer.num_groups, problem.protected))
+        return {"pruned": Candidate(layer.segments.select(retained), retained=retained)}

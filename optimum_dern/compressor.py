@@ -48,7 +48,13 @@ class DernCompressor:
 
         Raises:
             ValueError: a model, device, count or dataset that cannot work.
+            TypeError: a path or Hub id instead of a model.
         """
+        if isinstance(model, str | Path):
+            raise TypeError(
+                f"compress_model takes a loaded model, not {str(model)!r}; compress_checkpoint(MODEL, OUTPUT) takes a "
+                "folder or Hub id, or load it with AutoModelForCausalLM.from_pretrained first"
+            )
         from .calibration.description import describe_calibration
         from .checkpoint.orientation import keep_orientation_
         from .checkpoint.publishing import keep_publishable_
@@ -208,13 +214,13 @@ class DernCompressor:
         """Write a compressed model as an ordinary checkpoint with its card, report and provenance.
 
         Args:
-            model: what `compress_model` returned.
+            model: what `compress_model` returned, trained since then or not.
             output: folder; created if missing, files of an earlier checkpoint in it are replaced.
             tokenizer: object, Hub id or path; by default the files beside a local source checkpoint.
             max_shard_size: of one safetensors file.
 
         Raises:
-            ValueError: nothing has been compressed by this compressor yet.
+            ValueError: nothing has been compressed by this compressor yet, another model, or the source's own folder.
         """
         from .checkpoint.writer import save_checkpoint
 
@@ -252,7 +258,7 @@ class DernCompressor:
             URL of the commit.
 
         Raises:
-            ValueError: nothing has been compressed by this compressor yet.
+            ValueError: as in `save`.
             HubPushError: the Hub refused; the message names the folder that holds the checkpoint.
         """
         from .checkpoint.hub import push_checkpoint

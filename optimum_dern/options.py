@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-__all__ = ["CHOICES", "PRESETS", "DernOptions"]
+__all__ = ["CHOICES", "OFF", "PRESETS", "DernOptions"]
 
 PRESETS = {
     "recommended": {
@@ -40,6 +40,7 @@ OF_METHODS = {  # what a method's paper fixes, where the user does not
     "mergemoe": {"selection": "frequency"},
     "sub_moe": {"selection": "frequency"},
 }
+OFF = {"router_refit": False, "neuron_refit": False, "drift_correction": 0.0}
 CHOICES = {
     "preset": tuple(PRESETS),
     "router_update": ("none", "rows"),
@@ -47,6 +48,9 @@ CHOICES = {
     "calibration_order": ("sequential", "oneshot"),
     "layer_budget": ("uniform", "error"),
 }
+PROTECTION = (
+    "map decoder layers to lists of experts, like {3: [0, 5]}, be 'super', or be the path of a dern_report.json"
+)
 # Of fields, by annotation and by name: what is accepted, and its words.
 KINDS = {bool: (bool, "True or False"), int: (Integral, "a whole number"), float: (Real, "a number")}
 COUNTS = (
@@ -76,10 +80,11 @@ def _option(default: Any, help: str) -> Any:
 class DernOptions:
     """How to compress a Mixture-of-Experts model.
 
-    Fields left at None that a preset names take the preset's value when the options are made.
+    Fields left at None that a preset names take the preset's value when the options are made, or are off where they
+    would have no effect beside the others.
 
     Raises:
-        ValueError: a value outside its range; the message names the legal ones.
+        ValueError: a value outside its range, or without effect; the message names the legal ones.
         TypeError: an unknown field.
     """
 
@@ -136,10 +141,10 @@ class DernOptions:
 
     def __post_init__(self) -> None:
         self._choose("preset")
-        of_method = OF_METHODS.get(self.method, {})
-        for name, value in {**PRESETS[self.preset], "selection": "router", **of_method}.items():
+        defaults = {**PRESETS[self.preset], "selection": "router", **OF_METHODS.get(self.method, {})}
+        for name in ("refit", "calibration_order", *defaults):  # the first two decide about others
             if getattr(self, name) is None:
-                setattr(self, name, value)
+                setattr(self, name, OFF[name] if name in self._idle() else defaults[name])
         for name in CHOICES:
             self._choose(name)
         if isinstance(self.protect_experts, str | Path) and self.protect_experts != "super":
@@ -147,6 +152,7 @@ class DernOptions:
         self._check_amount()
         for option in fields(DernOptions):
             self._check_value(option)
+        self._check_effects()
         self._check_similarity()
         if isinstance(self.dataset, Path):
             self.dataset = str(self.dataset)
@@ -163,6 +169,18 @@ class DernOptions:
     def corrects_drift(self) -> bool:
         """Whether refits also make up for what compressed layers before have changed."""
         return self.calibration_order == "sequential" and bool(self.refit) and self.drift_correction > 0
+
+    def _idle(self) -> dict[str, str]:
+        """Options without effect beside the others, and what they would need."""
+        if self.refit is not None and not self.refit:
+            return dict.fromkeys(OFF, "refit=True")
+        return {"drift_correction": "calibration_order='sequential'"} if self.calibration_order == "oneshot" else {}
+
+    def _check_effects(self) -> None:
+        for name, needed in self._idle().items():
+            if getattr(self, name):
+                given = f"{name}={getattr(self, name)!r}"
+                raise ValueError(f"{given} has no effect without {needed}; give {needed}, or leave {name} out")
 
     def _choose(self, name: str) -> None:
         if getattr(self, name) not in CHOICES[name]:
@@ -195,7 +213,9 @@ class DernOptions:
             layers = json.loads(path.read_text("utf-8"))["layers"]
             self.protect_experts = {layer["layer"]: layer["retained"] for layer in layers}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"protect_experts={str(path)!r} is not a dern_report.json ({error!r})") from error
+            raise ValueError(
+                f"protect_experts={str(path)!r} is not a dern_report.json ({error!r}); it must {PROTECTION}"
+            ) from error
         if self.sparsity is None and self.num_experts is None:
             self.num_experts = max(map(len, self.protect_experts.values()), default=None)
 
@@ -210,8 +230,5 @@ class DernOptions:
 
 def _normalised_protection(protect: Any) -> dict[int, list[int]]:
     if not isinstance(protect, Mapping):
-        raise ValueError(
-            f"protect_experts={protect!r}, but it must map decoder layers to lists of experts, like {{3: [0, 5]}}, be "
-            "'super', or be the path of a dern_report.json"
-        )
+        raise ValueError(f"protect_experts={protect!r}, but it must {PROTECTION}")
     return {int(layer): sorted({int(expert) for expert in experts}) for layer, experts in protect.items()}

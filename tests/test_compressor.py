@@ -4,6 +4,7 @@ import copy
 import json
 import random
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy
 import pytest
@@ -269,3 +270,10 @@ def test_a_model_made_in_inference_mode(undisturbed):
         model = make_model("mixtral")
         DernCompressor(**DRAWN).compress_model(model)
     assert same_state(state_of(model), undisturbed[1])
+
+
+@pytest.mark.parametrize("model", ["./mixtral", Path("mixtral")])
+def test_a_path_is_no_model(model):
+    """The message tells what takes one."""
+    with pytest.raises(TypeError, match="takes a loaded model, not '.*mixtral'; compress_checkpoint"):
+        DernCompressor().compress_model(model)

@@ -8,13 +8,14 @@
     a folder                                                   all its files, in equal shares
     {source: weight}                                           a mix: `num_samples` is shared in proportion
 
+What a source of a folder or a mix has too little of comes from the others.
 Samples are drawn with a local generator; no global random state changes.
 """
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,13 @@ from torch import Tensor
 
 from ..engine.torch_state import plain_torch
 from .description import describe_dataset
+from .files import FILE_TYPES, data_files, listed, read_rows, read_text
 
 
-__all__ = [
-    "FILE_TYPES",
-    "NAMED_DATASETS",
-    "check_source",
-    "holds_text",
-    "load_batches",
-    "load_samples",
-    "read_mapping",
-]
+__all__ = ["NAMED_DATASETS", "check_source", "holds_text", "load_batches", "load_samples", "read_mapping"]
 
+logger = getLogger(__name__)
 NAMED_DATASETS = ("wikitext2", "c4", "c4-new")
-FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet", ".pt")
 SEPARATOR = "<|endoftext|>"  # a line of its own between the documents of a .txt file
 
 
@@ -97,11 +91,11 @@ def load_samples(
             return _named(str(dataset), _required(tokenizer, dataset), num_samples, sequence_length, seed)
         path = check_source(dataset)
         if path.is_dir():
-            files = sorted(str(file) for file in path.iterdir() if file.suffix in FILE_TYPES)
+            files = map(str, data_files(path))
             return _mix(dict.fromkeys(files, 1), tokenizer, num_samples, sequence_length, seed, text_column)
         if path.suffix == ".txt":
             return _windows(path, _required(tokenizer, path), num_samples, sequence_length, seed)
-        dataset = _read_rows(path)
+        dataset = read_rows(path)
     rows = _draw(list(_usable_rows(dataset, text_column)), num_samples, seed)
     samples = (_tokens(row, tokenizer, sequence_length) for row in rows)
     return [(ids, mask) for ids, mask in samples if len(ids)]
@@ -149,16 +143,30 @@ def read_mapping(data: Mapping) -> list[Mapping] | dict[str, float]:
 
 
 def _mix(weights: dict[str, float], tokenizer: Any, num_samples: int, length: int, seed: int, column: str) -> list:
-    total = sum(weights.values())
-    if not weights or min(weights.values()) < 0 or not total > 0:
+    if not weights or min(weights.values()) < 0 or not sum(weights.values()) > 0:
         raise ValueError(f"a calibration mix needs sources with weights >= 0, not all zero; got {weights}")
-    exact = {name: num_samples * weight / total for name, weight in weights.items()}
+    shares, short = _shares(weights, num_samples), {}
+    parts: dict[str, list] = dict.fromkeys(weights, [])
+    while changed := {name: share for name, share in shares.items() if share > len(parts[name]) and name not in short}:
+        parts |= {name: load_samples(name, tokenizer, n, length, seed, column) for name, n in changed.items()}
+        short |= {name: len(parts[name]) for name, share in changed.items() if len(parts[name]) < share}
+        others = {name: weight for name, weight in weights.items() if weight and name not in short}
+        shares = short | _shares(others, num_samples - sum(short.values()))
+    if short and others:
+        found = listed([f"{name} has {count}" for name, count in short.items()])
+        logger.warning("too few sequences for a source's share: %s; the other sources give the rest", found)
+    return [sample for part in parts.values() for sample in part]
+
+
+def _shares(weights: dict[str, float], count: int) -> dict[str, int]:
+    """A whole number for each, in proportion; what is left over goes to the largest fractions."""
+    total = sum(weights.values())
+    exact = {name: count * weight / total for name, weight in weights.items()}
     shares = {name: int(share) for name, share in exact.items()}
     by_remainder = sorted(exact, key=lambda name: shares[name] - exact[name])
-    for name in by_remainder[: num_samples - sum(shares.values())]:
+    for name in by_remainder[: count - sum(shares.values())]:
         shares[name] += 1
-    parts = [load_samples(name, tokenizer, share, length, seed, column) for name, share in shares.items() if share]
-    return [sample for part in parts for sample in part]
+    return shares
 
 
 def _named(name: str, tokenizer: Any, num_samples: int, length: int, seed: int) -> list:
@@ -170,7 +178,7 @@ def _named(name: str, tokenizer: Any, num_samples: int, length: int, seed: int) 
 
 
 def _windows(path: Path, tokenizer: Any, num_samples: int, length: int, seed: int) -> list:
-    documents = [text for text in path.read_text("utf-8").split(f"\n{SEPARATOR}\n") if text.strip()]
+    documents = [text for text in read_text(path).split(f"\n{SEPARATOR}\n") if text.strip()]
     stream: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []:
@@ -180,32 +188,6 @@ def _windows(path: Path, tokenizer: Any, num_samples: int, length: int, seed: in
     if len(windows) > 1 and len(windows[-1]) < length:
         windows.pop()  # whole windows only, so that nothing needs padding
     return [(window, torch.ones_like(window)) for window in _draw(windows, num_samples, seed) if len(window)]
-
-
-def _read_rows(path: Path) -> Any:
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
-    if path.suffix == ".json":
-        return _listed(json.loads(path.read_text("utf-8")), path)
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    if path.suffix == ".pt":
-        rows = torch.load(path, weights_only=True)
-        return list(rows) if isinstance(rows, Tensor) and rows.dim() == 2 else _listed(rows, path)
-    raise ValueError(
-        f"cannot read calibration data from {path.name!r}; give one of {', '.join(FILE_TYPES)}, or a folder"
-    )
-
-
-def _listed(rows: Any, path: Path) -> list:
-    """Refuse what is not one entry a sequence: a dict of columns, or a single stream of ids."""
-    if not isinstance(rows, list):
-        raise ValueError(
-            f"{path.name} holds a {type(rows).__name__}; give a list of rows, or a 2-D tensor in a .pt file"
-        )
-    return rows
 
 
 def _usable_rows(dataset: Any, column: str) -> Iterator[Any]:

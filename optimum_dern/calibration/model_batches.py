@@ -1,14 +1,20 @@
 """Calibration batches for a model: its own tokenizer, no longer than it can read, no token that it does not have."""
 
+from collections.abc import Mapping
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.source import source_tokenizer
 from ..config import DernConfig
 from .data import holds_text, load_batches
+from .description import describe_dataset
+from .files import listed, skipped_names
 
 
 __all__ = ["load_model_batches"]
+
+logger = getLogger(__name__)
 
 
 def load_model_batches(config: DernConfig, model: Any, tokenizer: Any = None) -> list[dict]:
@@ -28,15 +34,17 @@ def load_model_batches(config: DernConfig, model: Any, tokenizer: Any = None) ->
     if tokenizer is None and holds_text(config.dataset):
         tokenizer = source_tokenizer(model)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.sequence_length
+    length = min(config.sequence_length, limit)
     batches = load_batches(
         config.dataset,
         _as_tokenizer(tokenizer),
         num_samples=config.num_samples,
-        sequence_length=min(config.sequence_length, limit),
+        sequence_length=length,
         batch_size=config.batch_size,
         seed=config.seed,
         text_column=config.text_column,
     )
+    _warn_of_few(config, sum(len(batch["input_ids"]) for batch in batches), length)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     for batch in batches:
         outside = batch["input_ids"][(batch["input_ids"] < 0) | (batch["input_ids"] >= vocabulary)]
@@ -46,6 +54,22 @@ def load_model_batches(config: DernConfig, model: Any, tokenizer: Any = None) ->
                 "entries; give the tokenizer that belongs to the model"
             )
     return batches
+
+
+def _warn_of_few(config: DernConfig, sequences: int, length: int) -> None:
+    if sequences >= config.num_samples:
+        return
+    sources = config.dataset if isinstance(config.dataset, Mapping) else [config.dataset]
+    folders = [Path(source).expanduser() for source in sources if isinstance(source, str | Path)]
+    skipped = [f"{folder}/{name}" for folder in folders if folder.is_dir() for name in skipped_names(folder)]
+    logger.warning(
+        "the calibration data (%s) gives %d sequences of up to %d tokens, fewer than num_samples=%d%s",
+        describe_dataset(config.dataset),
+        sequences,
+        length,
+        config.num_samples,
+        f"; not read: {listed(skipped)}" if skipped else "",
+    )
 
 
 def _as_tokenizer(tokenizer: Any) -> Any:

@@ -14,7 +14,7 @@ from .reader import INDEX_NAME, SINGLE_NAME
 from .sidecars import FOLDERS, WEIGHTS
 
 
-__all__ = ["fetch_weights", "resolve_checkpoint"]
+__all__ = ["check_checkpoint", "fetch_weights", "resolve_checkpoint"]
 
 PICKLED = (".bin", ".pt", ".pth")
 LOGIN = "log in with `hf auth login`, or give token=..."
@@ -36,20 +36,21 @@ def resolve_checkpoint(model: str | Path, revision: str | None = None, token: An
         PermissionError: a repository that is not for everyone.
         OSError: the Hub cannot give the files.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        folder, commit = path, None
-    elif isinstance(model, Path) or path.is_absolute() or path.exists() or not _is_hub_id(model):
-        what = "is a file, not a folder" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"{str(model)!r} {what}; give the folder of a checkpoint, or a Hub id (owner/name)")
-    else:
-        folder = _fetch(model, revision, token, ignore_patterns=[*(f"*{kind}" for kind in WEIGHTS), "*/*", ".*"])
-        commit = folder.name
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{model} has no config.json; give a checkpoint that transformers loads")
-    if commit is not None:
-        _check_weights(model, folder, token)
-    return folder, commit
+    folder = _find(model, revision, token, ignore_patterns=[*(f"*{kind}" for kind in WEIGHTS), "*/*", ".*"])
+    if Path(model).expanduser().is_dir():
+        return folder, None
+    _check_weights(model, folder, token)
+    return folder, folder.name
+
+
+def check_checkpoint(model: str | Path, revision: str | None = None) -> None:
+    """Raise what `resolve_checkpoint` raises for a checkpoint that is not there; no more than its config is fetched.
+
+    Args:
+        model: folder or Hub id.
+        revision: branch, tag or commit of a Hub model.
+    """
+    _find(model, revision, None, allow_patterns=["config.json"])
 
 
 def fetch_weights(model: str, folder: Path, token: Any = None) -> None:
@@ -68,6 +69,21 @@ def fetch_weights(model: str, folder: Path, token: Any = None) -> None:
     if index.is_file():
         files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
     _fetch(model, folder.name, token, allow_patterns=[*sorted(files), *(f"{name}/*" for name in FOLDERS)])
+
+
+def _find(model: str | Path, revision: str | None, token: Any, **patterns: list[str]) -> Path:
+    """A checkpoint's folder, which has a config.json; of a Hub model with the files that match."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if isinstance(model, Path) or folder.is_absolute() or folder.exists() or not _is_hub_id(model):
+            what = "is a file, not a folder" if folder.exists() else "does not exist"
+            raise FileNotFoundError(
+                f"{str(model)!r} {what}; give the folder of a checkpoint, or a Hub id (owner/name)"
+            )
+        folder = _fetch(model, revision, token, **patterns)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{model} has no config.json; give a checkpoint that transformers loads")
+    return folder
 
 
 def _is_hub_id(model: str) -> bool:
@@ -142,10 +158,12 @@ def _explanation(error: BaseException, model: str, revision: str | None) -> OSEr
         return PermissionError(f"the Hub refuses {model} to your token, or without one (HTTP {status}); {LOGIN}")
     if constants.HF_HUB_OFFLINE:
         return FileNotFoundError(
-            f"{model} is not wholly in the local cache, and HF_HUB_OFFLINE is set; unset it, or give a local folder"
+            f"there is no local folder {model!r}, {model} is not wholly in the local cache, and HF_HUB_OFFLINE is "
+            "set; unset it, or give a local folder"
         )
     reason = f"HTTP {status}" if status else f"{type(error).__name__}: {' '.join(str(error).split())}"
     return OSError(
-        f"could not download {model} from {constants.ENDPOINT} ({reason}); check the connection and the free disk "
-        "space, then give the same command again: what has been downloaded stays"
+        f"could not download {model} from {constants.ENDPOINT} ({reason}), and there is no local folder of that name; "
+        "check the connection and the free disk space, then give the same command again: what has been downloaded "
+        "stays"
     )

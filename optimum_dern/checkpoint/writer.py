@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..models.structure import find_moe_layers
 from ..reporting.report import CompressionReport
 from .publishing import write_sidecars
 from .source import model_source, source_config
@@ -32,7 +33,12 @@ def save_checkpoint(
         report: of the compression.
         tokenizer: object, Hub id, path, or None for the files beside a local source.
         max_shard_size: of one safetensors file.
+
+    Raises:
+        ValueError: the folder that the model was loaded from, or a model that the report is not about.
     """
+    _check_output(output, report)
+    _check_model(model, report)
     output.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=output))
     try:
@@ -43,6 +49,28 @@ def save_checkpoint(
         _publish(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_output(output: Path, report: CompressionReport) -> None:
+    """Refuse the source's own folder."""
+    if report.source and os.path.isdir(report.source) and output.resolve() == Path(report.source).resolve():
+        raise ValueError(
+            f"{output} is the folder that the model was loaded from; the original would be lost, choose another one"
+        )
+
+
+def _check_model(model: Any, report: CompressionReport) -> None:
+    """Refuse a model other than the compressed one, or one that was made of it by training."""
+    if getattr(model, "dern_report", None) is report:
+        return
+    found = [layer.num_experts for layer in find_moe_layers(model)]
+    expected = [len(layer.retained) for layer in report.layers] or [report.after.experts] * len(found)
+    if found != expected or not found:
+        (now, counts), (then, reported) = ((len(many), sorted(set(many))) for many in (found, expected))
+        raise ValueError(
+            f"this model has {now} MoE layers with {counts} experts, the one that was compressed {then} with "
+            f"{reported}; give what compress_model returned, or what was trained from it"
+        )
 
 
 def _save_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..options import CHOICES, DernOptions
 
@@ -57,23 +57,33 @@ def config_from_arguments(args: argparse.Namespace) -> "DernConfig":
     """The config that the options and `--config` describe; options win.
 
     Raises:
-        ValueError: a field outside its range, or a file that is not a JSON object.
-        TypeError: an unknown field in the file.
+        ValueError: a field outside its range, or a file that is not a JSON object of fields.
     """
     from ..config import DernConfig
 
-    values = {}
-    if args.config is not None:
-        values = json.loads(args.config.read_text("utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"{args.config} holds a {type(values).__name__}; give a JSON object of DernConfig fields")
-        values.pop("meta", None)
+    values = {} if args.config is None else _read_fields(args.config)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(DernOptions) if hasattr(args, f.name)}
     if "num_experts" in given and "sparsity" not in given:
         values.pop("sparsity", None)
     if "sparsity" in given and "num_experts" not in given:
         values.pop("num_experts", None)
     return DernConfig(**values | given)
+
+
+def _read_fields(file: Path) -> dict[str, Any]:
+    """The fields in a JSON file: its own, or those of the `config` in a dern_config.json or dern_report.json."""
+    from ..calibration.files import parse_json, read_text
+
+    values = parse_json(read_text(file), file)
+    if isinstance(values, dict) and isinstance(values.get("config"), dict):
+        values = values["config"]
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}; give a JSON object of DernConfig fields")
+    values.pop("meta", None)
+    names = [field.name for field in dataclasses.fields(DernOptions)]
+    if unknown := sorted(values.keys() - set(names)):
+        raise ValueError(f"{file} has {', '.join(unknown)}; the fields of a config are {', '.join(names)}")
+    return values
 
 
 def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field, several: bool) -> None:

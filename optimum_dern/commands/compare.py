@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Whatever can be refused before a model is loaded."""
     from ..calibration.data import check_source
+    from ..checkpoint.resolve import check_checkpoint
     from ..engine.torch_state import check_device
     from ..evaluation.tasks import load_tasks
 
@@ -107,3 +108,5 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--output is {args.output}; give a file that ends in .md or .json")
     if args.output is not None and not args.output.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {args.output.parent} for --output")
+    for name in (args.original, *args.compressed):
+        check_checkpoint(name)

@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> None:
     """Compress, write and evaluate a layer at a time; prints the before/after table."""
     from ..engine.allocator import return_large_blocks
     from ..engine.distributed import joined_processes
+    from ..engine.torch_state import check_device
 
+    check_device(args.device)
     if args.max_memory:
         return_large_blocks()
     with joined_processes(args.device) as processes:
@@ -117,8 +119,10 @@ def _compress(args: argparse.Namespace) -> tuple[dict[Path, Any], dict[str, list
 def _load_texts(args: argparse.Namespace, sequence_length: int) -> dict[str, list[dict]]:
     from transformers import AutoConfig, AutoTokenizer
 
+    from ..checkpoint.resolve import check_checkpoint
     from ..evaluation.perplexity import load_texts
 
+    check_checkpoint(args.model, args.revision)
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     config = AutoConfig.from_pretrained(args.model, **source)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or sequence_length

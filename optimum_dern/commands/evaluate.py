@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Whatever can be refused before anything is loaded."""
     from ..calibration.data import check_source
+    from ..checkpoint.resolve import check_checkpoint
     from ..engine.torch_state import check_device
 
     check_device(args.device)
@@ -103,6 +104,9 @@ def _check(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"there is no folder {args.output.parent} for --output")
     for name in args.data:
         check_source(name)
+    check_checkpoint(args.model, args.revision)
+    if args.against:
+        check_checkpoint(args.against)
 
 
 def _load_texts(args: argparse.Namespace) -> tuple[Any, dict[str, list[dict]]]:
@@ -179,9 +183,11 @@ def _measure(args: argparse.Namespace, tokenizer: Any, texts: dict, tasks: list,
 
 
 def _print_figures(figures: dict[str, Any]) -> None:
+    from ..evaluation.estimate import plus_minus
+
     if figures["texts"]:
         rows = [
-            (name, f"{f['loss']:.4f} ± {f['standard_error']:.4f}", f"{f['perplexity']:.3f}", f"{f['tokens']:,}")
+            (name, plus_minus(f["loss"], f["standard_error"]), f"{f['perplexity']:.3f}", f"{f['tokens']:,}")
             for name, f in figures["texts"].items()
         ]
         print_table(("text", "loss", "perplexity", "tokens"), rows)
@@ -202,4 +208,6 @@ def _print_figures(figures: dict[str, Any]) -> None:
 
 
 def _shown(estimate: dict[str, float] | None) -> str:
-    return "" if estimate is None else f"{estimate['value']:.4f} ± {estimate['standard_error']:.4f}"
+    from ..evaluation.estimate import plus_minus
+
+    return "" if estimate is None else plus_minus(estimate["value"], estimate["standard_error"])

@@ -39,15 +39,15 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoint.shards import parse_bytes
     from ..engine.duration import measure_rate, predict_seconds
     from ..engine.memory import plan_memory
-    from ..models.refusals import check_model, resolve_count
+    from ..engine.requests import check_names, check_request
     from ..models.size import measure_model, predict_size
     from ..models.structure import find_moe_layers
 
+    check_names(config)
     options = {"trust_remote_code": args.trust_remote_code, "need_weights": False}
     model = find_checkpoint(args.model, args.revision, **options).skeleton
     layers = find_moe_layers(model)
-    check_model(model, layers)
-    count = resolve_count(layers[0], config.sparsity, config.num_experts, config.experts_multiple_of)
+    count = check_request(config, model, layers)
     before, after = measure_model(model, layers), predict_size(model, layers, count)
     tokens = config.num_samples * config.sequence_length
     bound = parse_bytes(args.max_memory) if args.max_memory else None

@@ -16,6 +16,7 @@ from torch import nn
 from ..config import DernConfig
 from ..models.refusals import resolve_count
 from ..models.structure import MoELayer
+from ..options import OFF
 from .distributed import ALONE, Processes
 from .layers import compress_layers_
 from .targets import Target
@@ -24,7 +25,7 @@ from .targets import Target
 __all__ = ["allocate_counts", "find_layer_counts", "pruning_errors"]
 
 MEASURED = 17  # counts, at most; errors of those between are interpolated
-PRUNE = {"method": "prune", "refit": False, "router_refit": False, "neuron_refit": False, "guard": True}
+PRUNE = {"method": "prune", "refit": False, **OFF, "guard": True}
 
 
 def find_layer_counts(

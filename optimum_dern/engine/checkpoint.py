@@ -1,6 +1,7 @@
 """Compress a checkpoint on disk into others, a decoder layer in memory at a time, with resume."""
 
 import copy
+import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -152,8 +153,24 @@ def _working_folder(output: Path, processes: Processes) -> Iterator[Path]:
 def _locked(work: Path) -> Iterator[Path]:
     work.mkdir(parents=True, exist_ok=True)
     with only_process(work):
+        if not _is_begun(work):
+            _empty(work)
         yield work
         shutil.rmtree(work)
+
+
+def _is_begun(work: Path) -> bool:
+    """Whether an earlier run has finished a MoE layer: less is not worth going on with, and blocks no other run."""
+    states = [json.loads(file.read_text("utf-8")) for file in work.rglob("manifest.json")]
+    return any(report is not None for state in states for report in state["layers"].values())
+
+
+def _empty(work: Path) -> None:
+    for entry in work.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != "lock":
+            entry.unlink()
 
 
 def _check_shared(manifest: Manifest) -> None:

@@ -8,7 +8,7 @@ from ..config import DernConfig
 from ..core.criteria import check_criterion
 from ..methods import get_method
 from ..models.layer_counts import check_layer_counts
-from ..models.refusals import check_model, check_protection, check_router_logits, resolve_count
+from ..models.refusals import advise_count, check_model, check_protection, check_router_logits, resolve_count
 from ..models.structure import MoELayer, layers_by_position
 from .selecting import selection_needs
 
@@ -142,7 +142,10 @@ def resolve_counts(configs: Sequence[DernConfig], model: Any, layers: list[MoELa
         )
     counts = [check_request(config, model, layers) for config in configs]
     if layers[0].num_experts in counts:
-        raise ValueError(f"nothing to compress: every layer would keep all of its {layers[0].num_experts} experts")
+        raise ValueError(
+            f"nothing to compress: every layer would keep all of its {layers[0].num_experts} experts; "
+            f"{advise_count(layers[0])}"
+        )
     twice = [count for count in dict.fromkeys(counts) if counts.count(count) > 1]
     if twice:
         raise ValueError(f"two results would keep the same {twice[0]} experts a layer; ask for each count once")

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 
-__all__ = ["check_device", "plain_torch"]
+__all__ = ["check_device", "check_precision", "plain_torch"]
 
 
 @contextmanager
@@ -24,6 +24,29 @@ def plain_torch() -> Iterator[None]:
 
 
 def check_device(device: object) -> None:
+    """Refuse a device, by name or not, that is not there or cannot add up in double precision; none is initialised.
+
+    Raises:
+        ValueError: naming it and the mend.
+    """
+    check_precision(device)
+    if device is None:
+        return
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{device!r} is not a device of torch; give cpu or cuda, or leave it out") from error
+    accelerator, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+    kind = accelerator.type if accelerator is not None and count else None
+    if found.type not in ("cpu", "meta", kind) or (found.type == kind and (found.index or 0) >= count):
+        there = "the cpu alone" if kind is None else f"the cpu and {kind}:0 to {kind}:{count - 1}"
+        raise ValueError(
+            f"there is no device {str(device)!r} here: torch {torch.__version__} finds {there}; name what is "
+            "there, or leave it out"
+        )
+
+
+def check_precision(device: object) -> None:
     """Refuse a device, by name or not, that cannot add up in double precision.
 
     Raises:

@@ -7,18 +7,41 @@ from dataclasses import dataclass
 from .metrics import mean_and_error
 
 
-__all__ = ["Estimate", "mean_estimate", "paired_difference", "perplexity_estimate"]
+__all__ = [
+    "Estimate",
+    "error_text",
+    "json_error",
+    "mean_estimate",
+    "paired_difference",
+    "perplexity_estimate",
+    "plus_minus",
+]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its standard error, 0 where there is one item only."""
+    """A mean and its standard error, nan where there is one item only."""
 
     value: float
     standard_error: float
 
     def to_dict(self) -> dict[str, float]:
-        return {"value": self.value, "standard_error": self.standard_error}
+        return {"value": self.value, "standard_error": json_error(self.standard_error)}
+
+
+def json_error(error: float) -> float | None:
+    """A standard error for JSON, which has no nan."""
+    return None if math.isnan(error) else error
+
+
+def error_text(error: float | None) -> str:
+    """A standard error for people; a dash where there is none."""
+    return "–" if error is None or math.isnan(error) else f"{error:.4f}"
+
+
+def plus_minus(value: float, error: float | None) -> str:
+    """A value and its standard error for people."""
+    return f"{value:.4f} ± {error_text(error)}"
 
 
 def mean_estimate(values: Sequence[float]) -> Estimate:

@@ -162,7 +162,7 @@ def mean_and_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float,
         counts: tokens of each sequence.
 
     Returns:
-        The ratio of the totals, and the error of that ratio.
+        The ratio of the totals, and the error of that ratio: nan for a single sequence, which tells nothing of it.
 
     Raises:
         ValueError: no token.
@@ -175,8 +175,7 @@ def mean_and_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float,
         )
     mean = sum(sums) / tokens
     spread = sum((s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True))
-    correction = len(sums) / (len(sums) - 1) if len(sums) > 1 else 1.0
-    return mean, math.sqrt(spread * correction) / tokens
+    return mean, math.sqrt(spread * len(sums) / (len(sums) - 1)) / tokens if len(sums) > 1 else math.nan
 
 
 def perplexity_of(loss: float) -> float:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..calibration.data import FILE_TYPES, load_batches
+from ..calibration.data import load_batches
+from ..calibration.files import data_files
+from .estimate import json_error
 from .logits import batch_logits
 from .metrics import mean_and_error, perplexity_of
 
@@ -28,7 +30,7 @@ class TextLoss:
     """Loss on one text."""
 
     loss: float  # nats per predicted token
-    standard_error: float
+    standard_error: float  # nan for a single sequence
     tokens: int  # predicted
 
     @property
@@ -37,8 +39,8 @@ class TextLoss:
 
     def to_dict(self) -> dict[str, float]:
         """For JSON."""
-        facts = {"loss": self.loss, "standard_error": self.standard_error, "perplexity": self.perplexity}
-        return facts | {"tokens": self.tokens}
+        facts = {"loss": self.loss, "standard_error": json_error(self.standard_error)}
+        return facts | {"perplexity": self.perplexity, "tokens": self.tokens}
 
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def load_texts(
     """
     sources = {Path(source).stem if isinstance(source, str | Path) else "text": source}
     if isinstance(source, str | Path) and Path(source).is_dir():
-        sources = {file.stem: file for file in sorted(Path(source).iterdir()) if file.suffix in FILE_TYPES}
+        sources = {file.stem: file for file in data_files(Path(source))}
     options = {"num_samples": limit or ALL, "sequence_length": sequence_length, "batch_size": batch_size}
     return {name: load_batches(data, tokenizer, **options) for name, data in sources.items()}
 

@@ -1,11 +1,11 @@
 """Evaluation tasks from JSONL files: one question a line (`items` has the formats)."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..calibration.files import parse_json, read_text
 from .items import Item, kind_of_row, make_item
 
 
@@ -77,11 +77,11 @@ def load_task(path: str | Path, limit: int | None = None, cloze: bool = False) -
         ValueError: a line that is no JSON object, or rows that cannot be scored.
     """
     path = Path(path)
-    lines = path.read_text("utf-8").split("\n")  # not splitlines: JSON strings may hold U+2028
+    lines = read_text(path).split("\n")  # not splitlines: JSON strings may hold U+2028
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            rows.append(_parse(line, f"{path.name}, line {number}"))
+            rows.append(_parse(line, path, number))
     return make_task(path.stem, rows, limit, cloze)
 
 
@@ -111,13 +111,10 @@ def make_task(name: str, rows: Sequence[Mapping[str, Any]], limit: int | None = 
     return Task(name + CLOZE * cloze, kind, items, tuple(dict(rows[i]) for i in places))
 
 
-def _parse(line: str, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON ({error}); give one object a line") from error
+def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
+    row = parse_json(line, path, number)
     if not isinstance(row, dict):
-        raise ValueError(f"{place} holds a {type(row).__name__}; give one JSON object a line")
+        raise ValueError(f"{path}, line {number} holds a {type(row).__name__}; give one JSON object a line")
     return row
 
 
@@ -144,8 +141,7 @@ def _needed(folder: str | Path | None, name: str) -> Path:
 def _scorable(folder: Path) -> list[str]:
     names = []
     for file in sorted(folder.glob("*.jsonl")):
-        with file.open(encoding="utf-8", newline="\n") as lines:
-            first = json.loads(next(lines, "{}"))
+        first = _parse(read_text(file).split("\n")[0] or "{}", file, 1)
         try:
             kind_of_row(first)
         except ValueError:

@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..compressor import DernCompressor
 from ..config import DernConfig
-from ..engine.torch_state import check_device
+from ..engine.torch_state import check_precision
 
 
 __all__ = ["DernModelForCausalLM", "DernQuantizer", "patch_transformers", "unpatch_transformers"]
@@ -32,7 +32,7 @@ class DernQuantizer(HfQuantizer):
         """Refuse devices before anything is loaded; compressed weights would not reach an offload folder on disk."""
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
         for device in () if self.pre_quantized else devices:
-            check_device(device)
+            check_precision(device)
         if "disk" in devices:
             raise ValueError(
                 "device_map puts weights on disk, where compression cannot replace them; load without disk offload, "

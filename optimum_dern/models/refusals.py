@@ -13,6 +13,7 @@ from .structure import MoELayer
 
 __all__ = [
     "REFUSED",
+    "advise_count",
     "check_config",
     "check_materialised",
     "check_model",
@@ -142,24 +143,37 @@ def resolve_count(layer: MoELayer, sparsity: float, num_experts: int | None, mul
     Raises:
         ValueError: a count that the model's router cannot work with.
     """
-    experts, groups = layer.num_experts, layer.num_groups
+    experts, groups, least = layer.num_experts, layer.num_groups, _least_count(layer)
     asked = f"sparsity={sparsity}" if num_experts is None else f"num_experts={num_experts}"
     dropped = sparsity if num_experts is None else 1 - num_experts / experts
-    if num_experts is not None and not 1 <= num_experts <= experts:
-        raise ValueError(f"num_experts={num_experts}, but each layer has {experts} experts; choose 1 to {experts}")
+    if num_experts is not None and num_experts > experts:
+        raise ValueError(f"{asked}, but each layer has {experts} experts; {advise_count(layer)}")
     if num_experts is not None and num_experts % groups:
-        raise ValueError(f"{asked} cannot be shared by the router's {groups} groups; choose a multiple of {groups}")
+        raise ValueError(f"{asked} cannot be shared by the router's {groups} groups; {advise_count(layer)}")
     count = retained_count(experts, dropped, groups, multiple_of)
-    least = max(2, layer.top_k)
-    if groups > 1:  # each group is scored by its two best experts, and the chosen groups must hold top_k experts
-        least = max(least, 2 * groups, -(-layer.top_k // layer.topk_group) * groups)
     if count < least:
         raise ValueError(
             f"{asked} would leave {count} of {experts} experts, but this model needs at least {least} "
-            f"(top_k={layer.top_k}, groups={groups}, groups chosen={layer.topk_group}); "
-            f"choose num_experts from {least} to {experts}"
+            f"(top_k={layer.top_k}, groups={groups}, groups chosen={layer.topk_group}); {advise_count(layer)}"
         )
     return count
+
+
+def advise_count(layer: MoELayer) -> str:
+    """The counts with which something is dropped and the router works, as the end of a message."""
+    least, most = _least_count(layer), layer.num_experts - layer.num_groups
+    if most < least:
+        return "none of its experts can be dropped"
+    span = f"{least} to {most}" if least < most else f"{least}"
+    return f"choose num_experts={span}" + (f", a multiple of {layer.num_groups}" if layer.num_groups > 1 else "")
+
+
+def _least_count(layer: MoELayer) -> int:
+    """The fewest experts with which the router works, a multiple of its groups."""
+    groups, least = layer.num_groups, max(2, layer.top_k)
+    if groups > 1:  # each group is scored by its two best experts, and the chosen groups must hold top_k experts
+        least = max(least, 2 * groups, -(-layer.top_k // layer.topk_group) * groups)
+    return -(-least // groups) * groups
 
 
 def _check_layer(layer: MoELayer, hidden_size: int) -> None:

@@ -97,14 +97,16 @@ def _size_rows(report: CompressionReport) -> list[dict[str, str]]:
 
 
 def _evaluation_rows(report: CompressionReport) -> list[dict[str, str]]:
+    from ..evaluation.estimate import error_text
+
     rows = []
     for name, pair in report.evaluation.items():
         before, after = pair["before"], pair["after"]
         rows.append(
             {
                 "name": name,
-                "before": f"{before['loss']:.4f} ({before['standard_error']:.4f})",
-                "after": f"{after['loss']:.4f} ({after['standard_error']:.4f})",
+                "before": f"{before['loss']:.4f} ({error_text(before['standard_error'])})",
+                "after": f"{after['loss']:.4f} ({error_text(after['standard_error'])})",
                 "increase": f"{after['loss'] - before['loss']:+.4f}",
             }
         )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Any
 
-from ..evaluation.estimate import paired_difference
+from ..evaluation.estimate import error_text, paired_difference, plus_minus
 
 
 __all__ = ["comparison_rows", "markdown_table"]
@@ -30,7 +30,7 @@ def comparison_rows(comparison: Any) -> tuple[list[str], list[list[str]]]:
             rows += _ratios(f"{name}, tokens/s", [median(getattr(m, name)) for m in models], "{:,.0f}".format)
     for text in first.losses:
         values = [(m.losses[text]["loss"], m.losses[text]["standard_error"]) for m in models]
-        rows.append(_differences(f"loss, {text}", values, "{:.4f}"))
+        rows.append(_differences(f"loss, {text}", values))
     for key, name in (("kl", "KL from the original"), ("top1", "same top token")):
         if first.losses:
             rows.append([name, "", *(f"{_mean(m.agreement, key):.4f}" for m in models[1:])])
@@ -50,10 +50,9 @@ def _ratios(name: str, values: Sequence[float], form: Any = "{:,}".format) -> li
     return [[name, form(first), *(f"{form(value)} (x {value / first:.2f})" for value in rest)]]
 
 
-def _differences(name: str, values: Sequence[tuple[float, float]], form: str) -> list[str]:
+def _differences(name: str, values: Sequence[tuple[float, float | None]]) -> list[str]:
     (first, error), *rest = values
-    cells = [f"{form.format(value)} ({value - first:+.4f})" for value, _ in rest]
-    return [name, f"{form.format(first)} ± {form.format(error)}", *cells]
+    return [name, plus_minus(first, error), *(f"{value:.4f} ({value - first:+.4f})" for value, _ in rest)]
 
 
 def _mean(agreement: dict[str, dict[str, Any]], key: str) -> float:
@@ -65,11 +64,11 @@ def _task_row(name: str, first: dict[str, Any], rest: Sequence[dict[str, Any]]) 
     """Accuracy, and its change with the error of a comparison item by item."""
     metric = first["main_metric"]
     value = first["metrics"][metric]
-    cells = [f"{value['value']:.4f} ± {value['standard_error']:.4f}"]
+    cells = [plus_minus(value["value"], value["standard_error"])]
     for result in rest:
         change = paired_difference(first["values"], result["values"])
         accuracy = result["metrics"][metric]["value"]
-        cells.append(f"{accuracy:.4f} ({change.value:+.4f} ± {change.standard_error:.4f})")
+        cells.append(f"{accuracy:.4f} ({change.value:+.4f} ± {error_text(change.standard_error)})")
     return [f"{name}, {metric}", *cells]
 
 

@@ -75,7 +75,16 @@ class CompressionReport:
 
     def add_evaluation(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Record losses measured before and after, `evaluation.perplexity.TextLoss` by name of the text."""
-        self.evaluation = {name: {"before": asdict(before[name]), "after": asdict(after[name])} for name in before}
+        from ..evaluation.estimate import json_error
+
+        measured = {"before": before, "after": after}
+        self.evaluation = {
+            name: {
+                moment: asdict(losses[name]) | {"standard_error": json_error(losses[name].standard_error)}
+                for moment, losses in measured.items()
+            }
+            for name in before
+        }
 
     def add_training(self, description: str) -> None:
         """Record how the weights were trained after the compression; losses measured before are no longer theirs."""

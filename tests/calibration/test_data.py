@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy
 import pytest
@@ -127,6 +128,27 @@ def test_mix(tmp_path, weights, count, shares):
     assert (samples.count([1]), samples.count([2, 2])) == shares
 
 
+@pytest.mark.parametrize(
+    ("sizes", "weights", "count", "shares"),
+    [
+        ((2, 20, 20), (1, 1, 1), 12, (2, 5, 5)),
+        ((2, 3, 20), (1, 1, 1), 15, (2, 3, 10)),
+        ((1, 20, 20), (2, 2, 1), 10, (1, 6, 3)),
+        ((2, 3, 4), (1, 1, 1), 15, (2, 3, 4)),
+        ((2, 20, 20), (1, 1, 0), 8, (2, 6, 0)),
+        ((0, 20, 20), (1, 1, 1), 9, (0, 5, 4)),
+    ],
+)
+def test_a_source_that_is_too_short(tmp_path, sizes, weights, count, shares):
+    """The others give what it lacks, in proportion; all of everything where that is not enough."""
+    names = [str(tmp_path / f"{i}.json") for i in range(3)]
+    for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        Path(name).write_text(json.dumps([[i]] * size), "utf-8")
+    samples = samples_of(dict(zip(names, weights, strict=True)), num_samples=count)
+    assert tuple(samples.count([i]) for i in range(3)) == shares
+    assert samples == sorted(samples)
+
+
 def test_draw():
     """`num_samples` distinct rows in their own order, chosen by the seed alone."""
     rows = [[i] for i in range(50)]
@@ -217,7 +239,8 @@ def test_unusable_data(dataset, error, match):
     [
         ("rows.csv", "a,b", "cannot read calibration data from 'rows.csv'"),
         ("empty.txt", " \n", "holds no token"),
-        ("broken.json", "[", "Expecting value"),
+        ("broken.json", '["a",\n', "broken.json, line 2 is not JSON .Expecting value"),
+        ("broken.jsonl", '"a"\n\n{"text": ', "broken.jsonl, line 3 is not JSON .Expecting value"),
     ],
 )
 def test_unusable_files(tmp_path, name, content, match):
@@ -228,9 +251,21 @@ def test_unusable_files(tmp_path, name, content, match):
 
 
 def test_empty_folder(tmp_path):
-    """A folder without data."""
-    with pytest.raises(ValueError, match="needs sources"):
+    """A folder without data is named, and what it has instead."""
+    with pytest.raises(ValueError, match=f"the folder {tmp_path} has no data file .*holds nothing"):
         load_batches(tmp_path, TOKENIZER)
+    (tmp_path / "notes.md").write_text("", "utf-8")
+    (tmp_path / "more").mkdir()
+    with pytest.raises(ValueError, match="it holds more/, notes.md"):
+        load_batches(tmp_path, TOKENIZER)
+
+
+@pytest.mark.parametrize("name", ["latin.txt", "latin.json", "latin.jsonl"])
+def test_text_in_another_encoding(tmp_path, name):
+    """The line that cannot be decoded is named."""
+    (tmp_path / name).write_bytes("one\ntwo\ndr\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{name}, line 3 is not UTF-8 text"):
+        load_batches(tmp_path / name, TOKENIZER)
 
 
 @pytest.mark.parametrize("dataset", [["some text"], "c4", "text.txt"])

@@ -220,6 +220,7 @@ def test_without_a_connection(downloaded):
     results = run(hub, folder, "unreachable", ["model", "unknown"], HF_ENDPOINT="http://127.0.0.1:9")
     assert results["model"] == online["model"]
     assert "could not download me/nothing from http://127.0.0.1:9" in results["unknown"]["error"]
+    assert "there is no local folder of that name" in results["unknown"]["error"]
 
 
 @pytest.mark.parametrize("model", ["./none", "~/none", "/none", "a/b/c", "a b", "", Path("me/model")])

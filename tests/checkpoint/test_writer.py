@@ -1,5 +1,6 @@
 """Saving: every file is there, an interrupted save destroys nothing, and no stale file stays."""
 
+import copy
 import json
 
 import pytest
@@ -199,3 +200,31 @@ def test_permissions(tmp_path):
     assert {file.name: file.stat().st_mode for file in (tmp_path / "out").iterdir()} == dict.fromkeys(
         names(tmp_path / "out"), expected
     )
+
+
+@pytest.mark.parametrize("spelling", ["source", "link", "other/../source"])
+def test_the_source_is_never_overwritten(tmp_path, spelling):
+    """The folder that a model was loaded from keeps its original, however it is spelt."""
+    make_model("mixtral").save_pretrained(tmp_path / "source")
+    (tmp_path / "link").symlink_to("source")
+    (tmp_path / "other").mkdir()
+    compressor = DernCompressor(num_experts=4, method="prune", dataset=random_tokens())
+    model = compressor.compress_model(AutoModelForCausalLM.from_pretrained(tmp_path / "source"))
+    with pytest.raises(ValueError, match="is the folder that the model was loaded from.*choose another"):
+        compressor.save(model, tmp_path / spelling)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "source").config.num_local_experts == 8
+    for _ in range(2):
+        compressor.save(model, tmp_path / "out")
+
+
+def test_another_model_gets_no_card(tmp_path):
+    """Only the compressed model is saved, or what has its number of experts: a healed copy, or one loaded again."""
+    compressor, model = compress(preset="paper", method="prune")
+    with pytest.raises(ValueError, match=r"2 MoE layers with \[8\] experts, the one that was compressed 2 with \[4\]"):
+        compressor.save(make_model("mixtral"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    compressor.save(copy.deepcopy(model), tmp_path / "copy")
+    compressor.save(AutoModelForCausalLM.from_pretrained(tmp_path / "copy"), tmp_path / "again")
+    compress(num_experts=2, preset="paper", method="prune")[0].compress_model(model)
+    with pytest.raises(ValueError, match=r"with \[2\] experts"):
+        compressor.save(model, tmp_path / "out")

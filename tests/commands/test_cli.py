@@ -164,6 +164,21 @@ def test_inspect(capsys, checkpoint):
     assert ["experts", "per", "layer", "8", "6"] in [row.split() for row in table.splitlines()]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("--method", "foo"), "unknown method 'foo'"),
+        (("--selection", "foo"), "unknown selection criterion 'foo'"),
+        (("--protect-experts", '{"9": [0]}'), "protect_experts names layer 9; MoE layers are [0, 1]"),
+        (("--layer-budget", "error"), "one count for all layers"),
+        (("--num-experts", "9"), "num_experts=9, but each layer has 8 experts; choose num_experts=2 to 7"),
+    ],
+)
+def test_inspect_refuses_what_compress_refuses(capsys, checkpoint, arguments, match):
+    """With the same words."""
+    assert match in error_of(capsys, "inspect", checkpoint, *arguments)
+
+
 def test_inspect_reads_no_weights(tmp_path, capsys, checkpoint):
     """The config alone is enough."""
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
@@ -183,6 +198,17 @@ def test_config_file_and_override(tmp_path, capsys, checkpoint, text):
     expected = {**config.to_dict(), "sparsity": None, "num_experts": 5, "num_samples": 6}
     assert report.config == expected
     assert report.calibration["sequences"] == 6
+
+
+def test_the_config_of_an_earlier_output(tmp_path, capsys, checkpoint):
+    """`--config` takes a dern_config.json as it lies beside a checkpoint."""
+    options = ["--preset", "paper", "--selection", "aimer", "--method", "prune", "--num-experts", "5", "--json"]
+    main(["compress", str(checkpoint), str(tmp_path / "first"), *options])
+    again = ["--config", str(tmp_path / "first" / "dern_config.json"), "--json"]
+    main(["compress", str(checkpoint), str(tmp_path / "second"), *again])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["after"]["experts"] == 5
+    reports = [CompressionReport.load(tmp_path / name / "dern_report.json") for name in ("first", "second")]
+    assert reports[0].config == reports[1].config
 
 
 def test_overwrite(tmp_path, capsys, checkpoint, text):
@@ -214,11 +240,15 @@ def test_the_source_is_never_overwritten(capsys, checkpoint, text):
         (("--dataset", "x.txt", "--num-experts", "0"), "num_experts=0"),
         (("--dataset", "x.txt", "--config", "/nowhere/config.json"), "/nowhere/config.json"),
         (("--config", "LIST"), "holds a list"),
-        (("--config", "BROKEN"), "Expecting"),
-        (("--config", "UNKNOWN"), "num_expert"),
+        (("--config", "BROKEN"), "BROKEN, line 1 is not JSON (Expecting"),
+        (("--config", "UNKNOWN"), "UNKNOWN has num_expert; the fields of a config are sparsity, num_experts"),
         pytest.param(("--dataset", "/nowhere/notes.txt"), "neither a file"),
         pytest.param(("--dataset", "c4", "--method", "distil"), "unknown method"),
         (("--dataset", "c4", "--device", "mps"), "the device 'mps' has no float64"),
+        (("--dataset", "c4", "--device", "gpu"), "'gpu' is not a device of torch"),
+        (("--dataset", "c4", "--device", "cuda:99"), "there is no device 'cuda:99' here"),
+        (("--dataset", "c4", "--no-refit", "--neuron-refit"), "neuron_refit=True has no effect without refit=True"),
+        (("--dataset", "c4", "--protect-experts", "supper"), "like {3: [0, 5]}, be 'super', or be the path of"),
         (("--config", "GUARD"), "guard=1, but it must be True or False"),
         pytest.param(("--dataset", "c4", "--selection", "astrology"), "unknown selection"),
     ],
@@ -261,7 +291,7 @@ def test_errors_after_loading(tmp_path, monkeypatch, capsys, checkpoint, text, a
 
 def test_a_name_that_cannot_be_found(capsys):
     """Neither a folder nor, without a network, a model of the Hub."""
-    error_of(capsys, "inspect", "no-such-model")
+    assert "there is no local folder 'no-such-model'" in error_of(capsys, "inspect", "no-such-model")
 
 
 def test_dtype(tmp_path, checkpoint, text):

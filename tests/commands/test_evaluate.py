@@ -35,6 +35,7 @@ def files(tmp_path_factory, model):
     for name in ("news", "code"):
         (root / "texts" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, sample_texts())), "utf-8")
     (root / "tasks").mkdir()
+    (root / "empty").mkdir()
     write_tasks(root / "tasks", "riddles", "lambada_openai", "mmlu")
     return root
 
@@ -83,6 +84,19 @@ def test_limit(capsys, files):
     figures = figures_of(capsys, files / "model", *options, "--limit", 2)
     assert {text["tokens"] for text in figures["texts"].values()} == {2 * 15}
     assert figures["tasks"]["riddles"]["items"] == 2
+
+
+def test_one_sequence_and_one_item(capsys, files):
+    """Of a single one there is no standard error: null in JSON, a dash in the tables."""
+    options = [files / "model", "--data", files / "texts" / "news.jsonl", "--tasks", files / "tasks" / "riddles.jsonl"]
+    options += ["--limit", 1, "--against", files / "original"]
+    figures = figures_of(capsys, *options)
+    assert figures["texts"]["news"]["standard_error"] is None
+    assert figures["tasks"]["riddles"]["metrics"]["acc"]["standard_error"] is None
+    assert figures["agreement"]["news"]["kl"]["standard_error"] is None
+    main(["evaluate", *map(str, options)])
+    shown = capsys.readouterr().out
+    assert f"{figures['texts']['news']['loss']:.4f} ± – " in shown and "± 0.0000" not in shown
 
 
 def test_against_the_original(capsys, tmp_path, files):
@@ -134,6 +148,10 @@ def test_tables_and_output(capsys, tmp_path, files):
         (("--data", "TEXTS", "--against", "MODEL", "--cache", "TEXTS"), "is not an empty folder"),
         (("--data", "TEXTS", "--limit", "0"), "--limit is 0"),
         (("--data", "TEXTS", "--device", "mps"), "the device 'mps' has no float64"),
+        (("--data", "TEXTS", "--device", "gpu"), "'gpu' is not a device of torch"),
+        (("--data", "TEXTS", "--against", "nope"), "there is no local folder 'nope'"),
+        (("--data", "TEXTS", "--against", "TASKS"), "has no config.json"),
+        (("--data", "TASKS/../empty"), "empty has no data file"),
         (("--data", "TEXTS", "--top-k", "-1"), "--top-k is -1"),
         (("--data", "TEXTS", "--output", "/nowhere/figures.json"), "no folder /nowhere"),
         (("--data", "TEXTS", "TEXTS/news.jsonl"), "two texts of --data are named 'news'"),

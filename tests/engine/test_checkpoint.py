@@ -350,7 +350,7 @@ def test_output_folders(sources, tmp_path):
 
 def test_nothing_to_compress(sources, tmp_path):
     """Keeping every expert would only copy the checkpoint."""
-    with pytest.raises(ValueError, match="nothing to compress"):
+    with pytest.raises(ValueError, match="nothing to compress.*choose num_experts=2 to 7"):
         DernCompressor(dataset=random_tokens(), num_experts=EXPERTS).compress_checkpoint(sources("mixtral"), tmp_path)
 
 
@@ -406,3 +406,25 @@ def test_only_decoder_layers_are_extra(sources):
     assert names.is_extra_layer("mtp.fc.weight", "model.layers", 2)
     assert not names.is_extra_layer("model.layers.1.rotary_emb.inv_freq", "model.layers", 2)
     assert not names.is_extra_layer("vision.layers.30.weight", "model.layers", 2)
+
+
+@pytest.mark.parametrize("counts", [{}, {"num_experts": [6, 4]}])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_a_run_that_has_finished_nothing_blocks_no_other(family, counts, sources, tmp_path, monkeypatch):
+    """What an earlier run left before its first MoE layer goes, whatever differs."""
+    source, options = sources(family), {**QUICK, "dataset": random_tokens(12)}
+    note = Manifest.finish_layer
+
+    def interrupted(self, position, value):
+        if value is not None:
+            raise KeyboardInterrupt
+        note(self, position, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "finish_layer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            DernCompressor(**options).compress_checkpoint(source, tmp_path / "out", dtype="bfloat16", **counts)
+    assert (tmp_path / "out" / ".dern").is_dir()
+    for name in ("out", "other"):
+        DernCompressor(**options).compress_checkpoint(source, tmp_path / name)
+    assert content(tmp_path / "out") == content(tmp_path / "other")

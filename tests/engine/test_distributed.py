@@ -281,6 +281,9 @@ MISTAKES = {
 }
 
 
+DIFFERS = '{"fingerprint": {"seed": 1}, "layers": {"0": {}}}'  # a manifest
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_errors_come_once(mistake, folder, tmp_path):
     """What all processes find wrong, or the main one for all, is told by one, before anything is written."""
@@ -289,7 +292,7 @@ def test_errors_come_once(mistake, folder, tmp_path):
         (tmp_path / "out" / "other").touch()
     if mistake == "unfinished":
         (tmp_path / "out" / ".dern").mkdir()
-        (tmp_path / "out" / ".dern" / "manifest.json").write_text('{"fingerprint": {"seed": 1}}', "utf-8")
+        (tmp_path / "out" / ".dern" / "manifest.json").write_text(DIFFERS, "utf-8")
     batch_size = 20 if mistake == "processes" else 4  # all sequences in one batch
     ended = torchrun(2, "-m", "optimum_dern", *quick_arguments(folder, tmp_path / "out", batch_size))
     assert ended.returncode != 0

@@ -100,6 +100,8 @@ def test_errors_name_the_model(checkpoints, tmp_path):
         (["--output", "table.txt"], "ends in .md or .json"),
         (["--output", "nowhere/table.md"], "no folder nowhere"),
         (["--data", "nowhere.txt"], "nowhere.txt"),
+        (["--device", "gpu"], "'gpu' is not a device of torch"),
+        (["nope"], "there is no local folder 'nope'"),
     ],
 )
 def test_refused_before_a_model_is_loaded(checkpoints, capsys, monkeypatch, options, message):
@@ -138,3 +140,15 @@ def test_rows_set_every_model_against_the_first():
         ["y, acc", "0.7500 ± 0.2500", "0.5000 (-0.2500 ± 0.2500)"],
     ]
     assert markdown_table(header, rows[:1]).splitlines()[-1] == "| experts per layer | 8, 2 a token | 4, 2 a token |"
+
+
+def test_a_single_sequence_and_item():
+    """Neither has a standard error."""
+    metrics = {"acc": {"value": 1.0, "standard_error": None}}
+    tasks = {"y": {"main_metric": "acc", "metrics": metrics, "values": [1]}}
+    agreement = {"x": {"kl": {"value": 0.5}, "top1": {"value": 1}}}
+    losses = {"x": {"loss": 2.0, "standard_error": None}}
+    one = ModelFigures("one", 8, 2, 1, 1, 1, losses, agreement, tasks)
+    rows = {name: cells for name, *cells in comparison_rows(Comparison([one, one], None, "cpu", 1))[1]}
+    assert rows["loss, x"] == ["2.0000 ± –", "2.0000 (+0.0000)"]
+    assert rows["y, acc"] == ["1.0000 ± –", "1.0000 (+0.0000 ± –)"]

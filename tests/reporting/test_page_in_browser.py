@@ -34,6 +34,14 @@ def paper():
     return report
 
 
+def single():
+    """Measured on one sequence a text, which has no standard error."""
+    report = sample_report()
+    for pair in report.evaluation.values():
+        pair["before"]["standard_error"] = pair["after"]["standard_error"] = None
+    return report
+
+
 def nothing():
     """Of a run that kept all experts."""
     report = sample_report(layers=0)
@@ -48,6 +56,7 @@ REPORTS = {
     "version 1": earlier,
     "paper": paper,
     "nothing": nothing,
+    "single": single,
     "pruned": lambda: changed(segment_flow=None, moved_share=None, winner="pruned", errors={"pruned": 0.2}),
     "broken": lambda: changed(errors={"pruned": float("inf"), "recombined+refit": float("nan")}, saliency=[0.0] * 8),
     "long names": lambda: changed(name="model.language_model.layers.0.feed_forward.sparse_moe_block" * 2),

@@ -1,8 +1,10 @@
 """`CompressionReport` as JSON."""
 
 import json
+import math
 
 from optimum_dern.evaluation.perplexity import TextLoss
+from optimum_dern.reporting.card import _evaluation_rows
 from optimum_dern.reporting.report import REPORT_VERSION, CompressionReport, LayerReport, ModelSize
 
 
@@ -61,3 +63,13 @@ def test_summary():
         }
     }
     assert REPORT.evaluation == {}
+
+
+def test_a_single_sequence():
+    """It has no standard error, which JSON calls null."""
+    report = CompressionReport.from_dict(REPORT.to_dict())
+    report.add_evaluation({"a": TextLoss(1.0, math.nan, 9)}, {"a": TextLoss(2.0, 0.2, 9)})
+    stored = json.loads(json.dumps(report.to_dict(), allow_nan=False))["evaluation"]["a"]
+    assert [stored[moment]["standard_error"] for moment in ("before", "after")] == [None, 0.2]
+    (row,) = _evaluation_rows(report)
+    assert (row["before"], row["after"]) == ("1.0000 (–)", "2.0000 (0.2000)")

@@ -26,8 +26,8 @@ function losses() {
       head: ["Text", "Original", "Compressed", "Increase", "Perplexity", "Tokens"],
       rows: texts.map((t) => [
         t.name,
-        `${t.before.toFixed(4)} ± ${t.errors[0].toFixed(4)}`,
-        `${t.after.toFixed(4)} ± ${t.errors[1].toFixed(4)}`,
+        `${t.before.toFixed(4)} ± ${t.errors[0]?.toFixed(4) ?? "–"}`,
+        `${t.after.toFixed(4)} ± ${t.errors[1]?.toFixed(4) ?? "–"}`,
         signed(t.after - t.before, 4),
         `× ${Math.exp(t.after - t.before).toFixed(3)}`,
         count(t.tokens),

@@ -1,0 +1,96 @@
+"""Files that hold data: which of a folder do, their rows and text, and errors that name file and line."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+__all__ = ["FILE_TYPES", "data_files", "listed", "parse_json", "read_rows", "read_text", "skipped_names"]
+
+FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet", ".pt")
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The files of a folder that are read, in the order of their names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix in FILE_TYPES)
+    if not files:
+        there = listed(skipped_names(folder)) or "nothing"
+        raise ValueError(f"the folder {folder} has no data file ({', '.join(FILE_TYPES)}); it holds {there}")
+    return files
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def skipped_names(folder: Path) -> list[str]:
+    """What else is in a folder: files of other types, and folders."""
+    others = sorted(entry for entry in folder.iterdir() if entry.suffix not in FILE_TYPES)
+    return [f"{entry.name}/" if entry.is_dir() else entry.name for entry in others]
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line} is not UTF-8 text ({error.reason}); convert the file") from error
+
+
+def parse_json(text: str, path: Path, line: int = 1) -> Any:
+    """The value of a JSON text that begins at a line of a file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{path}, line {line + error.lineno - 1}"
+        raise ValueError(f"{place} is not JSON ({error.msg}, column {error.colno}); mend the line") from error
+
+
+def read_rows(path: Path) -> Any:
+    """One entry a sequence, from a file that is no plain text.
+
+    Raises:
+        ValueError: a file of another type, or with something else in it.
+    """
+    if path.suffix == ".jsonl":
+        lines = enumerate(read_text(path).split("\n"), 1)
+        return [parse_json(line, path, number) for number, line in lines if line.strip()]
+    if path.suffix == ".json":
+        return _checked_list(parse_json(read_text(path), path), path)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    if path.suffix == ".pt":
+        import torch
+
+        rows = torch.load(path, weights_only=True)
+        return list(rows) if isinstance(rows, torch.Tensor) and rows.dim() == 2 else _checked_list(rows, path)
+    raise ValueError(
+        f"cannot read calibration data from {path.name!r}; give one of {', '.join(FILE_TYPES)}, or a folder"
+    )
+
+
+def _checked_list(rows: Any, path: Path) -> list:
+    """Refuse a dict of columns, or a single stream of ids."""
+    if not isinstance(rows, list):
+        raise ValueError(
+            f"{path.name} holds a {type(rows).__name__}; give a list of rows, or a 2-D tensor in a .pt file"
+        )
+    return rows

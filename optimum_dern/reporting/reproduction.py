@@ -21,7 +21,10 @@ def reproduction_command(report: CompressionReport) -> str:
     """
     from ..config import DernConfig
 
-    defaults = DernConfig(preset=report.config["preset"], sparsity=report.config["sparsity"]).to_dict()
+    given = {name: report.config[name] for name in ("preset", "sparsity")}
+    plain = DernConfig(**given).to_dict()
+    decisive = {name: report.config[name] for name in ("refit", "calibration_order")}  # of other options' defaults
+    defaults = DernConfig(**given, **decisive).to_dict() | {name: plain[name] for name in decisive}
     words = ["optimum-dern", "compress", report.source or "MODEL", "OUTPUT"]
     words += ["--revision", report.revision] if report.revision else []
     for field in dataclasses.fields(DernConfig):

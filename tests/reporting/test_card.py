@@ -166,9 +166,13 @@ def test_the_command_names_the_revision():
 
 def test_defaults_are_left_out():
     """A command of defaults is short."""
-    assert reproduction_command(make_report()) == (
-        "optimum-dern compress allenai/OLMoE-1B-7B-0924 OUTPUT --sparsity 0.5 --dataset notes.txt"
-    )
+    for fields, options in (({}, ""), ({"refit": False}, "--no-refit "), ({"preset": "paper"}, "--preset paper ")):
+        report = make_report(DernConfig(dataset="notes.txt", **fields))
+        begin, _, end = "optimum-dern compress allenai/OLMoE-1B-7B-0924 OUTPUT | --dataset notes.txt".partition("|")
+        words = sorted([*options.split(), "--sparsity", "0.5"])
+        command = reproduction_command(report)
+        assert command.startswith(begin) and command.endswith(end)
+        assert sorted(command.removeprefix(begin).removesuffix(end).split()) == words
 
 
 def test_data_in_memory_is_named():

@@ -19,9 +19,9 @@ __all__ = ["Dern", "tries_second_set"]
 class Dern:
     """Plain pruning beside the recombined layer, for the guard to choose from.
 
-    Where everything is refitted and the experts are ranked by the router, the guard may choose from the retained set
-    of least output error (`selection="greedy"`) as well: which of the two sets is better once refitted differs from
-    layer to layer.
+    Where the experts are ranked by the router, the guard may choose from the retained set of least output error
+    (`selection="greedy"`) as well: without refits that one is mostly better, once refitted it differs from layer to
+    layer.
     """
 
     needs_tokens = False
@@ -56,9 +56,8 @@ class Dern:
 
 
 def tries_second_set(config: DernConfig) -> bool:
-    """Whether the guard gets to choose between two sets of retained experts."""
-    refitted = config.guard and config.refit and config.neuron_refit
-    return config.method == "dern" and config.selection == "router" and refitted
+    """Whether the guard gets to choose between two sets of retained experts; `preset="paper"` keeps to the paper's."""
+    return config.method == "dern" and config.selection == "router" and config.guard and config.preset != "paper"
 
 
 def _pruned_by_error(problem: LayerProblem) -> dict[str, Candidate]:

@@ -209,14 +209,16 @@ def test_the_guard_chooses_between_sets_of_experts():
 
 
 def test_routers_that_round_are_known_as_well():
-    """In bfloat16 the logits of 128 experts have ties: the same candidates are judged as in float32."""
-    fields = {"num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 1}
+    """In bfloat16 the logits of 64 experts have ties: the same candidates are judged as in float32."""
+    fields = {"num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 1}
     judged = []
     for dtype in (torch.float32, torch.bfloat16):
         model = make_model("qwen3_moe", **fields).to(dtype)
-        judged.append(set(compress(model, num_experts=64, dataset=random_tokens(24)).report.layers[0].errors))
+        asked = {"num_experts": 32, "dataset": random_tokens(24), "neuron_refit": False}
+        judged.append(set(compress(model, **asked).report.layers[0].errors))
     assert judged[0] == judged[1]
-    assert {"pruned by error+refit+router", "pruned+refit+router"} <= judged[0]
+    assert {"pruned by error+refit+router", "pruned+refit+router"} & judged[0]
+    assert "pruned by error" in judged[0]
 
 
 def test_a_router_with_a_bias_is_refitted():

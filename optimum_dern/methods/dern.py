@@ -20,7 +20,7 @@ class Dern:
     """Plain pruning beside the recombined layer, for the guard to choose from.
 
     Where the experts are ranked by the router, the guard may choose from the retained set of least output error
-    (`selection="greedy"`) as well: without refits that one is mostly better, once refitted it differs from layer to
+    (`selection="greedy"`) as well: without refits that one can be far better, once refitted it differs from layer to
     layer.
     """
 

@@ -15,6 +15,7 @@ __all__ = ["compressed_config"]
 # One key, several names that readers use.
 ALIASES = ({"num_experts", "num_local_experts"}, {"dtype", "torch_dtype"})
 IGNORED = {"transformers_version", "architectures", "quantization_config", "model_type"}
+SOURCE_KEYS = ("quantization_config", "transformers_weights")  # about the source's files, not the output's
 MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # these layers are not in the saved model
 
 
@@ -27,8 +28,8 @@ def compressed_config(saved: Mapping[str, Any], source: Mapping[str, Any] | None
         config: the compressed model's config object.
 
     Returns:
-        The source's JSON with the differences, expert counts under every alias, no quantisation, no MTP layers; the
-        saved JSON with the aliases completed where there is no source of the same type.
+        The source's JSON with the differences, expert counts under every alias, no quantisation, no MTP layers, no
+        name of a weights' file; the saved JSON with the aliases completed where there is no source of the same type.
     """
     if source is None or source.get("model_type") != config.model_type:
         result = json.loads(json.dumps(saved))
@@ -37,7 +38,8 @@ def compressed_config(saved: Mapping[str, Any], source: Mapping[str, Any] | None
         loaded = type(config).from_dict(_with_floats(source)).to_dict()
         _apply_changes(result, loaded, config.to_dict())
     _complete_aliases(result, config)
-    result.pop("quantization_config", None)
+    for key in SOURCE_KEYS:
+        result.pop(key, None)
     for key in MTP_KEYS:
         if result.get(key):
             result[key] = 0

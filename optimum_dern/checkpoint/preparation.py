@@ -13,8 +13,9 @@ from . import WORK_NAME
 from .dequantise import DequantisingReader, open_reader
 from .manifest import only_process
 from .quantisation import check_quantisation
-from .reader import CheckpointReader, weight_files
+from .reader import CheckpointReader
 from .resolve import fetch_weights, resolve_checkpoint
+from .weight_files import weight_files
 
 
 __all__ = ["Source", "find_checkpoint", "open_checkpoint", "prepare_output"]

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ..core.workspace import Empty
 from .tensor_file import DTYPES, TensorInfo, read_header, read_tensor
+from .weight_files import weight_files
 
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "CheckpointReader", "LazyTensor"]
-
-INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+__all__ = ["CheckpointReader", "LazyTensor"]
 
 
 class LazyTensor:
@@ -49,7 +48,7 @@ class CheckpointReader:
     """A folder of safetensors files.
 
     Args:
-        folder: with `model.safetensors`, or an index and its shards.
+        folder: with a config and the files that `weight_files` finds; of those that an index names, all tensors.
 
     Raises:
         FileNotFoundError: no safetensors, or a shard that is missing.
@@ -108,27 +107,3 @@ class CheckpointReader:
         for file in self._files.values():
             os.close(file)
         self._files.clear()
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint.
-
-    Raises:
-        FileNotFoundError: there are none, or some are missing.
-    """
-    if (folder / INDEX_NAME).is_file():
-        index = json.loads((folder / INDEX_NAME).read_text("utf-8"))
-        names = sorted(set(index["weight_map"].values()))
-    elif (folder / SINGLE_NAME).is_file():
-        names = [SINGLE_NAME]
-    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise FileNotFoundError(
-            f"{folder} holds pickled weights, which can run code when they are loaded; convert them once, with "
-            "transformers: AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER)"
-        )
-    else:
-        raise FileNotFoundError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {len(missing)} of its {len(names)} shards, such as {missing[0]}")
-    return [folder / name for name in names]

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..core.statistics import ExpertStatistics
 from .reader import CheckpointReader
-from .shards import INDEX_NAME, SINGLE_NAME
 from .tensor_file import TensorInfo, create_file, dtype_name, read_header, read_tensor, write_bytes
+from .weight_files import INDEX_NAME, SINGLE_NAME
 
 
 __all__ = ["STATISTICS_NAME", "RecordedStatistics", "StatisticsWriter", "identify_model", "publish_statistics"]

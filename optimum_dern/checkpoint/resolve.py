@@ -4,14 +4,13 @@ Weights are fetched apart from the rest, so that whatever can be refused without
 that may take hours.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .reader import INDEX_NAME, SINGLE_NAME
 from .sidecars import FOLDERS, WEIGHTS
+from .weight_files import entry_names, weight_names
 
 
 __all__ = ["check_checkpoint", "fetch_weights", "resolve_checkpoint"]
@@ -64,11 +63,11 @@ def fetch_weights(model: str, folder: Path, token: Any = None) -> None:
     Raises:
         OSError: the Hub cannot give them.
     """
-    index = folder / INDEX_NAME
-    files = {SINGLE_NAME}
-    if index.is_file():
-        files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    _fetch(model, folder.name, token, allow_patterns=[*sorted(files), *(f"{name}/*" for name in FOLDERS)])
+    # A single file goes before an index: whether shards are needed shows once the repository has been asked for one.
+    _fetch(model, folder.name, token, allow_patterns=[*entry_names(folder), *(f"{name}/*" for name in FOLDERS)])
+    shards = [name for name in weight_names(folder) if not (folder / name).is_file()]
+    if shards:
+        _fetch(model, folder.name, token, allow_patterns=shards)
 
 
 def _find(model: str | Path, revision: str | None, token: Any, **patterns: list[str]) -> Path:
@@ -106,13 +105,14 @@ def _fetch(model: str, revision: str | None, token: Any, **patterns: list[str]) 
 
 def _check_weights(model: str, folder: Path, token: Any) -> None:
     """Refuse a Hub model without safetensors, its folder having everything else."""
-    if (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file():
+    entries = entry_names(folder)
+    if any((folder / name).is_file() for name in entries):
         return
     from huggingface_hub import HfApi
 
     with _explained(model, folder.name):
         files = HfApi(token=token).list_repo_files(model, revision=folder.name)
-    if SINGLE_NAME in files:
+    if any(name in files for name in entries):
         return
     if any(name.endswith(PICKLED) for name in files):
         raise FileNotFoundError(
@@ -120,7 +120,7 @@ def _check_weights(model: str, folder: Path, token: Any) -> None:
             f"transformers: AutoModelForCausalLM.from_pretrained({model!r}, revision={folder.name!r}, dtype='auto')"
             ".save_pretrained(NEW_FOLDER), and give that folder"
         )
-    raise FileNotFoundError(f"{model} has neither {SINGLE_NAME} nor {INDEX_NAME}; give the checkpoint in safetensors")
+    raise FileNotFoundError(f"{model} has neither {' nor '.join(entries)}; give the checkpoint in safetensors")
 
 
 @contextmanager

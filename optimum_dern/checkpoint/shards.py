@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .reader import INDEX_NAME, SINGLE_NAME, LazyTensor
+from .reader import LazyTensor
 from .tensor_file import DTYPES, TensorInfo, create_file, read_header, read_tensor, write_bytes
+from .weight_files import INDEX_NAME, SINGLE_NAME
 
 
 __all__ = ["OutputTensor", "ShardWriter", "parse_bytes", "plan_shards"]

@@ -14,11 +14,11 @@ from ..models.structure import find_moe_layers
 from ..reporting.report import CompressionReport
 from .publishing import write_sidecars
 from .source import model_source, source_config
+from .weight_files import INDEX_NAME
 
 
 __all__ = ["save_checkpoint"]
 
-INDEX_NAME = "model.safetensors.index.json"
 LAST = {"config.json": 1, INDEX_NAME: 2}  # renamed into place after everything else
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import cached_file, logging
 
+from ..checkpoint.weight_files import weight_names
 from ..engine.progress import peak_memory_bytes, resident_bytes
 from ..models.loading import load_model, model_class
 from ..models.size import measure_model
@@ -54,7 +55,7 @@ class ModelSession:
         folder = Path(self.path)
         if not folder.is_dir():
             folder = Path(cached_file(self.path, "config.json")).parent
-        files = {file.resolve() for file in folder.glob("*.safetensors")}
+        files = [folder / name for name in weight_names(folder)]
         facts = {"experts": size.experts, "experts_per_token": layers[0].top_k if layers else 0}
         facts |= {"parameters": size.parameters, "active_parameters": size.active_parameters}
         return facts | {"disk_bytes": sum(file.stat().st_size for file in files)}

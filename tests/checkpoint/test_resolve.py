@@ -39,6 +39,7 @@ JOBS = {  # name of the job -> model and options
     "model": ("me/model", {}),
     "branch": ("me/single", {"revision": "dev"}),
     "token": ("me/private", {"token": WRITER}),
+    "both": ("me/both", {}),
     "unknown": ("me/nothing", {}),
     "no token": ("me/hidden", {}),
     "wrong token": ("me/refused", {"token": "hf_wrong"}),
@@ -105,6 +106,8 @@ def fill(hub, folder):
         LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     ).save_pretrained(folder / "dense")
     add(hub, "me/dense", content(folder / "dense"))
+    shards = {name: data for name, data in model.items() if name.startswith("model-") or name.endswith("index.json")}
+    add(hub, "me/both", shards | single)  # the first upload was in shards, and nobody has deleted them
     for name in ("gated", "refused", "down", "broken"):
         add(hub, f"me/{name}", single)
     hub.failures = {"me/refused": ("info", 403), "me/down": ("info", 500), "me/broken": ("info", BROKEN)}
@@ -167,6 +170,16 @@ def test_only_what_is_needed_is_downloaded(downloaded):
     assert not {path for _, repository, path in asked if repository == "me/model"} & CLUTTER.keys()
 
 
+def test_a_single_file_beside_older_shards(downloaded, tmp_path):
+    """The single file is taken, as transformers does, and no shard is downloaded."""
+    _, folder, results, asked = downloaded
+    compress(folder / "single", tmp_path / "local")
+    assert "error" not in results["both"]
+    assert same_result(folder / "online" / "both", tmp_path / "local")
+    weights = {path for verb, repository, path in asked if repository == "me/both" and path.endswith(".safetensors")}
+    assert weights == {"model.safetensors"}
+
+
 def test_revisions_and_tokens(downloaded, tmp_path):
     """A branch is that branch's last commit; a token opens a private repository."""
     hub, folder, results, _ = downloaded
@@ -194,7 +207,7 @@ def test_refusals(downloaded, job):
 
 def test_every_job_is_tested():
     """No job is left out of the tests above."""
-    assert JOBS.keys() - ERRORS.keys() == {"model", "branch", "token"}
+    assert JOBS.keys() - ERRORS.keys() == {"model", "branch", "token", "both"}
 
 
 def test_offline(downloaded):

@@ -43,12 +43,15 @@ class NameMap:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         parameters = model.state_dict()
         self.target: dict[str, str] = {}  # only of tensors that the model has a place for
+        self.filled: set[str] = set()  # all that some tensor goes into: one may be cut into several parameters
+        patterns = {pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns}
         for name in names:
-            target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+            target, found = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
             if target not in parameters and name in parameters:
-                target, _ = rename_source_key(name, [], [], model.base_model_prefix, parameters)
+                target, found = rename_source_key(name, [], [], model.base_model_prefix, parameters)
             if target in parameters:
                 self.target[name] = target
+                self.filled |= {target, *_siblings(target, patterns.get(found, ()))}
         self._used = [entry for entry in mapping if entry.was_used()]
 
     def sources(self, prefix: str) -> list[str]:
@@ -86,6 +89,15 @@ class NameMap:
         stored = {source.split(".0.")[0] for source in self.sources(f"{decoder}.0.") if ".0." in source}
         numbers = [name.removeprefix(f"{own}.").split(".")[0] for own in stored if name.startswith(f"{own}.")]
         return bool(MTP.search(name)) or any(number.isdigit() and int(number) >= count for number in numbers)
+
+
+def _siblings(parameter: str, patterns: Sequence[str]) -> Iterator[str]:
+    """The other parameters that a converter cuts its tensors into, besides its first one."""
+    first, *others = patterns or [""]
+    match = re.search(re.escape(first).replace(r"\\1", "(.+?)"), parameter) if others else None
+    for pattern in others if match else ():
+        own = pattern.replace(r"\1", match[1]) if match.groups() else pattern
+        yield parameter[: match.start()] + own + parameter[match.end() :]
 
 
 def load_tensors_(model: Any, tensors: Mapping[str, Any], device: torch.device) -> None:

@@ -41,16 +41,20 @@ class PartLoader:
         Args:
             head: the output head too.
         """
-        around = self.decoder.rpartition(".")[0]
-        prefixes = [f"{around}." if around else ""]
+        around, inside = self.decoder.rpartition(".")[0], f"{self.decoder}."
+        prefixes = (f"{around}." if around else "",)
         if head:
             output = self.model.get_output_embeddings()
-            prefixes += [f"{name}." for name, module in self.model.named_modules() if module is output]
-        inside = f"{self.decoder}."
-        wanted = {name for prefix in prefixes for name in self.names.sources(prefix)}
-        wanted = {name for name in wanted if not self.names.target[name].startswith(inside)}
-        self._load(self.model, {name: self.reader.lazy(name) for name in wanted})
-        self.model.tie_weights()  # loading has replaced the parameters that were tied
+            prefixes += tuple(f"{name}." for name, module in self.model.named_modules() if module is output)
+        # A tied weight may be stored under another name, outside of what is asked for.
+        stored = {first for name, first in self.model.all_tied_weights_keys.items() if name.startswith(prefixes)}
+        wanted = {
+            name: self.reader.lazy(name)
+            for name, target in self.names.target.items()
+            if (target.startswith(prefixes) or target in stored) and not target.startswith(inside)
+        }
+        self._load(self.model, wanted)
+        self.model.tie_weights(recompute_mapping=False)  # loading has replaced the parameters that were tied
         try:
             yield
         finally:

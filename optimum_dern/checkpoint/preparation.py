@@ -10,15 +10,19 @@ import torch
 
 from ..models.skeleton import build_skeleton
 from . import WORK_NAME
+from .conversion import NameMap
 from .dequantise import DequantisingReader, open_reader
 from .manifest import only_process
 from .quantisation import check_quantisation
 from .reader import CheckpointReader
 from .resolve import fetch_weights, resolve_checkpoint
-from .weight_files import weight_files
+from .ties import match_ties_
+from .weight_files import has_weights
 
 
 __all__ = ["Source", "find_checkpoint", "open_checkpoint", "prepare_output"]
+
+Reader = CheckpointReader | DequantisingReader
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,21 @@ class Source:
     commit: str | None  # of a Hub model
     skeleton: Any  # its model, without weights
     token: Any
+    reader: Reader | None  # of weights that are here
 
-    def open_weights(self) -> CheckpointReader | DequantisingReader:
-        """Its tensors, downloaded where they are not here yet."""
-        if self.commit is not None:
-            fetch_weights(self.name, self.folder, self.token)
-        return open_reader(self.folder)
+    def open_weights(self) -> Reader:
+        """Its tensors, downloaded where they are not here yet.
+
+        Raises:
+            OSError: the Hub cannot give them.
+            ValueError: weights that are broken.
+        """
+        if self.reader is not None:
+            return self.reader
+        fetch_weights(self.name, self.folder, self.token)
+        reader = open_reader(self.folder)
+        _match_(self.skeleton, reader)
+        return reader
 
 
 def find_checkpoint(
@@ -54,7 +67,7 @@ def find_checkpoint(
         token: for a private one.
         trust_remote_code: run its own modelling code.
         dtype: to compute in; by default that of its config.
-        need_weights: a folder without weights is an error.
+        need_weights: a folder without weights is an error; else they are looked at where they are.
 
     Returns:
         The checkpoint.
@@ -62,20 +75,25 @@ def find_checkpoint(
     Raises:
         FileNotFoundError: there is none, or none with safetensors.
         OSError: the Hub cannot give it.
-        ValueError: a family or a quantisation that cannot be compressed.
+        ValueError: a family or a quantisation that cannot be compressed, or weights that are broken.
     """
     folder, commit = resolve_checkpoint(model, revision, token)
-    if commit is None and need_weights:
-        weight_files(folder)
+    reader = open_reader(folder) if (commit is None if need_weights else has_weights(folder)) else None
     quantised = check_quantisation(json.loads((folder / "config.json").read_text("utf-8"))) is not None
     as_dtype = None if dtype is None else getattr(torch, dtype)
     skeleton = build_skeleton(folder, trust_remote_code=trust_remote_code, dtype=as_dtype, dequantised=quantised)
-    return Source(str(model), folder, commit, skeleton, token)
+    if reader is not None:
+        _match_(skeleton, reader)
+    return Source(str(model), folder, commit, skeleton, token, reader)
 
 
-def open_checkpoint(
-    model: str | Path, **options: Any
-) -> tuple[CheckpointReader | DequantisingReader, Any, str | None]:
+def _match_(skeleton: Any, reader: Reader) -> None:
+    """Have a model without weights tie what its checkpoint ties."""
+    names = NameMap(skeleton, list(reader.infos))
+    match_ties_(skeleton, reader, names)
+
+
+def open_checkpoint(model: str | Path, **options: Any) -> tuple[Reader, Any, str | None]:
     """Find a checkpoint and open its weights at once.
 
     Args:

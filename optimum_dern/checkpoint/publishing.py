@@ -14,6 +14,7 @@ from typing import Any
 from ..reporting.presentation import write_presentation
 from ..reporting.report import CompressionReport
 from .config_json import compressed_config
+from .ties import record_untied_
 
 
 __all__ = [
@@ -33,7 +34,7 @@ HUB_ARGUMENTS = ("repo_id", "private", "token", "revision", "commit_message", "c
 
 
 def keep_publishable_(model: Any, report: CompressionReport, source: dict[str, Any] | None) -> None:
-    """Let a compressed model save and push itself as `DernCompressor` would.
+    """Let a compressed model save and push itself as `DernCompressor` would, its config true about a head of its own.
 
     Args:
         model: compressed, in memory.
@@ -41,6 +42,7 @@ def keep_publishable_(model: Any, report: CompressionReport, source: dict[str, A
         source: JSON of the config that it was loaded from, if there is one.
     """
     model.dern_report, model.dern_source_config = report, source
+    record_untied_(model)
     model.save_pretrained = MethodType(save_pretrained, model)  # a bound method follows copy.deepcopy(model)
     model.push_to_hub = MethodType(push_to_hub, model)
 

@@ -6,7 +6,7 @@ are all in memory at once.  The format is simple: eight bytes with the header's 
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,18 @@ from torch import Tensor
 from ..core.workspace import Empty
 
 
-__all__ = ["DTYPES", "TensorInfo", "create_file", "dtype_name", "read_header", "read_tensor", "write_bytes"]
+__all__ = [
+    "DTYPES",
+    "TensorInfo",
+    "create_file",
+    "dtype_name",
+    "equal_values",
+    "read_header",
+    "read_tensor",
+    "write_bytes",
+]
+
+PIECE = 1 << 22  # numbers that are compared at a time
 
 DTYPES = {
     "F64": torch.float64,
@@ -83,6 +94,23 @@ def read_tensor(info: TensorInfo, file: int, empty: Empty = torch.empty) -> Tens
             raise OSError(f"{info.path.name} ended in the middle of a tensor; download it again")
         done += count
     return data.view(DTYPES[info.dtype]).view(info.shape)
+
+
+def equal_values(first: TensorInfo, second: TensorInfo, dtype: torch.dtype) -> bool:
+    """Whether two stored tensors are equal in some dtype; read a piece at a time, up to the first difference."""
+    if first.shape != second.shape:
+        return False
+    with first.path.open("rb") as one, second.path.open("rb") as other:
+        pieces = zip(_pieces(first, one.fileno()), _pieces(second, other.fileno()), strict=True)
+        return all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in pieces)
+
+
+def _pieces(info: TensorInfo, file: int) -> Iterator[Tensor]:
+    """A tensor's numbers, `PIECE` at a time."""
+    size = DTYPES[info.dtype].itemsize
+    for start in range(0, info.size, PIECE * size):
+        length = min(PIECE * size, info.size - start)
+        yield read_tensor(info._replace(shape=(length // size,), start=info.start + start, size=length), file)
 
 
 def create_file(

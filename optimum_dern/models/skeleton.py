@@ -57,7 +57,7 @@ def build_skeleton(
             skeleton = architecture._from_config(config, dtype=dtype)
         else:
             skeleton = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    skeleton.tie_weights()  # replacing parameters by empty ones has separated them
+    skeleton.tie_weights(recompute_mapping=False)  # replacing parameters by empty ones has separated them
     return skeleton.eval()
 
 

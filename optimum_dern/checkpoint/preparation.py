@@ -10,6 +10,7 @@ import torch
 
 from ..models.skeleton import build_skeleton
 from . import WORK_NAME
+from .completeness import check_complete
 from .conversion import NameMap
 from .dequantise import DequantisingReader, open_reader
 from .manifest import only_process
@@ -41,7 +42,7 @@ class Source:
 
         Raises:
             OSError: the Hub cannot give them.
-            ValueError: weights that are broken.
+            ValueError: weights that are broken or not complete.
         """
         if self.reader is not None:
             return self.reader
@@ -75,7 +76,7 @@ def find_checkpoint(
     Raises:
         FileNotFoundError: there is none, or none with safetensors.
         OSError: the Hub cannot give it.
-        ValueError: a family or a quantisation that cannot be compressed, or weights that are broken.
+        ValueError: a family or a quantisation that cannot be compressed, or weights that are broken or not complete.
     """
     folder, commit = resolve_checkpoint(model, revision, token)
     reader = open_reader(folder) if (commit is None if need_weights else has_weights(folder)) else None
@@ -88,9 +89,10 @@ def find_checkpoint(
 
 
 def _match_(skeleton: Any, reader: Reader) -> None:
-    """Have a model without weights tie what its checkpoint ties."""
+    """Have a model without weights tie what its checkpoint ties, and refuse a checkpoint that lacks weights."""
     names = NameMap(skeleton, list(reader.infos))
     match_ties_(skeleton, reader, names)
+    check_complete(skeleton, reader, names)
 
 
 def open_checkpoint(model: str | Path, **options: Any) -> tuple[Reader, Any, str | None]:

@@ -85,6 +85,7 @@ class DernCompressor:
             describe_calibration(self.config.dataset, batches),
             started,
             model.device,
+            dict.fromkeys(("computed", "written"), str(model.dtype).removeprefix("torch.")),
         )
         keep_publishable_(model, self.report, source)
         return model

@@ -14,11 +14,12 @@ from .completeness import check_complete
 from .conversion import NameMap
 from .dequantise import DequantisingReader, open_reader
 from .manifest import only_process
+from .precision import loading_dtype
 from .quantisation import check_quantisation
 from .reader import CheckpointReader
-from .resolve import fetch_weights, resolve_checkpoint
+from .resolve import fetch_weights, remote_dtypes, resolve_checkpoint
 from .ties import match_ties_
-from .weight_files import has_weights
+from .weight_files import has_weights, weight_names
 
 
 __all__ = ["Source", "find_checkpoint", "open_checkpoint", "prepare_output"]
@@ -67,7 +68,7 @@ def find_checkpoint(
         revision: of a Hub model.
         token: for a private one.
         trust_remote_code: run its own modelling code.
-        dtype: to compute in; by default that of its config.
+        dtype: to compute in; by default that of its config, or of its tensors where the config has none.
         need_weights: a folder without weights is an error; else they are looked at where they are.
 
     Returns:
@@ -82,10 +83,25 @@ def find_checkpoint(
     reader = open_reader(folder) if (commit is None if need_weights else has_weights(folder)) else None
     quantised = check_quantisation(json.loads((folder / "config.json").read_text("utf-8"))) is not None
     as_dtype = None if dtype is None else getattr(torch, dtype)
-    skeleton = build_skeleton(folder, trust_remote_code=trust_remote_code, dtype=as_dtype, dequantised=quantised)
+
+    def stored_dtype() -> torch.dtype | None:
+        return loading_dtype(_first_dtypes(str(model), folder, commit, token, reader))
+
+    options = {"trust_remote_code": trust_remote_code, "dequantised": quantised, "stored_dtype": stored_dtype}
+    skeleton = build_skeleton(folder, dtype=as_dtype, **options)
     if reader is not None:
         _match_(skeleton, reader)
     return Source(str(model), folder, commit, skeleton, token, reader)
+
+
+def _first_dtypes(model: str, folder: Path, commit: str | None, token: Any, reader: Reader | None) -> dict[str, str]:
+    """Names of the dtypes of the tensors in the first file of weights; none where that is nowhere."""
+    if reader is None and has_weights(folder):
+        reader = open_reader(folder)
+    if reader is not None:
+        first = folder / weight_names(folder)[0]
+        return {name: info.dtype for name, info in reader.infos.items() if info.path == first}
+    return {} if commit is None else remote_dtypes(model, folder, token)
 
 
 def _match_(skeleton: Any, reader: Reader) -> None:

@@ -13,7 +13,7 @@ from .sidecars import FOLDERS, WEIGHTS
 from .weight_files import entry_names, weight_names
 
 
-__all__ = ["check_checkpoint", "fetch_weights", "resolve_checkpoint"]
+__all__ = ["check_checkpoint", "fetch_weights", "remote_dtypes", "resolve_checkpoint"]
 
 PICKLED = (".bin", ".pt", ".pth")
 LOGIN = "log in with `hf auth login`, or give token=..."
@@ -68,6 +68,27 @@ def fetch_weights(model: str, folder: Path, token: Any = None) -> None:
     shards = [name for name in weight_names(folder) if not (folder / name).is_file()]
     if shards:
         _fetch(model, folder.name, token, allow_patterns=shards)
+
+
+def remote_dtypes(model: str, folder: Path, token: Any = None) -> dict[str, str]:
+    """Names of the dtypes of the tensors in a Hub model's first file of weights, of which the header is downloaded.
+
+    Args:
+        model: Hub id.
+        folder: where `resolve_checkpoint` found the rest.
+        token: for a private repository.
+
+    Raises:
+        OSError: the Hub cannot give it.
+    """
+    from huggingface_hub import HfApi
+
+    api, entry = HfApi(token=token), entry_names(folder)[0]
+    with _explained(model, folder.name):
+        single = not entry.endswith(".json") and api.file_exists(model, entry, revision=folder.name)
+        first = entry if single else weight_names(folder)[0]
+        tensors = api.parse_safetensors_file_metadata(model, first, revision=folder.name).tensors
+    return {name: tensor.dtype for name, tensor in tensors.items()}
 
 
 def _find(model: str | Path, revision: str | None, token: Any, **patterns: list[str]) -> Path:

@@ -132,6 +132,7 @@ def _compress(task: CheckpointTask, names: NameMap, work: Path, results: Sequenc
             task.calibration,
             started,
             processes.device,
+            task.precision,
         )
         result.manifest.complete(report.to_dict())
 

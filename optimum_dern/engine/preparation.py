@@ -10,6 +10,7 @@ import torch
 from ..calibration.data import holds_text
 from ..calibration.description import describe_calibration
 from ..calibration.model_batches import load_model_batches
+from ..checkpoint.precision import describe_precision
 from ..checkpoint.preparation import Source, find_checkpoint, prepare_output
 from ..checkpoint.recorded import RecordedStatistics, identify_model
 from ..checkpoint.shards import parse_bytes
@@ -97,6 +98,7 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
         max_shard_size=shard_size or reader.largest_file,
         memory=memory,
         dtype=dtype,
+        precision=describe_precision(skeleton, reader, dtype),
         processes=processes,
         recorded=recorded,
     )

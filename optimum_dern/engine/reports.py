@@ -25,6 +25,7 @@ def make_report(
     calibration: dict[str, Any],
     started: float,
     device: torch.device,
+    precision: dict[str, str],
 ) -> CompressionReport:
     """What was done, with what, to what.
 
@@ -37,6 +38,7 @@ def make_report(
         calibration: of `describe_calibration`.
         started: by `time.perf_counter`.
         device: whose peak memory counts.
+        precision: dtypes of the source's tensors, of the computation, and of what is written.
     """
     return CompressionReport(
         source=source[0],
@@ -51,4 +53,5 @@ def make_report(
         versions=tool_versions(),
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(device),
+        precision=precision,
     )

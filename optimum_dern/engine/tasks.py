@@ -39,6 +39,7 @@ class CheckpointTask:
     max_shard_size: int
     memory: MemoryPlan
     dtype: str | None  # of the output, by the format's name; None as stored
+    precision: dict[str, str]  # dtypes: stored in the source, computed in, written
     processes: Processes  # that share the work
     recorded: RecordedStatistics | None = None  # of an earlier run, instead of batches
 

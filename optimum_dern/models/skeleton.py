@@ -23,6 +23,7 @@ def build_skeleton(
     token: Any = None,
     dtype: torch.dtype | None = None,
     dequantised: bool = False,
+    stored_dtype: Callable[[], torch.dtype | None] | None = None,
 ) -> nn.Module:
     """Build a checkpoint's model on the meta device, in the class that its config names.
 
@@ -34,6 +35,7 @@ def build_skeleton(
         trust_remote_code: run the checkpoint's own modelling code.
         token: for a private Hub model.
         dtype: of the model; by default that of its config.
+        stored_dtype: tells that of its tensors, and is asked where its config has none.
         dequantised: leave the config's quantisation out, since weights are dequantised when they are read.
 
     Returns:
@@ -50,7 +52,7 @@ def build_skeleton(
     check_config(config)
     for part in (config, config.get_text_config()) if dequantised else ():
         vars(part).pop("quantization_config", None)
-    dtype = dtype or config.dtype or config.get_text_config().dtype
+    dtype = dtype or config.dtype or (stored_dtype and stored_dtype()) or config.get_text_config().dtype
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with init_empty_weights(include_buffers=False), LargeOnMeta():
         if architecture is not None and config.model_type == architecture.config_class.model_type:

@@ -65,6 +65,7 @@ class CompressionReport:
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     peak_memory_bytes: int = 0  # of the process, or of the GPU where the model is on one
+    precision: dict[str, str] = field(default_factory=dict)  # dtypes: stored in the source, computed in, written
     training: str = ""  # of the compressed weights, by whoever trained them
     report_version: int = REPORT_VERSION
 

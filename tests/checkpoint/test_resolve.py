@@ -40,6 +40,7 @@ JOBS = {  # name of the job -> model and options
     "branch": ("me/single", {"revision": "dev"}),
     "token": ("me/private", {"token": WRITER}),
     "both": ("me/both", {}),
+    "no dtype": ("me/untyped", {}),
     "unknown": ("me/nothing", {}),
     "no token": ("me/hidden", {}),
     "wrong token": ("me/refused", {"token": "hf_wrong"}),
@@ -88,6 +89,12 @@ def fill(hub, folder):
         path = folder / "model" / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
+    make_model("qwen3_moe").bfloat16().save_pretrained(folder / "untyped", max_shard_size="60KB")
+    tiny_tokenizer().save_pretrained(folder / "untyped")
+    config = json.loads((folder / "untyped" / "config.json").read_text("utf-8"))
+    del config["dtype"]
+    (folder / "untyped" / "config.json").write_text(json.dumps(config), "utf-8")
+    add(hub, "me/untyped", content(folder / "untyped"))
     model, single = content(folder / "model"), content(folder / "single")
     add(hub, "me/model", CLUTTER | model)
     branches = add(hub, "me/single", {"config.json": b"{}"}).branches
@@ -180,6 +187,16 @@ def test_a_single_file_beside_older_shards(downloaded, tmp_path):
     assert weights == {"model.safetensors"}
 
 
+def test_a_config_without_a_dtype(downloaded, tmp_path):
+    """The tensors tell it, before the weights are downloaded."""
+    _, folder, results, asked = downloaded
+    compress(folder / "untyped", tmp_path / "local")
+    assert "error" not in results["no dtype"]
+    assert same_result(folder / "online" / "no dtype", tmp_path / "local")
+    report = json.loads((folder / "online" / "no dtype" / "dern_report.json").read_text("utf-8"))
+    assert report["precision"] == dict.fromkeys(("stored", "computed", "written"), "bfloat16")
+
+
 def test_revisions_and_tokens(downloaded, tmp_path):
     """A branch is that branch's last commit; a token opens a private repository."""
     hub, folder, results, _ = downloaded
@@ -207,7 +224,7 @@ def test_refusals(downloaded, job):
 
 def test_every_job_is_tested():
     """No job is left out of the tests above."""
-    assert JOBS.keys() - ERRORS.keys() == {"model", "branch", "token", "both"}
+    assert JOBS.keys() - ERRORS.keys() == {"model", "branch", "token", "both", "no dtype"}
 
 
 def test_offline(downloaded):

@@ -79,4 +79,4 @@ def _beside(reader: CheckpointReader) -> str:
     """What lies beside the files that were read, as the middle of a message."""
     read = {info.path.name for info in reader.stored.values()}
     others = sorted(path.name for path in reader.folder.glob("*.safetensors") if path.name not in read)
-    return f" ({', '.join(others)} beside it is not part of it)" if others else ""
+    return f" (beside it, and no part of it: {', '.join(others)})" if others else ""

@@ -70,7 +70,7 @@ def test_files_beside_are_named(whole, tmp_path):
     last = max(index["weight_map"].values())
     index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if shard != last}
     file.write_text(json.dumps(index), "utf-8")
-    with pytest.raises(ValueError, match=rf"others, which .* is incomplete \({last} beside it is not part of it\)"):
+    with pytest.raises(ValueError, match=rf"others, which .* is incomplete \(beside it, and no part of it: {last}\)"):
         find_checkpoint(source)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..checkpoint.source import source_tokenizer
 from ..config import DernConfig
+from ..models.context_length import bounded_length
 from .data import holds_text, load_batches
 from .description import describe_dataset
 from .files import listed, skipped_names
@@ -33,8 +34,7 @@ def load_model_batches(config: DernConfig, model: Any, tokenizer: Any = None) ->
     """
     if tokenizer is None and holds_text(config.dataset):
         tokenizer = source_tokenizer(model)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.sequence_length
-    length = min(config.sequence_length, limit)
+    length = bounded_length(model.config, config.sequence_length)
     batches = load_batches(
         config.dataset,
         _as_tokenizer(tokenizer),

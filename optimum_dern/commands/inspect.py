@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
     from ..engine.duration import measure_rate, predict_seconds
     from ..engine.memory import plan_memory
     from ..engine.requests import check_names, check_request
+    from ..models.context_length import bounded_length
     from ..models.size import measure_model, predict_size
     from ..models.structure import find_moe_layers
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     layers = find_moe_layers(model)
     count = check_request(config, model, layers)
     before, after = measure_model(model, layers), predict_size(model, layers, count)
-    tokens = config.num_samples * config.sequence_length
+    tokens = config.num_samples * bounded_length(model.config, config.sequence_length)
     bound = parse_bytes(args.max_memory) if args.max_memory else None
     memory = plan_memory(model, layers, tokens, config, count, bound)
     rate = measure_rate(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..models.mode import evaluation_mode
 
 
-__all__ = ["batch_logits", "maximum_length"]
+__all__ = ["batch_logits"]
 
 
 @torch.no_grad()
@@ -34,12 +34,3 @@ def batch_logits(model: Any, batches: Sequence[dict], keep: Sequence[int] | None
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             options = {"logits_to_keep": keep[position]} if can_keep else {}
             yield model(**inputs, use_cache=False, **options).logits
-
-
-def maximum_length(model: Any) -> int | None:
-    """The longest sequence that a model reads, as its config says; None where it says nothing."""
-    config = model.config.get_text_config()
-    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        if getattr(config, name, None):
-            return getattr(config, name)
-    return None

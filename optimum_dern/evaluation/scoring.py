@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.context_length import context_length
 from .items import Request
-from .logits import batch_logits, maximum_length
+from .logits import batch_logits
 
 
 __all__ = ["BATCH_TOKENS", "Score", "encode_requests", "score_requests"]
@@ -48,7 +49,7 @@ def score_requests(
     Raises:
         ValueError: a continuation without a token, or longer than the model reads.
     """
-    encoded = encode_requests(requests, tokenizer, maximum_length(model))
+    encoded = encode_requests(requests, tokenizer, context_length(model.config))
     sharing: dict[tuple[int, ...], list[int]] = {}
     for position, (ids, _) in enumerate(encoded):
         sharing.setdefault(tuple(ids[:-1]), []).append(position)

@@ -157,6 +157,7 @@ def test_inspect(capsys, checkpoint):
     for name in ("parameters", "active_parameters", "bytes"):
         assert facts[name] == [getattr(before, name), getattr(after, name)]
     assert facts["memory_bytes"] > before.bytes
+    assert facts["calibration_tokens"] == 128 * 128  # sequences, and as many tokens as the model reads
 
     main(["inspect", str(checkpoint), "--sparsity", "0.25"])
     table = capsys.readouterr().out

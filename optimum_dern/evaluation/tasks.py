@@ -1,6 +1,6 @@
 """Evaluation tasks from JSONL files: one question a line (`items` has the formats)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,7 @@ def load_task(path: str | Path, limit: int | None = None, cloze: bool = False) -
         ValueError: a line that is no JSON object, or rows that cannot be scored.
     """
     path = Path(path)
-    lines = read_text(path).split("\n")  # not splitlines: JSON strings may hold U+2028
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            rows.append(_parse(line, path, number))
-    return make_task(path.stem, rows, limit, cloze)
+    return make_task(path.stem, list(_rows(path)), limit, cloze)
 
 
 def make_task(name: str, rows: Sequence[Mapping[str, Any]], limit: int | None = None, cloze: bool = False) -> Task:
@@ -111,11 +106,16 @@ def make_task(name: str, rows: Sequence[Mapping[str, Any]], limit: int | None = 
     return Task(name + CLOZE * cloze, kind, items, tuple(dict(rows[i]) for i in places))
 
 
-def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
-    row = parse_json(line, path, number)
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number} holds a {type(row).__name__}; give one JSON object a line")
-    return row
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file, one after the other, empty lines left out."""
+    lines = read_text(path).split("\n")  # not splitlines: JSON strings may hold U+2028
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        row = parse_json(line, path, number)
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} holds a {type(row).__name__}; give one JSON object a line")
+        yield row
 
 
 def _find(name: str, folder: str | Path | None) -> Path:
@@ -141,7 +141,7 @@ def _needed(folder: str | Path | None, name: str) -> Path:
 def _scorable(folder: Path) -> list[str]:
     names = []
     for file in sorted(folder.glob("*.jsonl")):
-        first = _parse(read_text(file).split("\n")[0] or "{}", file, 1)
+        first = next(_rows(file), {})
         try:
             kind_of_row(first)
         except ValueError:

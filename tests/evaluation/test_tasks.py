@@ -89,7 +89,9 @@ def test_names(tmp_path):
         (folder / f"{name}.jsonl").write_text(json.dumps(ROWS["arc_easy"][0]), "utf-8")
     (folder / "sums.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}', "utf-8")
     assert [task.name for task in load_tasks(["suite"], folder)] == list(SUITE)
-    assert {task.name for task in load_tasks(["all"], folder)} == {*SUITE, *ROWS}
+    (folder / "late.jsonl").write_text("\n \n" + json.dumps(ROWS["riddles"][0]), "utf-8")  # not on its first line
+    (folder / "nothing.jsonl").write_text("\n\n", "utf-8")
+    assert {task.name for task in load_tasks(["all"], folder)} == {*SUITE, *ROWS, "late"}
     names = ["mmlu", "mmlu:cloze", folder / "riddles.jsonl"]
     tasks = load_tasks(names, folder, limit=2)
     assert [(task.name, len(task.items)) for task in tasks] == [("mmlu", 2), ("mmlu:cloze", 2), ("riddles", 2)]

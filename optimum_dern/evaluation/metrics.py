@@ -13,21 +13,15 @@ the loss of transformers.
 
 import math
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 
-if TYPE_CHECKING:
-    from .hf_metrics import Perplexity, TokenAccuracy
-
 __all__ = [
     "IGNORED_LABEL",
-    "Perplexity",
-    "TokenAccuracy",
     "make_compute_metrics",
     "mean_and_error",
     "perplexity_of",
@@ -37,13 +31,6 @@ __all__ = [
 ]
 
 IGNORED_LABEL = -100  # of padding and prompts; Trainer pads predictions with it too
-
-
-def __getattr__(name: str) -> Any:
-    """The metrics of the `evaluate` package, which takes a second to import."""
-    if name in ("Perplexity", "TokenAccuracy"):
-        return getattr(import_module(".hf_metrics", __package__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def trainer_metrics(top_k: int = 5) -> dict[str, Callable]:

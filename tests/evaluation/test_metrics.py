@@ -12,9 +12,8 @@ import torch
 from tiny import AUX_LOSS, PAD, make_model, padded_batch, random_tokens
 from transformers import Trainer, TrainingArguments
 
+from optimum_dern.evaluation.hf_metrics import Perplexity, TokenAccuracy
 from optimum_dern.evaluation.metrics import (
-    Perplexity,
-    TokenAccuracy,
     make_compute_metrics,
     mean_and_error,
     perplexity_of,
@@ -242,19 +241,12 @@ def test_metrics_of_evaluate_in_one_call(tmp_path):
 
 
 def test_the_import_stays_light():
-    """The metrics of Trainer come without the `evaluate` and `datasets` packages; a wrong name is an error."""
+    """The metrics of Trainer come without the `evaluate` and `datasets` packages."""
     code = """if True:
         import sys
         from optimum_dern.evaluation import metrics
         metrics.trainer_metrics()
         assert not {'evaluate', 'datasets', 'transformers'} & sys.modules.keys()
-        metrics.TokenAccuracy
-        assert 'evaluate' in sys.modules
-        try:
-            metrics.Nothing
-        except AttributeError:
-            sys.exit(0)
-        sys.exit(1)
     """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -4,8 +4,11 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny import compress, make_model, sample_texts, tiny_tokenizer
 
+from optimum_dern.checkpoint.recorded import STATISTICS_NAME
 from optimum_dern.commands.main import main
 from optimum_dern.evaluation.accuracy import evaluate_tasks
 from optimum_dern.evaluation.compare import Comparison, ModelFigures
@@ -18,12 +21,13 @@ from optimum_dern.reporting.comparison import comparison_rows, markdown_table
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A tiny model and the same with half of its experts."""
+    """A model whose 48 MB of experts are most of the memory it takes, and the same with half of them."""
     folder = tmp_path_factory.mktemp("models")
-    model, tokenizer = make_model("mixtral"), tiny_tokenizer()
+    model, tokenizer = make_model("mixtral", intermediate_size=8192), tiny_tokenizer()
     model.save_pretrained(folder / "full")
     tokenizer.save_pretrained(folder / "full")
     compress(model, method="prune", preset="paper").save(model, folder / "half", tokenizer=tokenizer)
+    save_file({"sums": torch.ones(1000)}, folder / "half" / STATISTICS_NAME)  # lies beside the weights, and is none
     return folder / "full", folder / "half"
 
 
@@ -67,7 +71,8 @@ def test_figures_are_those_of_the_models(checkpoints, text, task, tmp_path, caps
         assert len(figures["prefill"]) == len(figures["decode"]) == 3
         assert min(figures["prefill"] + figures["decode"]) > 0
         assert figures["prefill_median"] == sorted(figures["prefill"])[1]
-        assert figures["memory_bytes"] > figures["parameters"]
+        assert figures["memory_bytes"] > figures["disk_bytes"]
+    assert half["memory_bytes"] < full["memory_bytes"] < 5 * full["disk_bytes"]  # no interpreter, no other model
     assert (full["experts"], half["experts"], half["experts_per_token"]) == (8, 4, 2)
     assert half["parameters"] < full["parameters"] and half["active_parameters"] < full["active_parameters"]
     assert full["agreement"] == {} and 0 < half["agreement"]["notes"]["kl"]["value"]

@@ -200,11 +200,12 @@ def _print_figures(figures: dict[str, Any]) -> None:
         ]
         print_table(("task", *names, "guessing", "items"), rows)
     if figures["agreement"]:
+        parts = ("kl", "top1", "original_loss", "loss_increase")
         rows = [
-            (name, *(_shown(f[part]) for part in ("kl", "top1", "loss_increase")), f"{f['tokens']:,}")
+            (name, *(_shown(f[part]) for part in parts), f"{f['tokens']:,}")
             for name, f in figures["agreement"].items()
         ]
-        print_table(("against the original", "KL", "same top token", "loss increase", "tokens"), rows)
+        print_table(("against the original", "KL", "same top token", "its loss", "loss increase", "tokens"), rows)
 
 
 def _shown(estimate: dict[str, float] | None) -> str:

@@ -31,12 +31,13 @@ class Agreement:
     kl: Estimate  # nats per token
     kl_at_least: float  # a bound, mean over tokens
     top1: Estimate  # share of positions with the same most probable token
-    loss_increase: Estimate  # nats per token, paired: smaller an error than two separate losses give
+    original_loss: Estimate  # nats per token
+    loss_increase: Estimate  # on that, paired: smaller an error than two separate losses give
     tokens: int
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        parts = {name: getattr(self, name).to_dict() for name in ("kl", "top1", "loss_increase")}
+        parts = {name: getattr(self, name).to_dict() for name in ("kl", "top1", "original_loss", "loss_increase")}
         return parts | {"kl_at_least": self.kl_at_least, "tokens": self.tokens}
 
 
@@ -70,16 +71,17 @@ def summarise_agreement(rows: Tensor) -> Agreement:
     """Means over tokens from sums per sequence.
 
     Args:
-        rows: (sequences, 5): sums of kl, its lower bound, equal top tokens and loss increases, and positions.
+        rows: (sequences, 6): sums of kl, its lower bound, equal top tokens, the original's losses and loss increases,
+            and positions.
     """
-    counts = rows[:, 4].tolist()
-    kl, bound, top1, increase = (mean_and_error(rows[:, column].tolist(), counts) for column in range(4))
-    return Agreement(Estimate(*kl), bound[0], Estimate(*top1), Estimate(*increase), int(sum(counts)))
+    *columns, counts = rows.T.tolist()
+    kl, bound, top1, loss, increase = (Estimate(*mean_and_error(sums, counts)) for sums in columns)
+    return Agreement(kl, bound.value, top1, loss, increase, int(sum(counts)))
 
 
 @torch.no_grad()
 def _compare_batch(logits: Tensor, stored: dict[str, Tensor], exact: bool) -> Tensor:
-    """Sums per sequence, (batch, 5) float64."""
+    """Sums per sequence, (batch, 6) float64."""
     predicts = predicted_positions(stored["attention_mask"])  # (B, S - 1)
     counts = predicts.sum(1).tolist()
     parts = {name: value.split(counts) for name, value in stored.items() if name not in INPUTS}
@@ -95,7 +97,7 @@ def _compare_batch(logits: Tensor, stored: dict[str, Tensor], exact: bool) -> Te
 
 
 def _compare_positions(logs: Tensor, targets: Tensor, original: dict[str, Tensor], exact: bool) -> Tensor:
-    """kl, its lower bound, equal top tokens and loss increase at every position, (4, T)."""
+    """kl, its lower bound, equal top tokens, the original's loss and the increase at every position, (5, T)."""
 
     def ratio(ids: str, log_p: str) -> Tensor:
         return original[log_p] - logs.gather(1, original[ids].long())
@@ -109,4 +111,4 @@ def _compare_positions(logs: Tensor, targets: Tensor, original: dict[str, Tensor
         bound = top + torch.where(mass > 0, mass * (original["tail"] - rest), 0)
     same = (logs.argmax(1) == original["best"]).float()
     increase = -logs.gather(1, targets.unsqueeze(1)).squeeze(1) - original["losses"]
-    return torch.stack([kl, bound, same, increase])
+    return torch.stack([kl, bound, same, original["losses"], increase])

@@ -27,7 +27,7 @@ class DernEvaluationCallback(TrainerCallback):
     """Whenever a `Trainer` evaluates, log loss and perplexity on some texts, and the distance from the original.
 
     The values go to the trainer's log and to what `evaluate` returns: `eval_dern_loss`, `eval_dern_perplexity`,
-    `eval_dern_kl` (nats per token, the cache's lower bound) and `eval_dern_top1`, means over the predicted tokens of
+    `eval_dern_kl` (nats per token, estimated without bias) and `eval_dern_top1`, means over the predicted tokens of
     all texts; of several texts also each one's, such as `eval_dern_books_kl`.  `metric_for_best_model` may name any of
     them.  Every process measures the same, so that none waits for another; nothing of the model changes.
 
@@ -38,7 +38,6 @@ class DernEvaluationCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer, cache: LogitsCache) -> None:
         self.trainer, self.cache = trainer, cache
-        self.original_losses = {name: _mean_loss(cache, name) for name in cache.texts}
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **options: Any
@@ -54,17 +53,14 @@ class DernEvaluationCallback(TrainerCallback):
         found = agreement(self.trainer.model, self.cache)
         tokens = sum(result.tokens for result in found.values())
 
-        def mean(value: Callable[[str, Agreement], float]) -> float:
-            return sum(value(name, result) * result.tokens for name, result in found.items()) / tokens
+        def mean(value: Callable[[Agreement], float]) -> float:
+            return sum(value(result) * result.tokens for result in found.values()) / tokens
 
-        values = self._named("", mean(self._loss), mean(lambda _, r: r.kl.value), mean(lambda _, r: r.top1.value))
+        values = self._named("", mean(_loss), mean(lambda r: r.kl.value), mean(lambda r: r.top1.value))
         if len(found) > 1:
             for name, result in found.items():
-                values |= self._named(f"{name}_", self._loss(name, result), result.kl.value, result.top1.value)
+                values |= self._named(f"{name}_", _loss(result), result.kl.value, result.top1.value)
         return values
-
-    def _loss(self, name: str, result: Agreement) -> float:
-        return self.original_losses[name] + result.loss_increase.value
 
     @staticmethod
     def _named(prefix: str, loss: float, kl: float, top1: float) -> dict[str, float]:
@@ -72,6 +68,5 @@ class DernEvaluationCallback(TrainerCallback):
         return {f"{prefix}{name}": value for name, value in values.items()}
 
 
-def _mean_loss(cache: LogitsCache, text: str) -> float:
-    losses = [batch["losses"].double() for batch in cache.batches(text)]
-    return sum(part.sum().item() for part in losses) / sum(map(len, losses))
+def _loss(result: Agreement) -> float:
+    return result.original_loss.value + result.loss_increase.value

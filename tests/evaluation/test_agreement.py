@@ -111,9 +111,11 @@ def test_top_tokens(tmp_path, original, changed, texts):
 
 
 def test_loss_increase(tmp_path, original, changed, texts):
-    """That of the two losses, with a smaller error: the sequences are the same."""
+    """The original's loss, and the difference with a smaller error than the two have: the sequences are the same."""
     result = agreement(changed, cache_logits(original, texts, tmp_path / "cache", 2))["long"]
     before, after = (evaluate_texts(model, texts)["long"] for model in (original, changed))
+    assert result.original_loss.value == pytest.approx(before.loss, abs=1e-6)
+    assert result.original_loss.standard_error == pytest.approx(before.standard_error, rel=1e-4)
     assert result.loss_increase.value == pytest.approx(after.loss - before.loss, abs=1e-5)
     assert result.loss_increase.standard_error < math.hypot(before.standard_error, after.standard_error)
 

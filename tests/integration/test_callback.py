@@ -8,6 +8,7 @@ import torch
 from tiny import VOCABULARY, compress, make_model, random_tokens, same_state, state_of
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from optimum_dern.evaluation.agreement import agreement
 from optimum_dern.evaluation.logits_cache import cache_logits
 from optimum_dern.evaluation.perplexity import evaluate_loss
 from optimum_dern.integration.trainer import DernEvaluationCallback
@@ -77,6 +78,17 @@ def test_values(texts, cache, tmp_path):
         assert metrics[f"eval_dern_{prefix}kl"] == pytest.approx(divergence, rel=1e-4)
         assert metrics[f"eval_dern_{prefix}top1"] == pytest.approx(agreed)
     assert "eval_loss" in metrics
+
+
+def test_the_divergence_is_no_bound(texts, tmp_path):
+    """With few of the original's tokens it is an unbiased estimate, within the noise of its draws."""
+    original, model = make_model("mixtral"), make_model("mixtral")
+    compress(model)
+    cache = cache_logits(original, texts, tmp_path / "cache", 8)
+    logged = make_trainer(model, tmp_path, cache).evaluate()["eval_dern_books_kl"]
+    divergence, _ = distance_by_definition(original, model, [texts["books"]])
+    bound = agreement(model, cache)["books"].kl_at_least
+    assert bound < 0.8 * divergence and logged == pytest.approx(divergence, rel=0.1)
 
 
 def test_the_original_agrees_with_itself(cache, tmp_path):

@@ -29,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("compressed", metavar="COMPRESSED", nargs="+", help="the models to set against it")
     quality = parser.add_argument_group("quality")
     quality.add_argument("--data", metavar="TEXT", help="held-out file, or folder with one file a domain")
-    quality.add_argument("--sequence-length", type=int, default=512, metavar="N", help="(default: %(default)s)")
+    quality.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="N",
+        help="of texts, for all models (default: what ORIGINAL is made for, at most 2048)",
+    )
     quality.add_argument("--tasks", metavar="TASK", nargs="+", default=[], help="as in optimum-dern evaluate")
     quality.add_argument("--tasks-folder", metavar="DIR", type=Path, help="where tasks are looked up by name")
     quality.add_argument("--limit", type=int, metavar="N", help="at most N sequences a text and N items a task")
@@ -95,7 +100,7 @@ def _check(args: argparse.Namespace) -> None:
     check_device(args.device)
     for name in (args.original, *args.compressed):
         check_model_name(name)
-    for name in ("sequence_length", "limit", "batch_size", "prompt_length", "new_tokens", "repeats"):
+    for name in ("limit", "batch_size", "prompt_length", "new_tokens", "repeats"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; give a whole number of at least 1")

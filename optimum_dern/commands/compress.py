@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evaluate", metavar="TEXT", help="held-out file or folder: measure the loss before and after"
     )
     parser.add_argument(
+        "--evaluation-length",
+        type=int,
+        metavar="N",
+        help="tokens a sequence of --evaluate (default: what the model is made for, at most 2048)",
+    )
+    parser.add_argument(
         "--statistics",
         metavar="FILE",
         type=Path,
@@ -86,6 +92,10 @@ def _compress(args: argparse.Namespace) -> tuple[dict[Path, Any], dict[str, list
     check_model_name(args.model)
     _check_output(args)
     _check_sources(config.dataset, args.evaluate)
+    if args.evaluation_length is not None and not args.evaluate:
+        raise ValueError(
+            "--evaluation-length is of the text of --evaluate: give --evaluate TEXT, too, or leave it out"
+        )
 
     from ..compressor import DernCompressor
     from ..engine.requests import check_names, needs_data
@@ -95,7 +105,7 @@ def _compress(args: argparse.Namespace) -> tuple[dict[Path, Any], dict[str, list
         raise ValueError(
             "--dataset is missing: give calibration text, for example --dataset notes.txt or --dataset c4"
         )
-    texts = _load_texts(args, config.sequence_length) if args.evaluate else {}
+    texts = _load_texts(args) if args.evaluate else {}
     amounts = getattr(args, "amounts", {})
     found = DernCompressor(config).compress_checkpoint(
         args.model,
@@ -116,18 +126,16 @@ def _compress(args: argparse.Namespace) -> tuple[dict[Path, Any], dict[str, list
     return {args.output / f"{report.after.experts}-experts": report for report in found}, texts
 
 
-def _load_texts(args: argparse.Namespace, sequence_length: int) -> dict[str, list[dict]]:
+def _load_texts(args: argparse.Namespace) -> dict[str, list[dict]]:
     from transformers import AutoConfig, AutoTokenizer
 
     from ..checkpoint.resolve import check_checkpoint
-    from ..evaluation.perplexity import load_texts
+    from ..evaluation.perplexity import evaluation_length, load_texts
 
     check_checkpoint(args.model, args.revision)
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(args.model, **source)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or sequence_length
-    tokenizer = AutoTokenizer.from_pretrained(args.model, **source)
-    return load_texts(args.evaluate, tokenizer, min(sequence_length, limit))
+    length = evaluation_length(AutoConfig.from_pretrained(args.model, **source), args.evaluation_length)
+    return load_texts(args.evaluate, AutoTokenizer.from_pretrained(args.model, **source), length)
 
 
 def _evaluate(reports: dict[Path, Any], args: argparse.Namespace, texts: dict[str, list[dict]], device: Any) -> None:
@@ -177,6 +185,8 @@ def _print_result(folder: Path, report: Any) -> None:
         _size_row("active per token", report.before.active_parameters, report.after.active_parameters),
         _size_row("bytes", report.before.bytes, report.after.bytes),
     ]
+    if report.evaluation_length:
+        rows.append(("text, tokens a sequence", *[f"{report.evaluation_length:,}"] * 2, ""))
     for name, pair in report.evaluation.items():
         before, after = pair["before"]["loss"], pair["after"]["loss"]
         rows.append((f"loss, {name}", f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"))

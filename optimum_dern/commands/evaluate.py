@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--top-k", type=int, default=64, metavar="N", help="tokens of them (default: %(default)s)")
     what.add_argument("--limit", type=int, metavar="N", help="at most N sequences a text and N items a task")
     how = parser.add_argument_group("how")
-    how.add_argument("--sequence-length", type=int, default=2048, metavar="N", help="of texts (default: %(default)s)")
+    how.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="N",
+        help="of texts (default: what MODEL, or ORIGINAL, is made for, at most 2048)",
+    )
     how.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences (default: %(default)s)")
     how.add_argument("--lm-eval", action="store_true", help="score tasks with lm-eval (pip install lm-eval)")
     how.add_argument("--streamed", action="store_true", help="one decoder layer in memory at a time")
@@ -59,10 +64,10 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.tasks import load_tasks
 
     tasks = load_tasks(args.tasks, args.tasks_folder, args.limit)
-    tokenizer, texts = _load_texts(args)
+    tokenizer, texts, length = _load_texts(args)
     with tempfile.TemporaryDirectory() as scratch:
         cache = _original_predictions(args, texts, Path(scratch)) if args.against else None
-        figures = _measure(args, tokenizer, texts, tasks, cache)
+        figures = _measure(args, tokenizer, texts, tasks, cache) | {"settings": _settings(args, length)}
     if args.output is not None:
         args.output.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
     if args.json:
@@ -86,7 +91,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--against compares predictions on text: give --data, too")
     if args.cache and not args.against:
         raise ValueError("--cache keeps predictions of the model of --against, which is not given")
-    for name in ("sequence_length", "limit", "batch_size", "top_k"):
+    for name in ("limit", "batch_size", "top_k"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; give a whole number of at least 1")
@@ -109,23 +114,24 @@ def _check(args: argparse.Namespace) -> None:
         check_checkpoint(args.against)
 
 
-def _load_texts(args: argparse.Namespace) -> tuple[Any, dict[str, list[dict]]]:
-    """The model's tokenizer, and batches by name of the text."""
+def _load_texts(args: argparse.Namespace) -> tuple[Any, dict[str, list[dict]], int]:
+    """The model's tokenizer, batches by name of the text, and how long sequences may be in them."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from ..evaluation.perplexity import load_texts
+    from ..evaluation.perplexity import evaluation_length, load_texts
 
     source = _source(args)
-    config = AutoConfig.from_pretrained(args.model, **source)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or args.sequence_length
+    own_code = {"trust_remote_code": args.trust_remote_code}
+    original, options = (args.against, own_code) if args.against else (args.model, source)
+    length = evaluation_length(AutoConfig.from_pretrained(original, **options), args.sequence_length)
     tokenizer = AutoTokenizer.from_pretrained(args.model, **source)
     texts: dict[str, list[dict]] = {}
     for data in args.data:
-        found = load_texts(data, tokenizer, min(args.sequence_length, limit), args.batch_size, args.limit)
+        found = load_texts(data, tokenizer, length, args.batch_size, args.limit)
         if twice := sorted(set(found) & set(texts)):
             raise ValueError(f"two texts of --data are named {twice[0]!r}; give files different names")
         texts |= found
-    return tokenizer, texts
+    return tokenizer, texts, length
 
 
 def _load_model(args: argparse.Namespace, name: str, **source: Any) -> Any:
@@ -175,22 +181,32 @@ def _measure(args: argparse.Namespace, tokenizer: Any, texts: dict, tasks: list,
         "model": args.model,
         "against": args.against,
         "version": __version__,
-        "settings": {name: getattr(args, name) for name in ("sequence_length", "limit", "dtype", "top_k", "lm_eval")},
         "texts": {name: loss.to_dict() for name, loss in losses.items()},
         "tasks": {name: result.to_dict() for name, result in results.items()},
         "agreement": {name: result.to_dict() for name, result in agreements.items()},
     }
 
 
+def _settings(args: argparse.Namespace, sequence_length: int) -> dict[str, Any]:
+    given = {name: getattr(args, name) for name in ("limit", "dtype", "top_k", "lm_eval")}
+    return {"sequence_length": sequence_length} | given
+
+
 def _print_figures(figures: dict[str, Any]) -> None:
     from ..evaluation.estimate import plus_minus
 
     if figures["texts"]:
+        counts = ("tokens", "sequence_length")
         rows = [
-            (name, plus_minus(f["loss"], f["standard_error"]), f"{f['perplexity']:.3f}", f"{f['tokens']:,}")
+            (
+                name,
+                plus_minus(f["loss"], f["standard_error"]),
+                f"{f['perplexity']:.3f}",
+                *(f"{f[n]:,}" for n in counts),
+            )
             for name, f in figures["texts"].items()
         ]
-        print_table(("text", "loss", "perplexity", "tokens"), rows)
+        print_table(("text", "loss", "perplexity", "tokens", "a sequence"), rows)
     if figures["tasks"]:
         measured = {metric for f in figures["tasks"].values() for metric in f["metrics"]}
         names = [name for name in ("acc", "acc_norm", "perplexity") if name in measured]

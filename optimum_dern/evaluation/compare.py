@@ -55,7 +55,7 @@ def compare_models(
     original: str | Path,
     compressed: Sequence[str | Path],
     data: str | Path | None = None,
-    sequence_length: int = 512,
+    sequence_length: int | None = None,
     limit: int | None = None,
     tasks: Sequence[str] = (),
     tasks_folder: str | Path | None = None,
@@ -72,7 +72,8 @@ def compare_models(
         original: folder or Hub id.
         compressed: the models to compare it with.
         data: held-out text, a file or a folder with one file a domain; None leaves the loss out.
-        sequence_length: tokens of the evaluation sequences.
+        sequence_length: tokens of the evaluation sequences, for all models; by default what the original is made
+            for, at most 2,048.
         limit: sequences a text and items a task at most; all by default.
         tasks: files or names, as `load_tasks` takes them.
         tasks_folder: where tasks are looked up by name.
@@ -84,10 +85,16 @@ def compare_models(
         ModelProcessError: a model that cannot be loaded or run; the message names it.
     """
     import torch
+    from transformers import AutoConfig
+
+    from .perplexity import evaluation_length
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     paths = [str(original), *map(str, compressed)]
-    texts = {"data": None if data is None else str(data), "sequence_length": sequence_length, "limit": limit}
+    texts = {"data": None if data is None else str(data), "limit": limit}
+    if data is not None:
+        config = AutoConfig.from_pretrained(original, trust_remote_code=loading.get("trust_remote_code", False))
+        texts["sequence_length"] = evaluation_length(config, sequence_length)
     questions = {"names": list(tasks), "folder": tasks_folder and str(tasks_folder), "limit": limit}
     figures = []
     with tempfile.TemporaryDirectory() as cache:

@@ -5,7 +5,8 @@ The standard error treats sequences as independent draws and tokens within one a
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,24 @@ from torch.nn.functional import cross_entropy
 
 from ..calibration.data import load_batches
 from ..calibration.files import data_files
+from ..models.context_length import bounded_length, context_length
 from .estimate import json_error
 from .logits import batch_logits
 from .metrics import mean_and_error, perplexity_of
 
 
-__all__ = ["TextLoss", "evaluate_loss", "evaluate_texts", "load_texts", "sequence_losses", "summarise"]
+__all__ = [
+    "TextLoss",
+    "evaluate_loss",
+    "evaluate_texts",
+    "evaluation_length",
+    "load_texts",
+    "sequence_losses",
+    "summarise",
+]
 
+logger = getLogger(__name__)
+LONGEST = 2048  # tokens of a sequence, unless another length is asked for
 ALL = 1 << 62  # samples: every one
 
 
@@ -32,15 +44,16 @@ class TextLoss:
     loss: float  # nats per predicted token
     standard_error: float  # nan for a single sequence
     tokens: int  # predicted
+    sequence_length: int | None = None  # tokens of the longest sequence: with fewer before them, tokens cost more
 
     @property
     def perplexity(self) -> float:
         return perplexity_of(self.loss)
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | None]:
         """For JSON."""
-        facts = {"loss": self.loss, "standard_error": json_error(self.standard_error)}
-        return facts | {"perplexity": self.perplexity, "tokens": self.tokens}
+        facts = asdict(self) | {"standard_error": json_error(self.standard_error)}
+        return facts | {"perplexity": self.perplexity}
 
 
 @torch.no_grad()
@@ -87,7 +100,32 @@ def summarise(batches: Iterable[tuple[list[float], list[float]]]) -> TextLoss:
     tokens = sum(counts)
     if not tokens:
         raise ValueError("there is no token to predict; give sequences of at least two tokens")
-    return TextLoss(*mean_and_error(sums, counts), int(tokens))
+    return TextLoss(*mean_and_error(sums, counts), int(tokens), int(max(counts)) + 1)
+
+
+def evaluation_length(config: Any, asked: int | None = None) -> int:
+    """Tokens of the sequences that a text is cut into: one number for a model, so that all its losses compare.
+
+    Args:
+        config: of the model; of several that are compared, the original's.
+        asked: another length than the default, which is what the model is made for, at most 2,048.
+
+    Returns:
+        The length; what the model is made for where more is asked.
+
+    Raises:
+        ValueError: a length below 2.
+    """
+    if asked is not None and asked < 2:
+        raise ValueError(f"the sequence length for evaluation is {asked}; give at least 2 tokens, one to predict")
+    length = bounded_length(config, LONGEST if asked is None else asked)
+    if asked is not None and length < asked:
+        logger.warning(
+            "sequences of %d tokens are asked for, but the model is made for %d, as its config says: these are taken",
+            asked,
+            context_length(config),
+        )
+    return length
 
 
 def load_texts(

@@ -59,6 +59,7 @@ def model_card(report: CompressionReport, image: str | None = None) -> Any:
         model_type=report.model_type,
         calibration=report.calibration,
         evaluation=_evaluation_rows(report),
+        evaluation_length=report.evaluation_length,
         command=reproduction_command(report),
         training=report.training,
         versions=", ".join(f"{tool} {version}" for tool, version in report.versions.items()),

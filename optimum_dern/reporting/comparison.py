@@ -28,6 +28,8 @@ def comparison_rows(comparison: Any) -> tuple[list[str], list[list[str]]]:
         rows += _ratios("peak memory", [m.memory_bytes for m in models], _bytes)
         for name in ("prefill", "decode"):
             rows += _ratios(f"{name}, tokens/s", [median(getattr(m, name)) for m in models], "{:,.0f}".format)
+    if lengths := [_longest(m.losses) for m in models if m.losses]:
+        rows.append(["text, tokens a sequence", *(f"{length:,}" for length in lengths)])
     for text in first.losses:
         values = [(m.losses[text]["loss"], m.losses[text]["standard_error"]) for m in models]
         rows.append(_differences(f"loss, {text}", values))
@@ -53,6 +55,11 @@ def _ratios(name: str, values: Sequence[float], form: Any = "{:,}".format) -> li
 def _differences(name: str, values: Sequence[tuple[float, float | None]]) -> list[str]:
     (first, error), *rest = values
     return [name, plus_minus(first, error), *(f"{value:.4f} ({value - first:+.4f})" for value, _ in rest)]
+
+
+def _longest(losses: dict[str, dict[str, Any]]) -> int:
+    """Tokens of the longest sequence of any text."""
+    return max(loss["sequence_length"] for loss in losses.values())
 
 
 def _mean(agreement: dict[str, dict[str, Any]], key: str) -> float:

@@ -74,6 +74,12 @@ class CompressionReport:
         """Bytes after over bytes before."""
         return self.after.bytes / self.before.bytes
 
+    @property
+    def evaluation_length(self) -> int | None:
+        """Tokens of the longest sequence that a loss was measured on; None where nothing tells."""
+        lengths = [pair["after"].get("sequence_length") for pair in self.evaluation.values()]
+        return max((length for length in lengths if length), default=None)
+
     def add_evaluation(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Record losses measured before and after, `evaluation.perplexity.TextLoss` by name of the text."""
         from ..evaluation.estimate import json_error

@@ -245,6 +245,7 @@ def test_the_source_is_never_overwritten(capsys, checkpoint, text):
         (("--config", "UNKNOWN"), "UNKNOWN has num_expert; the fields of a config are sparsity, num_experts"),
         pytest.param(("--dataset", "/nowhere/notes.txt"), "neither a file"),
         pytest.param(("--dataset", "c4", "--method", "distil"), "unknown method"),
+        (("--dataset", "c4", "--evaluation-length", "64"), "of the text of --evaluate: give --evaluate TEXT, too"),
         (("--dataset", "c4", "--device", "mps"), "the device 'mps' has no float64"),
         (("--dataset", "c4", "--device", "gpu"), "'gpu' is not a device of torch"),
         (("--dataset", "c4", "--device", "cuda:99"), "there is no device 'cuda:99' here"),
@@ -275,6 +276,7 @@ def test_errors_before_anything_is_loaded(tmp_path, monkeypatch, capsys, checkpo
         (("--dataset", "TEXT", "--method", "distil"), "unknown method 'distil'"),
         (("--dataset", "/nowhere/notes.txt"), "neither a file, a folder nor one of"),
         (("--dataset", "TEXT", "--evaluate", "/nowhere/held_out.txt"), "neither a file, a folder nor one of"),
+        (("--dataset", "TEXT", "--evaluate", "TEXT", "--evaluation-length", "1"), "length for evaluation is 1; give"),
     ],
 )
 def test_errors_after_loading(tmp_path, monkeypatch, capsys, checkpoint, text, arguments, match):

@@ -132,7 +132,7 @@ def test_tables_and_output(capsys, tmp_path, files):
         [f"{part[key]:.4f}", "±", f"{part['standard_error']:.4f}"]
         for part, key in ((loss, "loss"), (accuracy, "value"), (kl, "value"))
     ]
-    assert figures["settings"]["sequence_length"] == 2048
+    assert figures["settings"]["sequence_length"] == 256  # the model's own limit
 
 
 @pytest.mark.parametrize(
@@ -147,6 +147,7 @@ def test_tables_and_output(capsys, tmp_path, files):
         (("--data", "TEXTS", "--against", "/nowhere/model"), "no checkpoint folder '/nowhere/model'"),
         (("--data", "TEXTS", "--against", "MODEL", "--cache", "TEXTS"), "is not an empty folder"),
         (("--data", "TEXTS", "--limit", "0"), "--limit is 0"),
+        (("--data", "TEXTS", "--sequence-length", "1"), "length for evaluation is 1; give at least 2 tokens"),
         (("--data", "TEXTS", "--device", "mps"), "the device 'mps' has no float64"),
         (("--data", "TEXTS", "--device", "gpu"), "'gpu' is not a device of torch"),
         (("--data", "TEXTS", "--against", "nope"), "there is no local folder 'nope'"),

@@ -11,7 +11,7 @@ from tiny import compress, make_model, sample_texts, tiny_tokenizer
 from optimum_dern.checkpoint.recorded import STATISTICS_NAME
 from optimum_dern.commands.main import main
 from optimum_dern.evaluation.accuracy import evaluate_tasks
-from optimum_dern.evaluation.compare import Comparison, ModelFigures
+from optimum_dern.evaluation.compare import Comparison, ModelFigures, compare_models
 from optimum_dern.evaluation.model_process import ModelProcessError, model_process
 from optimum_dern.evaluation.perplexity import evaluate_texts, load_texts
 from optimum_dern.evaluation.tasks import load_tasks
@@ -64,6 +64,7 @@ def test_figures_are_those_of_the_models(checkpoints, text, task, tmp_path, caps
         assert figures["path"] == str(path)
         assert figures["losses"]["notes"]["loss"] == pytest.approx(expected.loss, abs=1e-6)
         assert figures["losses"]["notes"]["tokens"] == expected.tokens
+        assert figures["losses"]["notes"]["sequence_length"] == 32
         (accuracy,) = evaluate_tasks(model, tiny_tokenizer(), load_tasks([task])).values()
         assert figures["tasks"]["order"]["values"] == accuracy.values()
         assert figures["parameters"] == model.num_parameters()
@@ -118,13 +119,23 @@ def test_refused_before_a_model_is_loaded(checkpoints, capsys, monkeypatch, opti
     assert message in capsys.readouterr().err
 
 
+def test_sequences_that_predict_nothing(checkpoints, text, monkeypatch):
+    """Refused before a process is started."""
+    monkeypatch.setattr("optimum_dern.evaluation.compare.model_process", None)
+    with pytest.raises(ValueError, match="the sequence length for evaluation is 1; give at least 2 tokens"):
+        compare_models(checkpoints[0], checkpoints[1:], text, sequence_length=1)
+
+
 def test_rows_set_every_model_against_the_first():
     """Ratios for sizes and speeds (medians), differences for losses; unmeasured rows are left out."""
     full = ModelFigures("a/full", 8, 2, 1000, 400, 3 * 2**30)
     half = ModelFigures("b/half", 4, 2, 600, 390, 2**30)
     full.memory_bytes, full.prefill, full.decode = 2**20, [10.0, 30.0, 20.0], [4.0]
     half.memory_bytes, half.prefill, half.decode = 2**19, [40.0, 10.0, 30.0], [5.0]
-    full.losses, half.losses = ({"x": {"loss": v, "standard_error": 0.01, "tokens": 9}} for v in (2.0, 2.25))
+    full.losses, half.losses = (
+        {name: {"loss": v, "standard_error": 0.01, "sequence_length": n} for name, n in (("x", 2048), ("z", 9))}
+        for v in (2.0, 2.25)
+    )
     half.agreement = {"x": {"kl": {"value": 0.125}, "top1": {"value": 0.75}}}
     accuracy = {"main_metric": "acc", "metrics": {"acc": {"value": 0.75, "standard_error": 0.25}}}
     full.tasks = {"y": accuracy | {"values": [1, 1, 0, 1]}}
@@ -139,7 +150,9 @@ def test_rows_set_every_model_against_the_first():
         ["peak memory", "1.0 MiB", "0.5 MiB (x 0.50)"],
         ["prefill, tokens/s", "20", "30 (x 1.50)"],
         ["decode, tokens/s", "4", "5 (x 1.25)"],
+        ["text, tokens a sequence", "2,048", "2,048"],
         ["loss, x", "2.0000 ± 0.0100", "2.2500 (+0.2500)"],
+        ["loss, z", "2.0000 ± 0.0100", "2.2500 (+0.2500)"],
         ["KL from the original", "", "0.1250"],
         ["same top token", "", "0.7500"],
         ["y, acc", "0.7500 ± 0.2500", "0.5000 (-0.2500 ± 0.2500)"],
@@ -152,7 +165,7 @@ def test_a_single_sequence_and_item():
     metrics = {"acc": {"value": 1.0, "standard_error": None}}
     tasks = {"y": {"main_metric": "acc", "metrics": metrics, "values": [1]}}
     agreement = {"x": {"kl": {"value": 0.5}, "top1": {"value": 1}}}
-    losses = {"x": {"loss": 2.0, "standard_error": None}}
+    losses = {"x": {"loss": 2.0, "standard_error": None, "sequence_length": 9}}
     one = ModelFigures("one", 8, 2, 1, 1, 1, losses, agreement, tasks)
     rows = {name: cells for name, *cells in comparison_rows(Comparison([one, one], None, "cpu", 1))[1]}
     assert rows["loss, x"] == ["2.0000 ± –", "2.0000 (+0.0000)"]

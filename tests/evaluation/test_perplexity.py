@@ -5,10 +5,16 @@ import math
 
 import pytest
 import torch
-from tiny import FAMILIES, make_model, padded_batch, random_tokens, sample_texts, tiny_tokenizer
+from tiny import FAMILIES, make_config, make_model, padded_batch, random_tokens, sample_texts, tiny_tokenizer
 
 from optimum_dern.calibration.data import load_batches
-from optimum_dern.evaluation.perplexity import TextLoss, evaluate_loss, evaluate_texts, load_texts
+from optimum_dern.evaluation.perplexity import (
+    TextLoss,
+    evaluate_loss,
+    evaluate_texts,
+    evaluation_length,
+    load_texts,
+)
 
 
 def losses_by_hand(model, sequences):
@@ -38,6 +44,7 @@ def test_mean_over_tokens(family, side):
     result = evaluate_loss(model, batches)
     every = [loss for sequence in losses for loss in sequence]
     assert result.tokens == len(every) == 3 + 19 + 8 + 5 + 1 + 12
+    assert result.sequence_length == 20
     assert result.loss == pytest.approx(sum(every) / len(every), rel=1e-5)
     mean_of_means = sum(sum(sequence) / len(sequence) for sequence in losses) / len(losses)
     assert abs(result.loss - mean_of_means) > 1e-3
@@ -82,6 +89,16 @@ def test_nothing_to_predict():
     """Sequences of one token."""
     with pytest.raises(ValueError, match="at least two tokens"):
         evaluate_loss(make_model("mixtral"), load_batches([[1], [2]], None))
+
+
+def test_evaluation_length(caplog):
+    """What the model is made for, at most 2,048; another one as far as the model reads, with a warning beyond."""
+    lengths = {limit: make_config("mixtral", max_position_embeddings=limit) for limit in (256, 4096)}
+    assert {limit: evaluation_length(config) for limit, config in lengths.items()} == {256: 256, 4096: 2048}
+    assert evaluation_length(lengths[4096], 3000) == 3000 and evaluation_length(lengths[256], 2) == 2
+    assert not caplog.records
+    assert evaluation_length(lengths[256], 257) == 256
+    assert "sequences of 257 tokens are asked for, but the model is made for 256" in caplog.text
 
 
 def test_load_texts(tmp_path):

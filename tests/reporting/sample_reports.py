@@ -27,8 +27,9 @@ def sample_report(layers=4, experts=8, config=None, evaluated=True, width=64):
     )
     if evaluated:
         names = ("books", "code", "mathematics", "news")
-        before = {name: TextLoss(2.5 + 0.2 * i, 0.01, 4000) for i, name in enumerate(names)}
-        report.add_evaluation(before, {name: TextLoss(2.6 + 0.22 * i, 0.01, 4000) for i, name in enumerate(names)})
+        before = {name: TextLoss(2.5 + 0.2 * i, 0.01, 4000, 2048) for i, name in enumerate(names)}
+        after = {name: TextLoss(2.6 + 0.22 * i, 0.01, 4000, 2048) for i, name in enumerate(names)}
+        report.add_evaluation(before, after)
     return report
 
 

@@ -96,6 +96,9 @@ def test_evaluation():
     text = model_card(report).text
     assert "No evaluation was run" not in text
     assert "| news | 2.5000 (0.0100) | 2.7500 (0.0200) | +0.2500 |" in text
+    assert "Loss in nats per token on held-out text (standard error" in text  # how long sequences were is not known
+    report.add_evaluation({"news": TextLoss(2.5, 0.01, 9)}, {"news": TextLoss(2.75, 0.02, 9, 2048)})
+    assert "on held-out text, in sequences of up to 2,048 tokens (standard error" in model_card(report).text
 
 
 def test_training():

@@ -13,8 +13,10 @@ pytestmark = pytest.mark.slow
 
 
 def earlier():
-    """Of version 1."""
+    """Of version 1, which did not tell how long the evaluated sequences were."""
     values = sample_report().to_dict() | {"report_version": 1}
+    for loss in (loss for pair in values["evaluation"].values() for loss in pair.values()):
+        del loss["sequence_length"]
     for layer in values["layers"]:
         del layer["segment_flow"], layer["similarity_map"]
     return CompressionReport.from_dict(values)
@@ -88,6 +90,7 @@ def test_it_draws(chromium, page, name):
         seen = chromium.run("return document.body.innerText")
         assert not any(word in seen for word in ("NaN", "undefined", "null", "Infinity", "[object"))
     assert chromium.run("return [...document.querySelectorAll('.plot')].every((plot) => plot.ariaLabel.length > 20)")
+    assert ("in sequences of up to 2,048 tokens" in seen) == (name not in ("version 1", "paper"))
     assert chromium.run("return [...document.querySelectorAll('h3[id]')].length") >= 3
 
 

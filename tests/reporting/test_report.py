@@ -55,14 +55,27 @@ def test_summary():
     """Totals without the layers, with the evaluation once there is one."""
     report = CompressionReport.from_dict(REPORT.to_dict())
     assert report.summary().keys() == {"before", "after", "ratio", "evaluation", "seconds", "peak_memory_bytes"}
-    report.add_evaluation({"a": TextLoss(1.0, 0.1, 9)}, {"a": TextLoss(2.0, 0.2, 9)})
+    report.add_evaluation({"a": TextLoss(1.0, 0.1, 9)}, {"a": TextLoss(2.0, 0.2, 9, 10)})
     assert report.summary()["evaluation"] == {
         "a": {
-            "before": {"loss": 1.0, "standard_error": 0.1, "tokens": 9},
-            "after": {"loss": 2.0, "standard_error": 0.2, "tokens": 9},
+            "before": {"loss": 1.0, "standard_error": 0.1, "tokens": 9, "sequence_length": None},
+            "after": {"loss": 2.0, "standard_error": 0.2, "tokens": 9, "sequence_length": 10},
         }
     }
     assert REPORT.evaluation == {}
+
+
+def test_length_of_the_evaluated_sequences():
+    """The longest of all texts; unknown in reports of earlier releases."""
+    report = CompressionReport.from_dict(REPORT.to_dict())
+    assert report.evaluation_length is None
+    losses = {name: TextLoss(1.0, 0.1, 9, length) for name, length in (("a", 7), ("b", 256))}
+    report.add_evaluation(losses, losses)
+    assert CompressionReport.from_dict(report.to_dict()).evaluation_length == 256
+    for pair in report.evaluation.values():
+        for moment in pair.values():
+            del moment["sequence_length"]
+    assert CompressionReport.from_dict(report.to_dict()).evaluation_length is None
 
 
 def test_a_single_sequence():

@@ -6,6 +6,7 @@ const texts = Object.entries(report.evaluation).map(([name, pair]) => ({
   after: pair.after.loss,
   errors: [pair.before.standard_error, pair.after.standard_error],
   tokens: pair.after.tokens,
+  sequence: pair.after.sequence_length ?? null, // not in older reports
 }));
 
 /** Relative error of what was written for a layer, and of plain pruning; null where it was not judged. */

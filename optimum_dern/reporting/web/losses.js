@@ -15,7 +15,7 @@ function losses() {
   figure(parent, {
     id: "loss-figure",
     title,
-    note: "Nats per token; lines show two standard errors. Further right is worse.",
+    note: `Nats per token${lengthNote()}; lines show two standard errors. Further right is worse.`,
     legend: [
       [sample(circle(8, 7, 5, "hollow")), "original"],
       [sample(circle(8, 7, 5.5, "lost-fill")), "compressed"],
@@ -34,6 +34,12 @@ function losses() {
       ]),
     }),
   });
+}
+
+/** How long the evaluated sequences are, at most; nothing where the report does not tell. */
+function lengthNote() {
+  const lengths = texts.flatMap((t) => t.sequence ?? []);
+  return lengths.length ? `, in sequences of up to ${count(Math.max(...lengths))} tokens` : "";
 }
 
 function drawLosses(width) {

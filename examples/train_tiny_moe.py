@@ -44,7 +44,7 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 40,
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": WINDOW,
     "tie_word_embeddings": True,
     "bos_token_id": 0,
     "eos_token_id": 0,
@@ -94,7 +94,7 @@ def train_tokenizer(data: Path, output: Path) -> None:
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",
         pad_token="<|pad|>",
-        model_max_length=1024,
+        model_max_length=WINDOW,
     )
     fast.save_pretrained(output / "tokenizer")
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dern import DernCompressor
-from optimum_dern.evaluation.perplexity import evaluate_texts, load_texts
+from optimum_dern.evaluation.perplexity import evaluate_texts, evaluation_length, load_texts
 
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny_moe"
@@ -21,6 +21,20 @@ def test_size_and_files(name):
     assert (folder / "model.safetensors").stat().st_size <= 10_000_000
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
     assert len(AutoTokenizer.from_pretrained(folder)) == 2048
+
+
+@pytest.mark.parametrize("name", ["scratch", "upcycled"])
+def test_the_config_promises_what_training_gave(name):
+    """Windows of 256 tokens, so that losses are measured on such; longer text still runs, and costs more."""
+    model = AutoModelForCausalLM.from_pretrained(TINY / name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(TINY / name)
+    assert evaluation_length(model.config) == tokenizer.model_max_length == 256
+    text = TINY / "text" / "evaluation" / "news_wikinews_en.txt"
+    losses = [
+        evaluate_texts(model, load_texts(text, tokenizer, length, limit=8192 // length)) for length in (256, 1024)
+    ]
+    short, long = (loss["news_wikinews_en"].loss for loss in losses)
+    assert short + 0.1 < long
 
 
 @pytest.mark.slow

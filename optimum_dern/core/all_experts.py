@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .mixture import CHUNK_TOKENS, neuron_activations
 from .observation import ObservedLayer
+from .reduction import largest
 
 
 __all__ = [
@@ -27,18 +28,29 @@ MAX_TOKENS = 16384
 
 
 def sample_tokens(layer: ObservedLayer, limit: int = MAX_TOKENS) -> Tensor:
-    """Inputs of the calibration tokens that may be fitted, every n-th where there are more than enough.
+    """Inputs of every n-th calibration token that may be fitted, the same ones however many processes share them.
 
     Args:
         layer: observed on T tokens.
-        limit: how many tokens all processes together take, up to one more for each of them.
+        limit: how many tokens all processes together take.
 
     Returns:
-        (n, d) in the compute dtype of the experts.
+        (n, d) of this process, in the compute dtype of the experts.
     """
-    hidden = layer.routing.hidden[~layer.held_out]
-    total = int(layer.reduce(torch.tensor(len(hidden), device=hidden.device)))
-    return hidden[:: max(1, -(-total // limit))].to(layer.segments.compute_dtype)
+    fitted = ~layer.held_out
+    step = max(1, -(-int(layer.reduce(fitted.sum())) // limit))
+    chosen = fitted if step == 1 else fitted & (_turns(layer, fitted) % step == 0)
+    return layer.routing.hidden[chosen].to(layer.segments.compute_dtype)
+
+
+def _turns(layer: ObservedLayer, fitted: Tensor) -> Tensor:
+    """How many tokens of all processes that may be fitted come before each token of this one: (T,)."""
+    order = torch.arange(len(fitted)) if layer.order is None else layer.order
+    order = order.to(fitted.device)
+    every = torch.zeros(int(largest(order + 1, layer.reduce)), dtype=torch.int64, device=fitted.device)
+    every[order[fitted]] = 1
+    every = layer.reduce(every)
+    return (every.cumsum(0) - every)[order]
 
 
 def router_logits(layer: ObservedLayer, hidden: Tensor) -> Tensor:

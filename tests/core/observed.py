@@ -1,5 +1,8 @@
 """Observed layers for the criteria: random experts behind a router whose rules are known."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import torch
 from reference import reference_route
 from samples import activation, make_segments
@@ -38,3 +41,22 @@ def routed_layer(experts=6, tokens=30, top_k=2, held_out=None, seed=5, bias=None
         topk_group=rules.get("topk_group", 1),
     )
     return layer, logits
+
+
+def in_processes(count, function):
+    """What `function(rank, reduce)` returns for each of several processes, which are threads that wait for another."""
+    barrier, given = Barrier(count, timeout=60), [None] * count
+
+    def run(rank):
+        def reduce(local, operation="sum"):
+            given[rank] = local.clone()
+            barrier.wait()
+            together = torch.stack(given)
+            result = together.sum(0) if operation == "sum" else together.amax(0)
+            barrier.wait()  # nobody gives the next tensor before all have read this one
+            return result
+
+        return function(rank, reduce)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))

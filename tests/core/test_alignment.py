@@ -4,7 +4,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from observed import observe
+from observed import in_processes, observe
 from samples import KINDS, activation, assert_near, make_routing, make_segments
 
 from optimum_dern.core.alignment import match_neurons, unit_distances, weight_cosines, weight_products
@@ -141,6 +141,26 @@ def test_sampled_tokens():
     assert torch.equal(sample_tokens(layer, 20), fitted)
     assert torch.equal(sample_tokens(layer, 19), fitted[::2])
     assert torch.equal(sample_tokens(layer, 7), fitted[::3])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("limit", [10, 33, 1000])
+def test_processes_sample_what_one_process_samples(count, limit):
+    """Micro-batches of unequal lengths, dealt out in turn: the same tokens, whoever holds them, none of them twice."""
+    lengths = [40, 7, 33, 1, 60, 25, 18, 70, 46]
+    total = sum(lengths)
+    segments, routing = make_segments(), make_routing(tokens=total)
+    held_out = torch.arange(total) % 7 == 3
+    whole = sample_tokens(observe(segments, routing, held_out=held_out), limit)
+    assert 0 < len(whole) <= limit
+
+    def sample(rank, reduce):
+        order = torch.cat(torch.arange(total).split(lengths)[rank::count])
+        own = observe(segments, routing.select(order), held_out=held_out[order], order=order, reduce=reduce)
+        return sample_tokens(own, limit)
+
+    found = torch.cat(in_processes(count, sample))
+    assert sorted(found.tolist()) == sorted(whole.tolist())
 
 
 def test_processes_share_the_tokens():

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoint.shards import parse_bytes
     from ..engine.duration import measure_rate, predict_seconds
     from ..engine.memory import plan_memory
-    from ..engine.requests import check_names, check_request
+    from ..engine.requests import check_names, check_request, needs_data
     from ..models.context_length import bounded_length
     from ..models.size import measure_model, predict_size
     from ..models.structure import find_moe_layers
@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
     count = check_request(config, model, layers)
     before, after = measure_model(model, layers), predict_size(model, layers, count)
     tokens = config.num_samples * bounded_length(model.config, config.sequence_length)
+    if config.dataset is None and not needs_data(config):
+        tokens = 0  # as in compress, which then runs no text through the model
     bound = parse_bytes(args.max_memory) if args.max_memory else None
     memory = plan_memory(model, layers, tokens, config, count, bound)
     rate = measure_rate(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -94,7 +96,8 @@ def _print_facts(facts: dict) -> None:
     print_table(("", "original", "compressed"), rows)
     gib = 2**30
     hidden, layer = ("in a file" if facts[name] else "in memory" for name in ("hidden_in_file", "experts_in_file"))
-    print(f"with {facts['calibration_tokens']:,} calibration tokens, a layer at a time, about:")
+    tokens = f"{facts['calibration_tokens']:,}" if facts["calibration_tokens"] else "no"
+    print(f"with {tokens} calibration tokens, a layer at a time, about:")
     print(
         f"  memory {facts['memory_bytes'] / gib:.2f} GiB: largest layer {facts['layer_bytes'] / gib:.2f} {layer}, "
         f"work on it {facts['working_bytes'] / gib:.2f}, hidden states {facts['hidden_bytes'] / gib:.2f} {hidden}"

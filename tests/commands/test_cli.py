@@ -156,13 +156,40 @@ def test_inspect(capsys, checkpoint):
     assert (facts["experts_per_token"], facts["router_groups"]) == (2, 1)
     for name in ("parameters", "active_parameters", "bytes"):
         assert facts[name] == [getattr(before, name), getattr(after, name)]
-    assert facts["memory_bytes"] > before.bytes
     assert facts["calibration_tokens"] == 128 * 128  # sequences, and as many tokens as the model reads
+    layer = sum(p.numel() * p.element_size() for p in make_model("qwen3_moe").model.layers[0].parameters())
+    streams, width, size = 2, 32, 4  # through compressed layers and the original's, for the drift; float32
+    assert facts["layer_bytes"] == layer
+    assert facts["hidden_bytes"] == streams * facts["calibration_tokens"] * width * size
 
     main(["inspect", str(checkpoint), "--sparsity", "0.25"])
     table = capsys.readouterr().out
     assert "2 of 8 experts per token" in table
     assert ["experts", "per", "layer", "8", "6"] in [row.split() for row in table.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reads"),
+    [
+        (("--method", "prune", "--selection", "aimer", "--preset", "paper"), False),
+        (("--method", "prune", "--selection", "aimer", "--preset", "paper", "--dataset", "c4"), True),
+        (("--method", "prune", "--selection", "router", "--preset", "paper"), True),
+        (("--method", "prune", "--selection", "aimer"), True),
+    ],
+)
+def test_inspect_counts_the_tokens_that_are_read(capsys, checkpoint, arguments, reads):
+    """None where weights alone decide and no text is given: the same work whatever the length of the sequences."""
+    found = []
+    for length in ("16", "64"):
+        main(["inspect", str(checkpoint), *arguments, "--sequence-length", length, "--json"])
+        found.append(json.loads(capsys.readouterr().out))
+    assert [facts["calibration_tokens"] for facts in found] == ([128 * 16, 128 * 64] if reads else [0, 0])
+    assert (found[0]["hidden_bytes"] < found[1]["hidden_bytes"]) is reads
+    memory, *parts = ([facts[f"{part}_bytes"] for facts in found] for part in ("memory", "working", "hidden"))
+    assert memory[1] - memory[0] == sum(long - short for short, long in parts)
+    assert (memory[1] > memory[0]) is reads
+    main(["inspect", str(checkpoint), *arguments])
+    assert ("with no calibration tokens" in capsys.readouterr().out) is not reads
 
 
 @pytest.mark.parametrize(

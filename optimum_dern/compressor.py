@@ -104,7 +104,7 @@ class DernCompressor:
         token: str | bool | None = None,
         trust_remote_code: bool = False,
         device: str | None = None,
-        dtype: str | None = None,
+        dtype: Any = None,
         max_shard_size: str | int | None = None,
         max_memory: str | int | None = None,
         restart: bool = False,
@@ -130,7 +130,8 @@ class DernCompressor:
             token: for a private one.
             trust_remote_code: run modelling code from the checkpoint.
             device: where layers are computed; by default a GPU where there is one, for each process its own.
-            dtype: of the output, "bfloat16", "float16" or "float32"; by default as stored.
+            dtype: of the output, a `torch.dtype` or its name: "bfloat16" (or "bf16"), "float16" or "float32"; by
+                default as stored.
             max_shard_size: of one safetensors file; by default as large as the source's largest.
             max_memory: bytes, or a text such as "8GiB", that a CPU run may take; hidden states go to a file where that
                 keeps it, and what cannot keep it is refused.
@@ -141,7 +142,7 @@ class DernCompressor:
             The report, a list of them for a list of amounts; the last one is also `self.report`.
 
         Raises:
-            ValueError: a checkpoint, device, count, dataset, statistics file or output folder that cannot work.
+            ValueError: a checkpoint, device, dtype, count, dataset, statistics file or output folder that cannot work.
             FileNotFoundError: weights that are not there, or only pickled ones.
             RuntimeError: another run is at the output folder.
             ProcessFailed: another process of this run has ended.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..models.dtype import parse_dtype
 from ..models.skeleton import build_skeleton
 from . import WORK_NAME
 from .completeness import check_complete
@@ -58,7 +59,7 @@ def find_checkpoint(
     revision: str | None = None,
     token: Any = None,
     trust_remote_code: bool = False,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     need_weights: bool = True,
 ) -> Source:
     """Find a checkpoint, and refuse what is no use before its weights are downloaded.
@@ -77,18 +78,18 @@ def find_checkpoint(
     Raises:
         FileNotFoundError: there is none, or none with safetensors.
         OSError: the Hub cannot give it.
-        ValueError: a family or a quantisation that cannot be compressed, or weights that are broken or not complete.
+        ValueError: a dtype that is none, a family or a quantisation that cannot be compressed, or weights that are broken
+            or not complete.
     """
     folder, commit = resolve_checkpoint(model, revision, token)
     reader = open_reader(folder) if (commit is None if need_weights else has_weights(folder)) else None
     quantised = check_quantisation(json.loads((folder / "config.json").read_text("utf-8"))) is not None
-    as_dtype = None if dtype is None else getattr(torch, dtype)
 
     def stored_dtype() -> torch.dtype | None:
         return loading_dtype(_first_dtypes(str(model), folder, commit, token, reader))
 
     options = {"trust_remote_code": trust_remote_code, "dequantised": quantised, "stored_dtype": stored_dtype}
-    skeleton = build_skeleton(folder, dtype=as_dtype, **options)
+    skeleton = build_skeleton(folder, dtype=parse_dtype(dtype), **options)
     if reader is not None:
         _match_(skeleton, reader)
     return Source(str(model), folder, commit, skeleton, token, reader)

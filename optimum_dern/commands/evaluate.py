@@ -139,7 +139,7 @@ def _load_model(args: argparse.Namespace, name: str, **source: Any) -> Any:
     from ..models.loading import load_model
 
     if not args.streamed:
-        return load_model(name, args.device, args.dtype or "auto", **source)
+        return load_model(name, args.device, args.dtype, **source)
     import torch
 
     from ..evaluation.streamed import StreamedCheckpoint

@@ -16,6 +16,7 @@ from ..checkpoint.recorded import RecordedStatistics, identify_model
 from ..checkpoint.shards import parse_bytes
 from ..checkpoint.tensor_file import dtype_name
 from ..config import DernConfig
+from ..models.dtype import parse_dtype
 from ..models.structure import find_moe_layers, layers_by_position
 from .distributed import Processes
 from .memory import plan_memory
@@ -37,7 +38,7 @@ class CheckpointRequest:
     revision: str | None = None
     token: str | bool | None = None
     trust_remote_code: bool = False
-    dtype: str | None = None
+    dtype: str | torch.dtype | None = None
     max_shard_size: str | int | None = None
     max_memory: str | int | None = None
     statistics: str | Path | None = None
@@ -59,13 +60,12 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
     """
     shard_size = parse_bytes(request.max_shard_size) if request.max_shard_size else None
     bound = parse_bytes(request.max_memory) if request.max_memory else None
+    dtype = parse_dtype(request.dtype)
     check_names(request.configs[0])
     check_data(request.configs[0], request.statistics)
     recorded = RecordedStatistics(request.statistics) if request.statistics else None
     source = processes.main_first(
-        lambda: find_checkpoint(
-            request.model, request.revision, request.token, request.trust_remote_code, request.dtype
-        )
+        lambda: find_checkpoint(request.model, request.revision, request.token, request.trust_remote_code, dtype)
     )
     skeleton = source.skeleton
     layers = find_moe_layers(skeleton)
@@ -78,7 +78,7 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
     tokens = sum(batch["input_ids"].numel() for batch in processes.share(batches)) if batches and not recorded else 0
     memory = plan_memory(skeleton, layers, tokens, configs[0], counts, bound)
     reader = processes.main_first(source.open_weights)
-    dtype = request.dtype and dtype_name(getattr(torch, request.dtype))
+    dtype = dtype and dtype_name(dtype)
     if recorded is not None:
         data = {"calibration data": calibration["sha256"]} if batches else {}
         recorded.check(identify_model(reader, dtype) | data, layers_by_position(skeleton, layers))

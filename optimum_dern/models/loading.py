@@ -7,17 +7,20 @@ from typing import Any
 __all__ = ["load_model", "model_class"]
 
 
-def load_model(model: str | Path, device: str | None = None, dtype: str = "auto", **source: Any) -> Any:
+def load_model(model: str | Path, device: str | None = None, dtype: Any = None, **source: Any) -> Any:
     """A model ready to run: in evaluation mode, on one device.
 
     Args:
         model: folder or Hub id.
         device: CUDA where there is one by default.
-        dtype: by name; as stored by default.
+        dtype: a `torch.dtype` or its name; as stored by default.
         **source: `revision`, `token` and `trust_remote_code`.
     """
     import torch
 
+    from .dtype import parse_dtype
+
+    dtype = parse_dtype(dtype) or "auto"
     loaded = model_class(model, **source).from_pretrained(model, dtype=dtype, **source)
     return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 

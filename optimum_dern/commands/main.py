@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from .. import versions
+from ..errors import describe_error, is_deliberate
 from . import compare, compress, evaluate, inspect, report
 
 
@@ -29,7 +30,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script; exits with 2 on an error of the user's or the data's."""
+    """Entry point of the console script; exits with 2 on an error."""
     parser = OneLineParser(prog="optimum-dern", description="Make Mixture-of-Experts models smaller without training.")
     parser.add_argument("--version", action="version", version=f"optimum-dern {versions.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -48,17 +49,19 @@ def add_command(parser: argparse.ArgumentParser, module: ModuleType) -> None:
 
 
 def run_safely(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Run a command; an error becomes one line on stderr and exit code 2 (`--traceback` shows the whole)."""
+    """Run a command; an error becomes one line on stderr and exit code 2 (`--traceback` shows the whole).
+
+    What refuses the user's input or data is told as it is, anything else with its type and how to see more.
+    """
     try:
         run(args)
     except KeyboardInterrupt:
         print("optimum-dern: interrupted", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:  # the outermost boundary: a user gets a line, and its type where it is unexpected
+    except Exception as error:  # the outermost boundary
         if args.traceback:
             raise
-        expected = isinstance(error, ValueError | TypeError | OSError | ImportError)
-        fail(str(error) if expected else f"{type(error).__name__}: {error} (--traceback shows where)")
+        fail(describe_error(error) + ("" if is_deliberate(error) else " (--traceback shows where)"))
 
 
 def fail(message: str) -> NoReturn:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..errors import describe_error
+
 
 __all__ = ["ModelProcess", "ModelProcessError", "model_process"]
 
@@ -96,8 +98,7 @@ def _answer(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str
     try:
         return {"result": function(**arguments)}
     except Exception as error:  # crosses the process boundary as text; the asking end raises it
-        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        return {"error": f"{kind}{error}"}
+        return {"error": describe_error(error)}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from tiny import make_model, sample_texts, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dern import CompressionReport, DernCompressor, DernConfig
-from optimum_dern.commands import compress
+from optimum_dern.checkpoint.manifest import only_process
+from optimum_dern.commands import compress, inspect
 from optimum_dern.commands.main import main
 
 
@@ -336,6 +337,26 @@ def test_traceback(checkpoint, tmp_path):
     """`--traceback` shows the error as it was raised."""
     with pytest.raises(ValueError, match="--dataset is missing"):
         main(["compress", str(checkpoint), str(tmp_path / "out"), "--traceback"])
+
+
+@pytest.mark.parametrize("kind", [TypeError, KeyError, ValueError])
+def test_an_internal_error(monkeypatch, capsys, checkpoint, kind):
+    """A fault of the program is no mistake of the user's: its type, and how to see where it is."""
+    accidents = {TypeError: lambda: len(5), KeyError: lambda: {}["name"], ValueError: lambda: int("five")}
+    monkeypatch.setattr(inspect, "run", lambda args: accidents[kind]())
+    message = error_of(capsys, "inspect", checkpoint)
+    assert message.startswith(f"{kind.__name__}: ") and message.endswith(" (--traceback shows where)")
+    with pytest.raises(kind):
+        main(["inspect", str(checkpoint), "--traceback"])
+
+
+def test_a_folder_in_use(capsys, tmp_path, checkpoint):
+    """A refusal is told without its type, whatever that is."""
+    (tmp_path / "out" / ".dern").mkdir(parents=True)
+    options = ["--method", "prune", "--preset", "paper", "--selection", "aimer"]
+    with only_process(tmp_path / "out" / ".dern"):
+        message = error_of(capsys, "compress", checkpoint, tmp_path / "out", *options)
+    assert message.startswith("another process is compressing into") and "traceback" not in message
 
 
 def test_a_damaged_checkpoint(tmp_path, capsys, checkpoint, text):

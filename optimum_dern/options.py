@@ -40,6 +40,15 @@ OF_METHODS = {  # what a method's paper fixes, where the user does not
     "mergemoe": {"selection": "frequency"},
     "sub_moe": {"selection": "frequency"},
 }
+OF_DERN = (  # options that the other methods do not read; `similarity_weights` also draw the report's map
+    "similarity_threshold",
+    "router_update",
+    "cluster_init",
+    "cluster_iterations",
+    "cluster_tolerance",
+    "importance_weighting",
+)
+WITHOUT_RECOMBINATION = ("prune", *OF_METHODS)  # methods that users register may read any option
 OFF = {"router_refit": False, "neuron_refit": False, "drift_correction": 0.0}
 CHOICES = {
     "preset": tuple(PRESETS),
@@ -52,7 +61,12 @@ PROTECTION = (
     "map decoder layers to lists of experts, like {3: [0, 5]}, be 'super', or be the path of a dern_report.json"
 )
 # Of fields, by annotation and by name: what is accepted, and its words.
-KINDS = {bool: (bool, "True or False"), int: (Integral, "a whole number"), float: (Real, "a number")}
+KINDS = {
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "a name"),
+}
 COUNTS = (
     "num_experts",
     "cluster_iterations",
@@ -98,7 +112,9 @@ class DernOptions:
         "(default: the method's own)",
     )
     similarity_threshold: float = _option(0.5, "alpha: a segment moves only if its best cosine exceeds it")
-    similarity_weights: tuple[float, float, float] = _option((0.0, 1.0, 1.0), "of the gate, up and down projections")
+    similarity_weights: tuple[float, float, float] = _option(
+        (0.0, 1.0, 1.0), "of the gate, up and down projections, in the report's map of similarities too"
+    )
     router_update: str = _option("none", "none, or rows: add moved shares of dropped router rows to their destination")
     cluster_init: str | None = _option(None, "initial centroids: own (neurons), gate (largest response) or random")
     cluster_iterations: int = _option(30, "of spherical k-means, at most")
@@ -117,7 +133,9 @@ class DernOptions:
         "ridge of the refit, relative to the mean eigenvalue of its equations (default: 1e-2; with guard and without "
         "neuron_refit, the best of 1e-3, 1e-2 and 1e-1)",
     )
-    refit_sweeps: int = _option(3, "passes of the refit over a layer's experts; one with guard and neuron_refit")
+    refit_sweeps: int = _option(
+        3, "passes of the refit over a layer's experts; with guard and neuron_refit, the default, it is always one"
+    )
     guard: bool | None = _option(None, "keep per layer the candidate of lowest error on held-out calibration tokens")
     calibration_order: str | None = _option(None, "sequential (later layers see compressed ones) or oneshot")
     dataset: Any = _option(None, "calibration data: file, folder, wikitext2, c4, texts, tokens or {source: weight}")
@@ -141,18 +159,18 @@ class DernOptions:
 
     def __post_init__(self) -> None:
         self._choose("preset")
+        for option in fields(DernOptions):
+            self._check_value(option)
         defaults = {**PRESETS[self.preset], "selection": "router", **OF_METHODS.get(self.method, {})}
         for name in ("refit", "calibration_order", *defaults):  # the first two decide about others
             if getattr(self, name) is None:
-                setattr(self, name, OFF[name] if name in self._idle() else defaults[name])
+                setattr(self, name, (OFF if name in self._idle() else {}).get(name, defaults[name]))
         for name in CHOICES:
             self._choose(name)
         if isinstance(self.protect_experts, str | Path) and self.protect_experts != "super":
             self._retain_as_reported(Path(self.protect_experts))
         self._check_amount()
-        for option in fields(DernOptions):
-            self._check_value(option)
-        self._check_effects()
+        self._check_effects(defaults)
         self._check_similarity()
         if isinstance(self.dataset, Path):
             self.dataset = str(self.dataset)
@@ -172,13 +190,20 @@ class DernOptions:
 
     def _idle(self) -> dict[str, str]:
         """Options without effect beside the others, and what they would need."""
+        idle = dict.fromkeys(OF_DERN, "method='dern'") if self.method in WITHOUT_RECOMBINATION else {}
+        if self.calibration_order == "oneshot":
+            idle["drift_correction"] = "calibration_order='sequential'"
+        if self.guard and self.neuron_refit:
+            idle["refit_sweeps"] = "neuron_refit=False or guard=False"
         if self.refit is not None and not self.refit:
-            return dict.fromkeys(OFF, "refit=True")
-        return {"drift_correction": "calibration_order='sequential'"} if self.calibration_order == "oneshot" else {}
+            idle |= dict.fromkeys((*OFF, "refit_ridge", "refit_sweeps"), "refit=True")
+        return idle
 
-    def _check_effects(self) -> None:
+    def _check_effects(self, filled: Mapping[str, Any]) -> None:
+        """Refuse what has no effect, unless it is off or the default, as in a config that was written to a file."""
+        defaults = {option.name: option.default for option in fields(DernOptions)} | filled | OFF
         for name, needed in self._idle().items():
-            if getattr(self, name):
+            if getattr(self, name) != defaults[name]:
                 given = f"{name}={getattr(self, name)!r}"
                 raise ValueError(f"{given} has no effect without {needed}; give {needed}, or leave {name} out")
 
@@ -220,7 +245,10 @@ class DernOptions:
             self.num_experts = max(map(len, self.protect_experts.values()), default=None)
 
     def _check_similarity(self) -> None:
-        weights = tuple(float(weight) for weight in self.similarity_weights)
+        try:
+            weights = tuple(float(weight) for weight in self.similarity_weights)
+        except (TypeError, ValueError):  # no numbers, or nothing that has several
+            weights = ()
         if len(weights) != 3 or min(weights) < 0 or not sum(weights) > 0:
             raise ValueError(
                 f"similarity_weights={self.similarity_weights!r}, but it must be three weights >= 0 (gate, up, down)"
@@ -229,6 +257,7 @@ class DernOptions:
 
 
 def _normalised_protection(protect: Any) -> dict[int, list[int]]:
-    if not isinstance(protect, Mapping):
-        raise ValueError(f"protect_experts={protect!r}, but it must {PROTECTION}")
-    return {int(layer): sorted({int(expert) for expert in experts}) for layer, experts in protect.items()}
+    try:
+        return {int(layer): sorted({int(expert) for expert in experts}) for layer, experts in protect.items()}
+    except (AttributeError, TypeError, ValueError) as error:  # no mapping, no list, no number
+        raise ValueError(f"protect_experts={protect!r}, but it must {PROTECTION}") from error

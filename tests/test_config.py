@@ -104,6 +104,9 @@ def test_what_would_have_no_effect_is_off(fields, off):
         ({"preset": "paper", "router_refit": True}, "or leave router_refit out"),
         ({"refit": False, "drift_correction": 0.1}, "drift_correction=0.1 has no effect without refit=True"),
         ({"calibration_order": "oneshot", "drift_correction": 1}, "without calibration_order='sequential'"),
+        ({"refit": False, "refit_ridge": 0.1}, "refit_ridge=0.1 has no effect without refit=True"),
+        ({"preset": "paper", "refit_sweeps": 5}, "refit_sweeps=5 has no effect without refit=True"),
+        ({"refit_sweeps": 5}, "without neuron_refit=False or guard=False; give .*, or leave refit_sweeps out"),
         ({"protect_experts": "supper"}, r"'supper' is not a dern_report.json.*like {3: \[0, 5\]}, be 'super', or"),
         ({"sparsity": 0.5, "num_experts": 4}, "give one of them"),
         ({"sparsity": 1.0}, "below 1"),
@@ -138,6 +141,15 @@ def test_what_would_have_no_effect_is_off(fields, off):
         ({"drift_correction": True}, "drift_correction=True, but it must be a number from 0 to 1"),
         ({"dataset": {"train": ["one"], "test": ["two"]}}, r"'train', 'test'.*dataset\['train'\]"),
         ({"protect_experts": [0, 1]}, "must map decoder layers"),
+        ({"protect_experts": {"first": [0]}}, "must map decoder layers"),
+        ({"protect_experts": {0: 1}}, "must map decoder layers"),
+        ({"protect_experts": {0: [None]}}, "must map decoder layers"),
+        ({"similarity_weights": 1}, "three weights"),
+        ({"similarity_weights": ("high", 1, 1)}, "three weights"),
+        ({"similarity_weights": (None, 1, 1)}, "three weights"),
+        ({"method": ["dern"]}, r"method=\['dern'\], but it must be a name"),
+        ({"selection": 3}, "selection=3, but it must be a name"),
+        ({"text_column": None}, "text_column=None, but it must be a name"),
         ({"quant_method": "gptq"}, "quant_method='gptq'"),
     ],
 )
@@ -145,6 +157,39 @@ def test_out_of_range(fields, match):
     """One exception that tells what was given and what is allowed."""
     with pytest.raises(ValueError, match=match):
         DernConfig(**fields)
+
+
+OF_DERN = {
+    "similarity_threshold": 0.3,
+    "router_update": "rows",
+    "cluster_init": "random",
+    "cluster_iterations": 5,
+    "cluster_tolerance": 0.1,
+    "importance_weighting": False,
+}
+
+
+@pytest.mark.parametrize("method", ["prune", "ream", "m_smoe", "hc_smoe", "mergemoe", "sub_moe"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_options_of_another_method(method, preset):
+    """What only dern reads is refused where another method would ignore it; its defaults pass, as from a file."""
+    for name, value in OF_DERN.items():
+        assert getattr(DernConfig(preset=preset, **{name: value}), name) == value
+        with pytest.raises(ValueError, match=f"{name}=.* has no effect without method='dern'; give method='dern', or"):
+            DernConfig(method=method, preset=preset, **{name: value})
+    config = DernConfig(method=method, preset=preset)
+    assert DernConfig.from_dict(config.to_dict()) == config
+
+
+def test_methods_of_others_may_read_any_option():
+    """Nobody knows what a method that is not this package's reads."""
+    assert DernConfig(method="my method", **OF_DERN).cluster_init == "random"
+
+
+@pytest.mark.parametrize("fields", [{"guard": False}, {"neuron_refit": False}])
+def test_sweeps_that_are_made(fields):
+    """Without the guard or the neurons' refit, the number of sweeps counts."""
+    assert DernConfig(refit_sweeps=5, **fields).refit_sweeps == 5
 
 
 FLAGS = [field.name for field in dataclasses.fields(DernConfig) if field.type in (bool, bool | None)]
@@ -209,7 +254,7 @@ fields = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(fields)
 def test_json_round_trip(values):
     """`to_dict` is JSON and makes an equal config, so that a run can be repeated from it."""

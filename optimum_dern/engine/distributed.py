@@ -8,7 +8,8 @@ the same layer afterwards.  Rank 0 alone writes, prints and holds the lock on th
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,6 +26,12 @@ __all__ = ["ALONE", "ProcessFailed", "Processes", "joined_processes"]
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 downloads; a process that has ended is noticed at once
 FAILED = "optimum_dern/failed"
+LAUNCHERS = {  # variables with a process's rank, and with its number on its machine
+    "RANK": "LOCAL_RANK",  # torchrun, accelerate launch
+    "SLURM_PROCID": "SLURM_LOCALID",
+    "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+    "PMI_RANK": "MPI_LOCALRANKID",
+}
 
 
 class ProcessFailed(ConnectionError):
@@ -130,7 +137,7 @@ class Processes:
 
 
 ALONE = Processes()
-_joined: list[Processes] = []  # the group that this process has initialised; contexts inside use it too
+_joined: ContextVar[Processes] = ContextVar("joined")  # of the context that has found them; those inside use it too
 
 
 @contextmanager
@@ -150,61 +157,92 @@ def joined_processes(device: str | None = None, timeout: timedelta = TIMEOUT) ->
         ProcessFailed: the processes cannot find each other.
     """
     if dist.is_available() and dist.is_initialized():
-        count = dist.get_world_size()
-        outer = _joined[-1] if _joined else Processes(dist.get_rank(), count)
-        yield replace(outer, device=_own_device(device, count))
+        processes = _joined.get(Processes(dist.get_rank(), dist.get_world_size()))
+        own = _own_device(device, processes.rank, processes.count)
+        with _current(own):
+            yield replace(processes, device=own)
         return
     count = int(os.environ.get("WORLD_SIZE", 1))
-    own = _own_device(device, count)
+    own = _own_device(device, int(os.environ.get("RANK", 0)), count)
     if count == 1:
         yield Processes(device=own)
         return
-    store, rank, count = next(_talk(dist.rendezvous, "env://", timeout=timeout))
+    store, rank, count = _talk(lambda: next(dist.rendezvous("env://", timeout=timeout)))
     backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
     _talk(dist.init_process_group, backend, store=store, rank=rank, world_size=count, timeout=timeout)
+    processes = Processes(rank, count, own, dist.PrefixStore("optimum_dern", store))
+    token = _joined.set(processes)
     try:
-        if rank > 0:
-            _keep_quiet()
-        _joined.append(Processes(rank, count, own, dist.PrefixStore("optimum_dern", store)))
-        yield _joined[-1]
+        with _current(own), nullcontext() if processes.is_main else _quiet():
+            yield processes
     finally:
-        _joined.clear()
+        _joined.reset(token)
         dist.destroy_process_group()
 
 
-def _own_device(device: str | None, count: int) -> torch.device:
+def _own_device(device: str | None, rank: int, count: int) -> torch.device:
     """The device that a process computes on: of several GPUs, the one of its number on this machine."""
     own = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if count == 1 or own.type == "cpu":
         return own
     if own.type != "cuda" or own.index is not None:
         raise ValueError(f"{count} processes cannot share the device {device!r}; give cpu, or cuda for one GPU each")
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local = _local_rank(rank)
     if local >= torch.cuda.device_count():
         raise ValueError(
             f"this machine has {torch.cuda.device_count()} GPUs and was given a process with the number {local}; "
             "start at most one process a GPU, or compute on the cpu"
         )
-    torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
 
-def _keep_quiet() -> None:
-    """Rank 0 shows progress and warnings for all."""
+def _local_rank(rank: int) -> int:
+    """The number of a process on its machine, by the launcher that has given it its rank.
+
+    Variables with another rank are another launcher's, such as those of the batch script around it.
+    """
+    for name, local in LAUNCHERS.items():
+        if local in os.environ and os.environ.get(name, str(rank)) == str(rank):
+            return int(os.environ[local])
+    raise ValueError(
+        f"process {rank} of the run has no LOCAL_RANK, so nobody knows which GPU of its machine is its own; start it "
+        "with torchrun, accelerate launch, srun or mpirun, set LOCAL_RANK, or compute on the cpu"
+    )
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Make a GPU the one that CUDA calls without a device mean, for as long as the context is open."""
+    return torch.cuda.device(device) if device.type == "cuda" and device.index is not None else nullcontext()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Progress bars and warnings are left to rank 0 while the context is open."""
     from transformers.utils import logging as transformers_logging
 
+    logger = logging.getLogger("optimum_dern")
+    levels = logger.level, transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("optimum_dern").setLevel(logging.ERROR)
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(levels[0])
+        transformers_logging.set_verbosity(levels[1])
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _talk(collective: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call a function of `torch.distributed`, whose errors nearly always mean that another process has gone."""
+    """Call a function of `torch.distributed`, and tell its errors of the connection as those of another process."""
     try:
         return collective(*args, **kwargs)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        # Gloo has no class of its own for what its transport reports, only the file that it names.
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+            raise
         raise ProcessFailed(
             f"another process of the run has ended or does not answer ({str(error).splitlines()[0]}); the layers that "
             "are finished stay: mend what has stopped it, and the same command goes on from there"

@@ -1,6 +1,8 @@
 """Several processes give the result of one, share the work, and end together; real processes over loopback."""
 
+import datetime
 import functools
+import itertools
 import json
 import os
 import re
@@ -16,7 +18,7 @@ from tiny import make_model, random_tokens
 from optimum_dern import DernCompressor
 from optimum_dern.core import recombination
 from optimum_dern.engine import distributed
-from optimum_dern.engine.distributed import ALONE, Processes, joined_processes
+from optimum_dern.engine.distributed import ALONE, Processes, ProcessFailed, joined_processes
 
 
 DATA = {"even": [24] * 20, "ragged": [5, 24, 17, 9, 24, 3, 24, 11, 24, 24, 8, 24], "few": [24] * 3}  # lengths
@@ -356,19 +358,107 @@ def test_shares():
         ("cuda", "0", "cuda:0"),
         ("cpu", "5", "cpu"),
         (None, "2", "2 GPUs"),
+        (None, None, "process 1 of the run has no LOCAL_RANK"),
+        ("cpu", None, "cpu"),
         ("mps", "0", "cannot share"),
         ("cuda:1", "0", "cannot share"),
     ],
 )
 def test_every_process_has_its_own_gpu(device, local, expected, monkeypatch):
     """The GPU of its number on the machine; what cannot be shared is refused."""
-    monkeypatch.setenv("LOCAL_RANK", local)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    pretend_launcher(monkeypatch, {} if local is None else {"RANK": "1", "LOCAL_RANK": local})
     if " " in expected:
         with pytest.raises(ValueError, match=expected):
-            distributed._own_device(device, 2)
+            distributed._own_device(device, 1, 2)
     else:
-        assert distributed._own_device(device, 2) == torch.device(expected)
-        assert distributed._own_device("cuda:1", 1) == torch.device("cuda:1")
+        assert distributed._own_device(device, 1, 2) == torch.device(expected)
+        assert distributed._own_device("cuda:1", 0, 1) == torch.device("cuda:1")
+
+
+def pretend_launcher(monkeypatch, variables):
+    """A machine with two GPUs, and no other variables of launchers."""
+    for name in itertools.chain(*distributed.LAUNCHERS.items()):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+SLURM, MPIRUN = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, {"OMPI_COMM_WORLD_RANK": "3"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"LOCAL_RANK": "1"}, "cuda:1"),
+        (SLURM, "cuda:1"),
+        (SLURM | {"RANK": "3"}, "cuda:1"),
+        (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_RANK": "1"}, "cuda:1"),
+        ({"PMI_RANK": "3", "MPI_LOCALRANKID": "1"}, "cuda:1"),
+        (SLURM | {"RANK": "3", "LOCAL_RANK": "0"}, "cuda:0"),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "RANK": "3"}, None),  # of the batch script
+        ({"RANK": "3"}, None),
+    ],
+)
+def test_launchers_that_tell_the_gpu(variables, expected, monkeypatch):
+    """srun and mpirun have variables of their own; a process that none of them has numbered takes no GPU."""
+    pretend_launcher(monkeypatch, variables)
+    if expected is None:
+        with pytest.raises(ValueError, match="process 3 of the run has no LOCAL_RANK"):
+            distributed._own_device(None, 3, 4)
+    else:
+        assert distributed._own_device(None, 3, 4) == torch.device(expected)
+
+
+def test_errors_that_are_no_other_process():
+    """Only what the connection reports means that another process has ended; the rest stays what it is."""
+
+    def fail(error):
+        raise error
+
+    gloo = RuntimeError(
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"
+    )
+    for error in (gloo, torch.distributed.DistNetworkError("the server socket has timed out")):
+        with pytest.raises(ProcessFailed, match="another process of the run has ended"):
+            distributed._talk(fail, error)
+    for error in (RuntimeError("The size of tensor a must match"), torch.OutOfMemoryError("CUDA out of memory")):
+        with pytest.raises(RuntimeError) as info:
+            distributed._talk(fail, error)
+        assert info.value is error
+
+
+def test_nobody_to_find(monkeypatch):
+    """The other processes of the run do not answer."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": "1"}
+    for name, value in group.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ProcessFailed), joined_processes("cpu", datetime.timedelta(seconds=1)):
+        pass
+
+
+def test_no_state_stays_behind(tmp_path):
+    """After the context, logging and progress bars are the caller's again, and another one can be opened."""
+    (tmp_path / "state.py").write_text(
+        "import logging, sys, torch\n"
+        "from transformers.utils import logging as transformers_logging\n"
+        "from optimum_dern.engine.distributed import joined_processes\n"
+        "def state():\n"
+        "    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()\n"
+        "    return bars, level, logging.getLogger('optimum_dern').level, torch.distributed.is_initialized()\n"
+        "transformers_logging.set_verbosity_info()\n"
+        "before = state()\n"
+        "with joined_processes('cpu') as processes:\n"
+        "    within, store = state(), processes.store\n"
+        "    with joined_processes('cpu') as inner:\n"
+        "        assert inner.store is store is not None\n"
+        "assert state() == before, (before, state())\n"
+        "assert processes.is_main or within[:3] == (False, logging.ERROR, logging.ERROR)\n",
+        "utf-8",
+    )
+    for errors, code in without_launcher(2, tmp_path / "state.py"):
+        assert code == 0, errors

@@ -6,11 +6,12 @@ makes two runs the same is its fingerprint: model, options, calibration data and
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ..text_files import replace_text
 
 
 __all__ = ["Manifest", "only_process"]
@@ -66,14 +67,8 @@ class Manifest:
 
     def save(self) -> None:
         """Replace the manifest on the disk."""
-        if not self.writes:
-            return
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(self.state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        if self.writes:
+            replace_text(self.path, json.dumps(self.state), durable=True)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..reporting.presentation import write_presentation
 from ..reporting.report import CompressionReport
+from ..text_files import replace_json
 from .config_json import compressed_config
 from .ties import record_untied_
 
@@ -23,7 +24,6 @@ __all__ = [
     "REPORT_NAME",
     "keep_publishable_",
     "provenance",
-    "write_json",
     "write_report",
     "write_sidecars",
 ]
@@ -102,8 +102,8 @@ def write_sidecars(model: Any, folder: Path, report: CompressionReport, source: 
     """
     config = folder / "config.json"
     saved = json.loads(config.read_text("utf-8")) if config.exists() else model.config.to_dict()
-    write_json(config, compressed_config(saved, source, model.config))
-    write_json(folder / CONFIG_NAME, provenance(report))
+    replace_json(config, compressed_config(saved, source, model.config))
+    replace_json(folder / CONFIG_NAME, provenance(report))
     report.save(folder / REPORT_NAME)
     write_presentation(report, folder, keep_card=True)
 
@@ -125,10 +125,3 @@ def provenance(report: CompressionReport) -> dict[str, Any]:
         "retained_experts": {layer.name: layer.retained for layer in report.layers},
         "versions": report.versions,
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a file by a JSON value, at once."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(temporary, path)

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..core.statistics import ExpertStatistics
+from ..text_files import replace_json
 from .reader import CheckpointReader
 from .tensor_file import TensorInfo, create_file, dtype_name, read_header, read_tensor, write_bytes
 from .weight_files import INDEX_NAME, SINGLE_NAME
@@ -157,6 +158,4 @@ def publish_statistics(work: Path, output: Path) -> None:
         infos = read_header(output / SINGLE_NAME)
         total = sum(info.size for info in infos.values())
         names = dict.fromkeys(sorted(infos), SINGLE_NAME)
-        temporary = work / INDEX_NAME
-        temporary.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=2) + "\n")
-        os.replace(temporary, output / INDEX_NAME)
+        replace_json(output / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": names})

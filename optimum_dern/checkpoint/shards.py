@@ -5,7 +5,6 @@ start, and each tensor goes to its place when it is ready.  Shards get their fin
 """
 
 import hashlib
-import json
 import os
 import weakref
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..text_files import replace_json
 from .reader import LazyTensor
 from .tensor_file import DTYPES, TensorInfo, create_file, read_header, read_tensor, write_bytes
 from .weight_files import INDEX_NAME, SINGLE_NAME
@@ -124,9 +124,7 @@ class ShardWriter:
                 os.replace(self.folder / name, output / name)
         index = self.index()
         if index is not None:
-            temporary = self.folder / INDEX_NAME
-            temporary.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-            os.replace(temporary, output / INDEX_NAME)
+            replace_json(output / INDEX_NAME, index)
 
 
 def _close_files(files: dict[Path, int]) -> None:

@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.compare import compare_models
     from ..evaluation.speed import SpeedSettings
     from ..reporting.comparison import comparison_rows, markdown_table
+    from ..text_files import replace_text
 
     speed = SpeedSettings(args.batch_size, args.prompt_length, args.new_tokens, args.repeats) if args.speed else None
     comparison = compare_models(
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output is not None:
         markdown = args.output.suffix == ".md"
         text = markdown_table(header, rows) if markdown else json.dumps(comparison.to_dict(), indent=2)
-        args.output.write_text(text + "\n", "utf-8")
+        replace_text(args.output, text + "\n")
     if args.json:
         print(json.dumps(comparison.to_dict()))
         return

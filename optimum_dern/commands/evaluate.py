@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure and print."""
     _check(args)
     from ..evaluation.tasks import load_tasks
+    from ..text_files import replace_json
 
     tasks = load_tasks(args.tasks, args.tasks_folder, args.limit)
     tokenizer, texts, length = _load_texts(args)
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         cache = _original_predictions(args, texts, Path(scratch)) if args.against else None
         figures = _measure(args, tokenizer, texts, tasks, cache) | {"settings": _settings(args, length)}
     if args.output is not None:
-        args.output.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+        replace_json(args.output, figures)
     if args.json:
         print(json.dumps(figures))
     else:

@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> None:
     report, folder = _load(args.checkpoint)
 
     from ..reporting.page import report_page
-    from ..reporting.presentation import replace_text, write_presentation
+    from ..reporting.presentation import write_presentation
+    from ..text_files import replace_text
 
     if args.output:
         if args.output.is_dir() or not args.output.absolute().parent.is_dir():

@@ -17,7 +17,7 @@ from ..checkpoint.loader import PartLoader
 from ..checkpoint.manifest import Manifest, only_process
 from ..checkpoint.output import CheckpointOutput
 from ..checkpoint.output_plan import OutputPlan, plan_output
-from ..checkpoint.publishing import MANIFEST_NAME, write_json, write_report, write_sidecars
+from ..checkpoint.publishing import MANIFEST_NAME, write_report, write_sidecars
 from ..checkpoint.recorded import StatisticsWriter, publish_statistics
 from ..checkpoint.shards import OutputTensor, ShardWriter, plan_shards
 from ..checkpoint.sidecars import copy_companions
@@ -26,6 +26,7 @@ from ..models.size import measure_model, predict_size
 from ..models.structure import layers_by_position
 from ..models.view import write_counts_
 from ..reporting.report import CompressionReport
+from ..text_files import replace_json
 from .distributed import Processes
 from .layers import compress_layers_, compress_unseen_layers_
 from .reports import make_report
@@ -199,7 +200,7 @@ def _publish(task: CheckpointTask, result: Result, report: CompressionReport) ->
     write_counts_(model, layers, result.num_experts)
     stale = {*output.glob("model*.safetensors"), *output.glob("model*.index.json")}
     copy_companions(task.reader.folder, output)
-    write_json(output / MANIFEST_NAME, {"tensors": dict(sorted(manifest.tensors.items()))})
+    replace_json(output / MANIFEST_NAME, {"tensors": dict(sorted(manifest.tensors.items()))})
     write_sidecars(model, output, report, task.reader.config)
     write_report(output, report)  # the card, too, where an earlier checkpoint has left one
     for file in stale - {output / name for name in writer.plan}:

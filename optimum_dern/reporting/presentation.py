@@ -1,15 +1,15 @@
 """What people look at beside a checkpoint: the page of its report, a picture of it, and the model card."""
 
-import os
 from pathlib import Path
 
+from ..text_files import replace_text
 from .card import model_card
 from .page import PAGE_NAME, report_page
 from .plots import IMAGE_NAME, write_image
 from .report import CompressionReport
 
 
-__all__ = ["CARD_NAME", "replace_text", "write_presentation"]
+__all__ = ["CARD_NAME", "write_presentation"]
 
 CARD_NAME = "README.md"
 
@@ -38,10 +38,3 @@ def write_presentation(
     if not keep_card:
         replace_text(card, f"{model_card(report, image)}\n")
     return [folder / PAGE_NAME, *([folder / image] if image else []), *([] if keep_card else [card])]
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file at once: whoever reads it finds the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..text_files import replace_text
+
 
 __all__ = ["REPORT_VERSION", "CompressionReport", "LayerReport", "ModelSize"]
 
@@ -129,7 +131,7 @@ class CompressionReport:
         values = self.to_dict()
         layers = ",\n    ".join(map(json.dumps, values["layers"]))
         text = json.dumps({**values, "layers": []}, indent=2)
-        Path(path).write_text(text.replace('"layers": []', f'"layers": [\n    {layers}\n  ]', 1) + "\n", "utf-8")
+        replace_text(Path(path), text.replace('"layers": []', f'"layers": [\n    {layers}\n  ]', 1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "CompressionReport":

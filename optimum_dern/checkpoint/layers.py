@@ -36,8 +36,9 @@ class CheckpointLayers:
 
     def copy_rest(self) -> None:
         """Write the tensors that pass through and were not needed so far."""
+        self.reader.after_read = None  # no layer is read any more
         for name in sorted(set().union(*(output.missing() for output in self.outputs))):
-            self.reader.read(name)
+            self._copy(name, self.reader.read(name))
         self.reader.close()
         for output in self.outputs:
             output.save()

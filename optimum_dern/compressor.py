@@ -109,6 +109,10 @@ class DernCompressor:
         max_memory: str | int | None = None,
         restart: bool = False,
         overwrite: bool = False,
+        subfolder: str = "",
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
     ) -> CompressionReport | list[CompressionReport]:
         """Compress a checkpoint on disk into another, with one decoder layer in memory at a time.
 
@@ -137,6 +141,10 @@ class DernCompressor:
                 keeps it, and what cannot keep it is refused.
             restart: discard an unfinished run in the output folder.
             overwrite: allow other files in the output folder; an earlier checkpoint there is replaced at the end.
+            subfolder: of the folder or repository, in which the checkpoint is.
+            cache_dir: where a Hub model is kept; by default where transformers keeps its own.
+            local_files_only: download nothing, use what is there.
+            force_download: download anew what is there.
 
         Returns:
             The report, a list of them for a list of amounts; the last one is also `self.report`.
@@ -167,6 +175,12 @@ class DernCompressor:
             max_memory=max_memory,
             restart=restart,
             overwrite=overwrite,
+            download={
+                "subfolder": subfolder,
+                "cache_dir": cache_dir,
+                "local_files_only": local_files_only,
+                "force_download": force_download,
+            },
         )
         with joined_processes(device) as processes:
             reports = compress_checkpoint(prepare_task(request, processes))

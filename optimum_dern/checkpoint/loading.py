@@ -7,6 +7,7 @@ from typing import Any
 from ..models.loading import model_class
 from ..reporting.report import CompressionReport
 from .publishing import REPORT_NAME, keep_publishable_
+from .source import OWN_CODE, locating_options
 
 
 __all__ = ["load_compressed_model"]
@@ -32,18 +33,16 @@ def load_compressed_model(model: str | Path, revision: str | None = None, token:
     """
     from transformers.utils import cached_file
 
-    name, files = str(model), {}
+    name, files, source = str(model), {}, {"revision": revision, "token": token, **locating_options(kwargs)}
     for filename in (REPORT_NAME, "config.json"):
-        found = cached_file(
-            name, filename, revision=revision, token=token, _raise_exceptions_for_missing_entries=False
-        )
+        found = cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **source)
         if found is None:
             raise ValueError(
                 f"{name} has no {filename}, so it is not a checkpoint of optimum-dern; "
                 "load it with transformers' AutoModelForCausalLM.from_pretrained"
             )
         files[filename] = json.loads(Path(found).read_text("utf-8"))
-    source = {"revision": revision, "token": token}
-    loaded = model_class(name, **source).from_pretrained(name, **source, **kwargs)
+    code = {OWN_CODE: kwargs[OWN_CODE]} if OWN_CODE in kwargs else {}
+    loaded = model_class(name, **source, **code).from_pretrained(name, **{**kwargs, **source})
     keep_publishable_(loaded, CompressionReport.from_dict(files[REPORT_NAME]), files["config.json"])
     return loaded

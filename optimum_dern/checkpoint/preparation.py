@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Source:
     skeleton: Any  # its model, without weights
     token: Any
     reader: Reader | None  # of weights that are here
+    download: Mapping[str, Any] = field(default_factory=dict)  # further options of `resolve_checkpoint`
 
     def open_weights(self) -> Reader:
         """Its tensors, downloaded where they are not here yet.
@@ -48,7 +50,7 @@ class Source:
         """
         if self.reader is not None:
             return self.reader
-        fetch_weights(self.name, self.folder, self.token)
+        fetch_weights(self.name, self.commit, self.folder, self.token, **self.download)
         reader = open_reader(self.folder)
         _match_(self.skeleton, reader)
         return reader
@@ -61,6 +63,7 @@ def find_checkpoint(
     trust_remote_code: bool = False,
     dtype: str | torch.dtype | None = None,
     need_weights: bool = True,
+    **download: Any,
 ) -> Source:
     """Find a checkpoint, and refuse what is no use before its weights are downloaded.
 
@@ -71,6 +74,7 @@ def find_checkpoint(
         trust_remote_code: run its own modelling code.
         dtype: to compute in; by default that of its config, or of its tensors where the config has none.
         need_weights: a folder without weights is an error; else they are looked at where they are.
+        **download: `subfolder`, `cache_dir`, `local_files_only` and `force_download`, as in `resolve_checkpoint`.
 
     Returns:
         The checkpoint.
@@ -78,31 +82,33 @@ def find_checkpoint(
     Raises:
         FileNotFoundError: there is none, or none with safetensors.
         OSError: the Hub cannot give it.
-        ValueError: a dtype that is none, a family or a quantisation that cannot be compressed, or weights that are broken
-            or not complete.
+        ValueError: a dtype that is none, a family or a quantisation that cannot be compressed, or weights that are
+            broken or not complete.
     """
-    folder, commit = resolve_checkpoint(model, revision, token)
+    folder, commit = resolve_checkpoint(model, revision, token, **download)
     reader = open_reader(folder) if (commit is None if need_weights else has_weights(folder)) else None
     quantised = check_quantisation(json.loads((folder / "config.json").read_text("utf-8"))) is not None
 
     def stored_dtype() -> torch.dtype | None:
-        return loading_dtype(_first_dtypes(str(model), folder, commit, token, reader))
+        return loading_dtype(_first_dtypes(str(model), folder, commit, token, reader, download))
 
     options = {"trust_remote_code": trust_remote_code, "dequantised": quantised, "stored_dtype": stored_dtype}
     skeleton = build_skeleton(folder, dtype=parse_dtype(dtype), **options)
     if reader is not None:
         _match_(skeleton, reader)
-    return Source(str(model), folder, commit, skeleton, token, reader)
+    return Source(str(model), folder, commit, skeleton, token, reader, download)
 
 
-def _first_dtypes(model: str, folder: Path, commit: str | None, token: Any, reader: Reader | None) -> dict[str, str]:
+def _first_dtypes(
+    model: str, folder: Path, commit: str | None, token: Any, reader: Reader | None, download: Mapping[str, Any]
+) -> dict[str, str]:
     """Names of the dtypes of the tensors in the first file of weights; none where that is nowhere."""
     if reader is None and has_weights(folder):
         reader = open_reader(folder)
     if reader is not None:
         first = folder / weight_names(folder)[0]
         return {name: info.dtype for name, info in reader.infos.items() if info.path == first}
-    return {} if commit is None else remote_dtypes(model, folder, token)
+    return {} if commit is None else remote_dtypes(model, commit, folder, token, download.get("subfolder") or "")
 
 
 def _match_(skeleton: Any, reader: Reader) -> None:

@@ -19,13 +19,17 @@ PICKLED = (".bin", ".pt", ".pth")
 LOGIN = "log in with `hf auth login`, or give token=..."
 
 
-def resolve_checkpoint(model: str | Path, revision: str | None = None, token: Any = None) -> tuple[Path, str | None]:
+def resolve_checkpoint(
+    model: str | Path, revision: str | None = None, token: Any = None, subfolder: str = "", **download: Any
+) -> tuple[Path, str | None]:
     """Find a checkpoint's files, downloading those that are needed and no weights.
 
     Args:
         model: folder or Hub id.
         revision: branch, tag or commit of a Hub model.
         token: for a private one.
+        subfolder: of the folder or repository, in which the checkpoint is.
+        **download: `cache_dir`, `local_files_only` and `force_download` of `snapshot_download`.
 
     Returns:
         The folder, and the commit of a Hub model.
@@ -35,11 +39,13 @@ def resolve_checkpoint(model: str | Path, revision: str | None = None, token: An
         PermissionError: a repository that is not for everyone.
         OSError: the Hub cannot give the files.
     """
-    folder = _find(model, revision, token, ignore_patterns=[*(f"*{kind}" for kind in WEIGHTS), "*/*", ".*"])
-    if Path(model).expanduser().is_dir():
-        return folder, None
-    _check_weights(model, folder, token)
-    return folder, folder.name
+    inside = f"{subfolder}/" if subfolder else ""
+    ignored = [*(f"*{kind}" for kind in WEIGHTS), f"{inside}*/*", f"{inside}.*"]
+    wanted = {"allow_patterns": [f"{inside}*"], "ignore_patterns": ignored}
+    folder, commit = _find(model, revision, token, subfolder, **wanted, **download)
+    if commit is not None:
+        _check_weights(model, commit, folder, token, inside, download.get("local_files_only", False))
+    return folder, commit
 
 
 def check_checkpoint(model: str | Path, revision: str | None = None) -> None:
@@ -52,58 +58,75 @@ def check_checkpoint(model: str | Path, revision: str | None = None) -> None:
     _find(model, revision, None, allow_patterns=["config.json"])
 
 
-def fetch_weights(model: str, folder: Path, token: Any = None) -> None:
+def fetch_weights(
+    model: str, commit: str, folder: Path, token: Any = None, subfolder: str = "", **download: Any
+) -> None:
     """Download a Hub model's weights, and what else lies in folders of its repository and is needed.
 
     Args:
         model: Hub id.
+        commit: of it.
         folder: where `resolve_checkpoint` found the rest; weights that are here already stay.
         token: for a private repository.
+        subfolder: as in `resolve_checkpoint`.
+        **download: likewise.
 
     Raises:
         OSError: the Hub cannot give them.
     """
+    inside = f"{subfolder}/" if subfolder else ""
+
+    def fetch(names: list[str]) -> None:
+        _fetch(model, commit, token, allow_patterns=[f"{inside}{name}" for name in names], **download)
+
     # A single file goes before an index: whether shards are needed shows once the repository has been asked for one.
-    _fetch(model, folder.name, token, allow_patterns=[*entry_names(folder), *(f"{name}/*" for name in FOLDERS)])
+    fetch([*entry_names(folder), *(f"{name}/*" for name in FOLDERS)])
     shards = [name for name in weight_names(folder) if not (folder / name).is_file()]
     if shards:
-        _fetch(model, folder.name, token, allow_patterns=shards)
+        fetch(shards)
 
 
-def remote_dtypes(model: str, folder: Path, token: Any = None) -> dict[str, str]:
+def remote_dtypes(model: str, commit: str, folder: Path, token: Any = None, subfolder: str = "") -> dict[str, str]:
     """Names of the dtypes of the tensors in a Hub model's first file of weights, of which the header is downloaded.
 
     Args:
         model: Hub id.
+        commit: of it.
         folder: where `resolve_checkpoint` found the rest.
         token: for a private repository.
+        subfolder: of the repository.
 
     Raises:
         OSError: the Hub cannot give it.
     """
     from huggingface_hub import HfApi
 
-    api, entry = HfApi(token=token), entry_names(folder)[0]
-    with _explained(model, folder.name):
-        single = not entry.endswith(".json") and api.file_exists(model, entry, revision=folder.name)
+    api, entry, inside = HfApi(token=token), entry_names(folder)[0], f"{subfolder}/" if subfolder else ""
+    with _explained(model, commit):
+        single = not entry.endswith(".json") and api.file_exists(model, f"{inside}{entry}", revision=commit)
         first = entry if single else weight_names(folder)[0]
-        tensors = api.parse_safetensors_file_metadata(model, first, revision=folder.name).tensors
+        tensors = api.parse_safetensors_file_metadata(model, f"{inside}{first}", revision=commit).tensors
     return {name: tensor.dtype for name, tensor in tensors.items()}
 
 
-def _find(model: str | Path, revision: str | None, token: Any, **patterns: list[str]) -> Path:
-    """A checkpoint's folder, which has a config.json; of a Hub model with the files that match."""
-    folder = Path(model).expanduser()
+def _find(
+    model: str | Path, revision: str | None, token: Any, subfolder: str = "", **download: Any
+) -> tuple[Path, str | None]:
+    """A checkpoint's folder, which has a config.json; of a Hub model with the files that match, and its commit."""
+    folder, commit = Path(model).expanduser(), None
     if not folder.is_dir():
         if isinstance(model, Path) or folder.is_absolute() or folder.exists() or not _is_hub_id(model):
             what = "is a file, not a folder" if folder.exists() else "does not exist"
             raise FileNotFoundError(
                 f"{str(model)!r} {what}; give the folder of a checkpoint, or a Hub id (owner/name)"
             )
-        folder = _fetch(model, revision, token, **patterns)
+        folder = _fetch(model, revision, token, **download)
+        commit = folder.name
+    folder /= subfolder
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{model} has no config.json; give a checkpoint that transformers loads")
-    return folder
+        where = f"{model}, subfolder {subfolder!r}," if subfolder else model
+        raise FileNotFoundError(f"{where} has no config.json; give a checkpoint that transformers loads")
+    return folder, commit
 
 
 def _is_hub_id(model: str) -> bool:
@@ -117,28 +140,34 @@ def _is_hub_id(model: str) -> bool:
     return True
 
 
-def _fetch(model: str, revision: str | None, token: Any, **patterns: list[str]) -> Path:
+def _fetch(model: str, revision: str | None, token: Any, **download: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     with _explained(model, revision):
-        return Path(snapshot_download(model, revision=revision, token=token, **patterns))
+        return Path(snapshot_download(model, revision=revision, token=token, **download))
 
 
-def _check_weights(model: str, folder: Path, token: Any) -> None:
+def _check_weights(model: str, commit: str, folder: Path, token: Any, inside: str, local: bool) -> None:
     """Refuse a Hub model without safetensors, its folder having everything else."""
     entries = entry_names(folder)
     if any((folder / name).is_file() for name in entries):
         return
+    if local:
+        raise FileNotFoundError(
+            f"the weights of {model} are not in the local cache, and local_files_only is set; leave it out, and they "
+            "are downloaded"
+        )
     from huggingface_hub import HfApi
 
-    with _explained(model, folder.name):
-        files = HfApi(token=token).list_repo_files(model, revision=folder.name)
+    with _explained(model, commit):
+        files = HfApi(token=token).list_repo_files(model, revision=commit)
+    files = [name.removeprefix(inside) for name in files if name.startswith(inside)]
     if any(name in files for name in entries):
         return
     if any(name.endswith(PICKLED) for name in files):
         raise FileNotFoundError(
             f"{model} holds pickled weights, which can run code when they are loaded; convert them once, with "
-            f"transformers: AutoModelForCausalLM.from_pretrained({model!r}, revision={folder.name!r}, dtype='auto')"
+            f"transformers: AutoModelForCausalLM.from_pretrained({model!r}, revision={commit!r}, dtype='auto')"
             ".save_pretrained(NEW_FOLDER), and give that folder"
         )
     raise FileNotFoundError(f"{model} has neither {' nor '.join(entries)}; give the checkpoint in safetensors")

@@ -1,11 +1,50 @@
 """Where a model came from: its name, revision, config file and tokenizer, as far as they are still at hand."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
-__all__ = ["model_source", "source_config", "source_file", "source_tokenizer"]
+__all__ = [
+    "LOCATING",
+    "OWN_CODE",
+    "locating_options",
+    "location_options",
+    "model_source",
+    "source_config",
+    "source_file",
+    "source_tokenizer",
+]
+
+LOCATING = ("cache_dir", "subfolder", "token", "local_files_only", "force_download", "proxies")
+OWN_CODE = "trust_remote_code"
+
+
+def locating_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` that tell where files are, revisions aside."""
+    return {name: options[name] for name in LOCATING if name in options}
+
+
+def location_options(name: str, files: Sequence[str] | None) -> dict[str, Any]:
+    """The cache and the subfolder that weights were found in, as arguments of `from_pretrained`.
+
+    Args:
+        name: folder or Hub id that was given.
+        files: with the weights; None where they came from none.
+    """
+    if not files:
+        return {}
+    folder = Path(files[0]).absolute().parent
+    if Path(name).is_dir():
+        root, cache = Path(name).absolute(), {}
+    else:  # cache / models--owner--name / snapshots / commit / subfolder
+        root = next((path for path in (folder, *folder.parents) if path.parent.name == "snapshots"), None)
+        cache = {} if root is None else {"cache_dir": str(root.parents[2])}
+    if root is None or not folder.is_relative_to(root):
+        return {}
+    subfolder = folder.relative_to(root).as_posix()
+    return cache | ({} if subfolder == "." else {"subfolder": subfolder})
 
 
 def model_source(model: Any) -> tuple[str | None, str | None]:
@@ -20,11 +59,13 @@ def source_file(model: Any, filename: str) -> Path | None:
     name, revision = model_source(model)
     if name is None:
         return None
+    options = _loading(model)
     found = cached_file(
         name,
         filename,
         revision=revision,
         local_files_only=True,
+        **{option: options[option] for option in ("cache_dir", "subfolder") if option in options},
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
@@ -43,4 +84,9 @@ def source_tokenizer(model: Any) -> Any:
     from transformers import AutoTokenizer
 
     name, revision = model_source(model)
-    return None if name is None else AutoTokenizer.from_pretrained(name, revision=revision)
+    return None if name is None else AutoTokenizer.from_pretrained(name, revision=revision, **_loading(model))
+
+
+def _loading(model: Any) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that a model is being loaded with, as far as they are known."""
+    return getattr(model, "dern_loading", {})

@@ -1,7 +1,7 @@
 """From a request to a checked task: source found, amounts resolved, data loaded, memory planned, nothing written."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class CheckpointRequest:
     statistics: str | Path | None = None
     restart: bool = False
     overwrite: bool = False
+    download: Mapping[str, Any] = field(default_factory=dict)  # where a Hub model is looked for
 
 
 def prepare_task(request: CheckpointRequest, processes: Processes) -> CheckpointTask:
@@ -65,7 +66,9 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
     check_data(request.configs[0], request.statistics)
     recorded = RecordedStatistics(request.statistics) if request.statistics else None
     source = processes.main_first(
-        lambda: find_checkpoint(request.model, request.revision, request.token, request.trust_remote_code, dtype)
+        lambda: find_checkpoint(
+            request.model, request.revision, request.token, request.trust_remote_code, dtype, **request.download
+        )
     )
     skeleton = source.skeleton
     layers = find_moe_layers(skeleton)

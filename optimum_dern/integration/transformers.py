@@ -5,6 +5,7 @@ call refuses whatever cannot work before any weight is read; the second compress
 quantisation off, so that what comes back is the plain model.
 """
 
+import copy
 import tempfile
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from ..checkpoint.source import LOCATING, OWN_CODE, locating_options, location_options
 from ..compressor import DernCompressor
 from ..config import DernConfig
 from ..engine.torch_state import check_precision
@@ -39,10 +41,14 @@ class DernQuantizer(HfQuantizer):
                 "or compress the checkpoint on disk first: optimum-dern compress MODEL OUTPUT"
             )
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         if self.pre_quantized:
             return
         self.remove_quantization_config(model)  # transformers marks the model because there is a quantizer
+        given = getattr(self.quantization_config, "loading", {})
+        model.dern_loading = {**location_options(model.config.name_or_path, checkpoint_files), **given}
         self.compressor = DernCompressor(self.quantization_config)
         self.batches = self.compressor.prepare(model)
         # With a quantizer, transformers before 5.23 installs tensors of any shape.
@@ -62,6 +68,7 @@ class DernQuantizer(HfQuantizer):
                     f"{tuple(self.shapes[name])}; the checkpoint and its config.json do not belong together"
                 )
         self.compressor.compress_model(model, batches=self.batches)
+        del model.dern_loading
 
     def is_serializable(self, **kwargs: Any) -> bool:
         """Compressed models are ordinary models."""
@@ -106,8 +113,9 @@ class DernModelForCausalLM:
 def _compress_then_quantise(model: str, *args: Any, dern_config: DernConfig | dict, **kwargs: Any) -> Any:
     """Two steps through a temporary folder: a model in memory has room for one quantizer only."""
     compressor = DernCompressor(_as_config(dern_config))
-    source = {name: kwargs.pop(name) for name in ("revision", "token") if name in kwargs}
-    trust = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
+    source = {name: kwargs.pop(name) for name in ("revision", *LOCATING) if name in kwargs}
+    source.pop("proxies", None)  # which the Hub's client takes from the environment
+    trust = {OWN_CODE: kwargs[OWN_CODE]} if OWN_CODE in kwargs else {}
     with tempfile.TemporaryDirectory(prefix="dern-") as folder:
         report = compressor.compress_checkpoint(model, folder, **source, **trust)
         loaded = AutoModelForCausalLM.from_pretrained(folder, *args, **kwargs)
@@ -146,7 +154,9 @@ def _with_quantization_config(kwargs: dict[str, Any], dern_config: DernConfig | 
             "both dern_config and quantization_config are given; DernModelForCausalLM.from_pretrained takes both: it "
             "compresses first, and loads the result quantised"
         )
-    return {**kwargs, "quantization_config": _as_config(dern_config)}
+    config = copy.copy(_as_config(dern_config))
+    config.loading = locating_options(kwargs) | ({OWN_CODE: kwargs[OWN_CODE]} if OWN_CODE in kwargs else {})
+    return {**kwargs, "quantization_config": config}
 
 
 def _as_config(dern_config: DernConfig | dict) -> DernConfig:

@@ -41,6 +41,9 @@ JOBS = {  # name of the job -> model and options
     "token": ("me/private", {"token": WRITER}),
     "both": ("me/both", {}),
     "no dtype": ("me/untyped", {}),
+    "subfolder": ("me/nested", {"subfolder": "inner"}),
+    "other subfolder": ("me/empty", {"subfolder": "outer"}),
+    "not here": ("me/gguf", {"local_files_only": True, "cache_dir": "no such folder"}),
     "unknown": ("me/nothing", {}),
     "no token": ("me/hidden", {}),
     "wrong token": ("me/refused", {"token": "hf_wrong"}),
@@ -63,6 +66,8 @@ ERRORS = {  # job -> error, and what its message must say
     "gated": ("PermissionError", "me/gated is gated", "/me/gated", "hf auth login"),
     "pickled": ("FileNotFoundError", "pickled", "from_pretrained('me/pickled'", ".save_pretrained(NEW_FOLDER)"),
     "gguf": ("FileNotFoundError", "neither model.safetensors nor model.safetensors.index.json"),
+    "other subfolder": ("FileNotFoundError", "me/empty, subfolder 'outer', has no config.json"),
+    "not here": ("OSError", "could not download me/gguf", "local_files_only"),
     "no config": ("FileNotFoundError", "me/empty has no config.json"),
     "shard": ("FileNotFoundError", "lacks 1 of its"),
     "quantised": ("ValueError", "quantised (gptq)", "unquantised checkpoint"),
@@ -97,6 +102,7 @@ def fill(hub, folder):
     add(hub, "me/untyped", content(folder / "untyped"))
     model, single = content(folder / "model"), content(folder / "single")
     add(hub, "me/model", CLUTTER | model)
+    add(hub, "me/nested", single | {f"inner/{name}": data for name, data in (CLUTTER | model).items()})
     branches = add(hub, "me/single", {"config.json": b"{}"}).branches
     branches["dev"] = [*branches["main"], Commit("dev", single, [], branches["main"][-1].oid)]
     add(hub, "me/private", single, private=True)
@@ -161,6 +167,7 @@ def test_as_from_the_folder(downloaded, tmp_path):
     hub, folder, results, _ = downloaded
     compress(folder / "model", tmp_path / "local")
     assert same_result(folder / "online" / "model", tmp_path / "local")
+    assert same_result(folder / "online" / "subfolder", tmp_path / "local")
     assert {"additional_chat_templates/tools.jinja", "LICENSE"} <= content(folder / "online" / "model").keys()
     commit = hub.repositories["me/model"].find("main").oid
     assert results["model"] == {"revision": commit}
@@ -175,6 +182,8 @@ def test_only_what_is_needed_is_downloaded(downloaded):
     fetched = [path for verb, repository, path in asked if (verb, repository) == ("GET", "me/model")]
     assert sorted(fetched) == sorted(content(folder / "model"))
     assert not {path for _, repository, path in asked if repository == "me/model"} & CLUTTER.keys()
+    fetched = [path for verb, repository, path in asked if (verb, repository) == ("GET", "me/nested")]
+    assert sorted(fetched) == sorted(f"inner/{name}" for name in content(folder / "model"))
 
 
 def test_a_single_file_beside_older_shards(downloaded, tmp_path):
@@ -224,7 +233,7 @@ def test_refusals(downloaded, job):
 
 def test_every_job_is_tested():
     """No job is left out of the tests above."""
-    assert JOBS.keys() - ERRORS.keys() == {"model", "branch", "token", "both", "no dtype"}
+    assert JOBS.keys() - ERRORS.keys() == {"model", "branch", "token", "both", "no dtype", "subfolder"}
 
 
 def test_offline(downloaded):

@@ -2,14 +2,16 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import EXPERTS, compress, make_model, random_tokens, same_state, sample_texts, state_of, tiny_tokenizer
-from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
 from optimum_dern import (
     DernCompressor,
@@ -99,6 +101,47 @@ def test_other_auto_classes(source):
     model = AutoModel.from_pretrained(source, quantization_config=DernConfig(dataset=random_tokens(), **FIELDS))
     assert type(model).__name__ == "MixtralModel"
     assert model.layers[0].mlp.experts.down_proj.shape[0] == 4
+
+
+@pytest.fixture(scope="module")
+def cache(source, tmp_path_factory):
+    """A cache of the Hub that is not the default one, with the checkpoint in a subfolder of `me/model`."""
+    folder, commit = tmp_path_factory.mktemp("cache"), "0123456789abcdef" * 2 + "01234567"
+    (folder / "models--me--model" / "refs").mkdir(parents=True)
+    (folder / "models--me--model" / "refs" / "main").write_text(commit, "utf-8")
+    shutil.copytree(source, folder / "models--me--model" / "snapshots" / commit / "inner")
+    return {"cache_dir": str(folder), "subfolder": "inner", "local_files_only": True}
+
+
+@pytest.mark.parametrize("load", WAYS)
+def test_where_the_checkpoint_is(load, cache, expected, tmp_path):
+    """Tokenizer and config are looked for where the weights are: in another cache, in a subfolder, on this machine."""
+    model = load("me/model", DernConfig(dataset=sample_texts(), **FIELDS), **cache)
+    assert same_state(state_of(model), state_of(expected))
+    assert model.dern_report.source == "me/model" and "dern_loading" not in vars(model)
+    assert model.dern_source_config == json.loads(
+        next(Path(cache["cache_dir"]).rglob("config.json")).read_text("utf-8")
+    )
+    model.save_pretrained(tmp_path / "repository" / "inner")
+    again = load_compressed_model(tmp_path / "repository", subfolder="inner")
+    assert same_state(state_of(again), state_of(expected)) and again.dern_report == model.dern_report
+
+
+@pytest.mark.parametrize("load", [by_facade, by_patch])
+def test_who_may_be_asked(load, cache, monkeypatch):
+    """Nobody with `local_files_only`, whoever looks for the tokenizer; the Hub with the token that was given."""
+    asked, find = [], AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: asked.append(k) or find(*a, **k))
+    load("me/model", DernConfig(dataset=sample_texts(), **FIELDS), token="hf_mine", **cache)
+    (options,) = asked
+    assert {name: options[name] for name in ("token", *cache)} == {"token": "hf_mine", **cache}
+
+
+@pytest.mark.parametrize("load", WAYS)
+def test_a_subfolder_of_a_folder(load, source, expected):
+    """The folder above has neither tokenizer nor config."""
+    model = load(source.parent, DernConfig(dataset=sample_texts(), **FIELDS), subfolder=source.name)
+    assert same_state(state_of(model), state_of(expected)) and model.dern_source_config is not None
 
 
 def test_arguments_of_transformers_pass_through(source):
@@ -231,6 +274,15 @@ def test_compressed_then_quantised(source, expected, rounding_quantizer, tmp_pat
             AutoModelForCausalLM.from_pretrained(source, dern_config=config, quantization_config=rounding_quantizer())
     finally:
         unpatch_transformers()
+
+
+def test_compressed_then_quantised_from_elsewhere(cache, expected, rounding_quantizer):
+    """The first step finds what the second would."""
+    config = DernConfig(dataset=sample_texts(), **FIELDS)
+    model = by_facade("me/model", config, quantization_config=rounding_quantizer(), **cache)
+    assert torch.equal(model.lm_head.weight, (expected.lm_head.weight * 8).round() / 8)
+    assert model.name_or_path == model.dern_report.source == "me/model"
+    assert model.dern_report.revision == "0123456789abcdef" * 2 + "01234567"
 
 
 def test_compressed_checkpoints_load_unchanged(expected, tmp_path):

@@ -1,6 +1,7 @@
 """Equal tensors kept once: micro-batches of one shape have the same positions, and without padding the same masks."""
 
-from torch import Tensor, uint8
+import torch
+from torch import Tensor
 
 
 __all__ = ["SharedTensors"]
@@ -13,7 +14,7 @@ class SharedTensors:
     """
 
     def __init__(self) -> None:
-        self._first: dict[tuple, Tensor] = {}
+        self._first: dict[tuple, list[Tensor]] = {}  # by a digest, which unequal tensors may have in common
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: all layers of a micro-batch get the same ones
 
     def next_batch(self) -> None:
@@ -27,7 +28,23 @@ class SharedTensors:
         if type(value) is not Tensor:
             return value
         if id(value) not in self._seen:
-            content = hash(value.detach().contiguous().view(-1).view(uint8).cpu().numpy().tobytes())
-            key = value.shape, value.dtype, value.device, content
-            self._seen[id(value)] = value, self._first.setdefault(key, value)
+            self._seen[id(value)] = value, self._first_equal(value)
         return self._seen[id(value)][1]
+
+    def _first_equal(self, value: Tensor) -> Tensor:
+        content = _bytes(value)
+        candidates = self._first.setdefault((value.shape, value.dtype, value.device, _digest(content)), [])
+        for first in candidates:
+            if torch.equal(_bytes(first), content):  # NaN and zeros of either sign are told apart by their bytes
+                return first
+        candidates.append(value)
+        return value
+
+
+def _digest(content: Tensor) -> int:
+    """Hash of the bytes of a tensor, to find equal ones by."""
+    return hash(content.cpu().numpy().tobytes())
+
+
+def _bytes(value: Tensor) -> Tensor:
+    return value.detach().contiguous().view(-1).view(torch.uint8)

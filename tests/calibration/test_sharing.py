@@ -4,6 +4,7 @@ import torch
 from families import make_model as make_family
 from tiny import padded_batch, random_tokens
 
+from optimum_dern.calibration import sharing
 from optimum_dern.calibration.recording import record_layer_calls
 from optimum_dern.calibration.sharing import SharedTensors
 from optimum_dern.models.structure import find_decoder_layers, find_moe_layers
@@ -50,5 +51,17 @@ def test_what_differs_is_kept():
     assert shared.share((first.clone(), None, "text"))[0] is first
     for other in (first + 1, first.float(), first.reshape(1, 2)):
         assert shared.share(other) is other
+    assert shared.share(torch.tensor([-0.0, 1.0], dtype=torch.bfloat16)) is not first
     shared.next_batch()
     assert shared.share(torch.tensor([0.0, 1.0], dtype=torch.bfloat16)) is first
+
+
+def test_equal_digests_are_not_enough(monkeypatch):
+    """Unequal tensors of one digest stay apart: what counts is what they hold."""
+    monkeypatch.setattr(sharing, "hash", lambda content: 7, raising=False)
+    shared = SharedTensors()
+    first, second = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 2.0])
+    assert shared.share(first) is first and shared.share(second) is second
+    assert shared.share(second.clone()) is second and shared.share(first.clone()) is first
+    nan = torch.tensor([torch.nan])
+    assert shared.share(nan) is shared.share(nan.clone()) is nan

@@ -104,7 +104,7 @@ def test_card_of_a_report():
     assert "Each layer keeps half of its routed experts (4 of 8)" in text
     for heading in ("Evaluation", "Calibration", "Limits", "Reproduce", "Licence", "Citation"):
         assert text.count(f"\n## {heading}\n") == 1
-    assert "eprint" in text or "arXiv:2509.10377" in text
+    assert text.count("arXiv:2509.10377") == 1
     assert not re.search(r"\n\n\n|\{\{|\{%|None", text)
 
 

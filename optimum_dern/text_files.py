@@ -17,6 +17,9 @@ def replace_text(path: Path, text: str, durable: bool = False) -> None:
         text: all of it.
         durable: have it on the disk before the old one goes, for what a run goes on from after a crash.
     """
+    if path.exists() and not path.is_file():  # such as /dev/stdout, which nothing can replace
+        path.write_text(text, "utf-8")
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:

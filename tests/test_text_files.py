@@ -59,3 +59,15 @@ def test_an_interruption_leaves_the_old_file(writer, tmp_path, monkeypatch, repo
     with pytest.raises(KeyboardInterrupt):
         write()
     assert {file.name: file.read_text("utf-8") for file in tmp_path.iterdir()} == {name: old}
+
+
+def test_what_is_no_file_is_written_to(tmp_path):
+    """A pipe, as /dev/stdout may be one, stays what it is."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        replace_text(pipe, "text")
+        assert os.read(reader, 100) == b"text" and pipe.is_fifo()
+    finally:
+        os.close(reader)

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from layers_aside import LayersAside
 from quality_table import markdown_tables
 from results_file import add_rows, check_settings
 from splits import load_held_out, split_files
@@ -39,9 +40,9 @@ from transformers.utils import logging
 
 from optimum_dern import DernConfig, __version__
 from optimum_dern.calibration.data import load_batches
-from optimum_dern.engine.layers import compress_layers_
 from optimum_dern.engine.requests import check_request
-from optimum_dern.engine.targets import LayersAside, Target
+from optimum_dern.engine.walk.decoder import compress_layers_
+from optimum_dern.engine.walk.recipe import Recipe
 from optimum_dern.evaluation.accuracy import TaskResult, evaluate_tasks
 from optimum_dern.evaluation.agreement import agreement
 from optimum_dern.evaluation.logits_cache import LogitsCache, cache_logits
@@ -177,8 +178,8 @@ def run(full: Any, batches: list[dict], configs: Mapping[Name, DernConfig]) -> d
     """One pass for all configs; the model stays as it is."""
     layers = find_moe_layers(full)
     sinks = {name: LayersAside(full, layers) for name in configs}
-    targets = [Target(config, check_request(config, full, layers), sinks[name]) for name, config in configs.items()]
-    compress_layers_(full, layers, batches, targets)
+    recipes = [Recipe(config, check_request(config, full, layers), sinks[name]) for name, config in configs.items()]
+    compress_layers_(full, layers, batches, recipes)
     return sinks
 
 

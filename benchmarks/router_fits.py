@@ -31,7 +31,8 @@ from optimum_dern.core.observation import ObservedLayer
 from optimum_dern.core.router_refit import refit_router
 from optimum_dern.core.router_rule import RouterRule, weight_shares
 from optimum_dern.core.segments import Segments
-from optimum_dern.engine.choice import RIDGE, relative_error
+from optimum_dern.engine.layer.objective import relative_error
+from optimum_dern.engine.layer.steps import RIDGE
 
 
 SMALLEST = 2.0**-10  # share of one of Newton's steps

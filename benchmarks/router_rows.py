@@ -21,6 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from layers_aside import LayersAside
 from quality import MERGING, ROOT, TINY, run
 from results_file import check_settings, read_results, write_results
 from router_fits import ROWS, Merging
@@ -33,8 +34,7 @@ from optimum_dern.calibration.data import load_batches
 from optimum_dern.core.grouping import Grouping
 from optimum_dern.core.router_rule import recognise_rule
 from optimum_dern.core.segments import Segments
-from optimum_dern.engine.choice import RIDGE
-from optimum_dern.engine.targets import LayersAside
+from optimum_dern.engine.layer.steps import RIDGE
 from optimum_dern.evaluation.perplexity import evaluate_texts, load_texts
 from optimum_dern.methods import LayerProblem, get_method
 from optimum_dern.models.structure import find_moe_layers

@@ -7,6 +7,7 @@ from typing import Any
 
 from .config import DernConfig
 from .engine.torch_state import check_device, plain_torch
+from .options import without_retired
 from .reporting.report import CompressionReport
 
 
@@ -300,7 +301,7 @@ class DernCompressor:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DernCompressor":
         """A compressor with the config of `to_dict`."""
-        return cls(**{name: value for name, value in values.items() if name != "meta"})
+        return cls(**{name: value for name, value in without_retired(values).items() if name != "meta"})
 
     def _load_batches(self, model: Any, tokenizer: Any) -> list[dict]:
         """The calibration data; none where no token is needed, and none is given."""

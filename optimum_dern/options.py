@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-__all__ = ["CHOICES", "OFF", "PRESETS", "DernOptions"]
+__all__ = ["CHOICES", "OFF", "PRESETS", "DernOptions", "without_retired"]
 
 PRESETS = {
     "recommended": {
@@ -33,29 +33,13 @@ PRESETS = {
         "calibration_order": "oneshot",
     },
 }
-OF_METHODS = {  # what a method's paper fixes, where the user does not
-    "ream": {"selection": "reap", "calibration_order": "sequential"},
-    "m_smoe": {"selection": "frequency"},
-    "hc_smoe": {"selection": "frequency"},
-    "mergemoe": {"selection": "frequency"},
-    "sub_moe": {"selection": "frequency"},
-}
-OF_DERN = (  # options that the other methods do not read; `similarity_weights` also draw the report's map
-    "similarity_threshold",
-    "router_update",
-    "cluster_init",
-    "cluster_iterations",
-    "cluster_tolerance",
-    "importance_weighting",
-)
-WITHOUT_RECOMBINATION = ("prune", *OF_METHODS)  # methods that users register may read any option
+RETIRED = {"layer_budget": "uniform"}  # fields of earlier releases, with the only value that still means something
 OFF = {"router_refit": False, "neuron_refit": False, "drift_correction": 0.0}
 CHOICES = {
     "preset": tuple(PRESETS),
     "router_update": ("none", "rows"),
     "cluster_init": ("own", "gate", "random"),
     "calibration_order": ("sequential", "oneshot"),
-    "layer_budget": ("uniform", "error"),
 }
 PROTECTION = (
     "map decoder layers to lists of experts, like {3: [0, 5]}, be 'super', or be the path of a dern_report.json"
@@ -149,11 +133,6 @@ class DernOptions:
         "experts never dropped: decoder layer -> experts; super: those with outlier outputs, found by the way; or an "
         "earlier dern_report.json, whose experts stay",
     )
-    layer_budget: str = _option(
-        "uniform",
-        "uniform, or error: as many experts in all, more in layers that pruning hurts most; only in memory, and only "
-        "for models whose own code reads an expert count per layer (none of transformers 5.23)",
-    )
     experts_multiple_of: int = _option(1, "round the retained count up to a multiple (serving kernels like 4 or 8)")
     quant_method: str = _option("dern", "fixed: how transformers recognises this config")
 
@@ -161,7 +140,7 @@ class DernOptions:
         self._choose("preset")
         for option in fields(DernOptions):
             self._check_value(option)
-        defaults = {**PRESETS[self.preset], "selection": "router", **OF_METHODS.get(self.method, {})}
+        defaults = {**PRESETS[self.preset], "selection": "router", **_method_defaults(self.method)}
         for name in ("refit", "calibration_order", *defaults):  # the first two decide about others
             if getattr(self, name) is None:
                 setattr(self, name, (OFF if name in self._idle() else {}).get(name, defaults[name]))
@@ -190,7 +169,7 @@ class DernOptions:
 
     def _idle(self) -> dict[str, str]:
         """Options without effect beside the others, and what they would need."""
-        idle = dict.fromkeys(OF_DERN, "method='dern'") if self.method in WITHOUT_RECOMBINATION else {}
+        idle = _options_of_others(self.method)
         if self.calibration_order == "oneshot":
             idle["drift_correction"] = "calibration_order='sequential'"
         if self.guard and self.neuron_refit:
@@ -254,6 +233,39 @@ class DernOptions:
                 f"similarity_weights={self.similarity_weights!r}, but it must be three weights >= 0 (gate, up, down)"
             )
         self.similarity_weights = weights
+
+
+def _method_defaults(method: str) -> Mapping[str, Any]:
+    """What a method's paper fixes; nothing for a method that does not exist, which is refused where it is used."""
+    from .methods import METHODS  # which needs torch
+
+    return METHODS[method].defaults if method in METHODS else {}
+
+
+def _options_of_others(method: str) -> dict[str, str]:
+    """Options that only other methods read, and the method that each of them would need."""
+    from .methods import METHODS
+
+    own = METHODS[method].options if method in METHODS else None
+    if own is None:  # it may read any
+        return {}
+    others = {option: name for name, other in METHODS.items() for option in other.options or ()}
+    return {option: f"method={name!r}" for option, name in others.items() if option not in own}
+
+
+def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a saved config, without those of earlier releases that no longer exist.
+
+    Args:
+        values: by name, as `DernConfig.to_dict` of this or an earlier release gave them.
+
+    Raises:
+        ValueError: a retired field with a value that this release cannot carry out.
+    """
+    for name, value in values.items():
+        if name in RETIRED and value != RETIRED[name]:
+            raise ValueError(f"{name}={value!r} is no longer supported; leave it out, which means {RETIRED[name]!r}")
+    return {name: value for name, value in values.items() if name not in RETIRED}
 
 
 def _normalised_protection(protect: Any) -> dict[int, list[int]]:

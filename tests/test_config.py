@@ -46,7 +46,6 @@ def test_defaults():
         "seed": 0,
         "text_column": "text",
         "protect_experts": None,
-        "layer_budget": "uniform",
         "experts_multiple_of": 1,
         "quant_method": "dern",
     }
@@ -238,7 +237,6 @@ fields = st.fixed_dictionaries(
         "router_update": st.sampled_from(CHOICES["router_update"]),
         "cluster_init": st.sampled_from((None, *CHOICES["cluster_init"])),
         "calibration_order": st.sampled_from((None, *CHOICES["calibration_order"])),
-        "layer_budget": st.sampled_from(CHOICES["layer_budget"]),
         "refit": st.sampled_from([None, True, False]),
         "router_refit": st.sampled_from([None, True, False]),
         "neuron_refit": st.sampled_from([None, True, False]),

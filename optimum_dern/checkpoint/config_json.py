@@ -62,8 +62,7 @@ def _apply_changes(target: dict[str, Any], before: Mapping[str, Any], after: Map
 
 def _complete_aliases(target: dict[str, Any], config: Any) -> None:
     """Qwen3-MoE and its kin: transformers 4 reads `num_experts`, transformers 5 stores `num_local_experts`."""
-    ragged = getattr(config, "per_layer_attributes", None) or ()  # a count of each layer's own stands there
-    if config.attribute_map.get("num_experts") == "num_local_experts" and "num_local_experts" not in ragged:
+    if config.attribute_map.get("num_experts") == "num_local_experts":
         target["num_experts"] = target["num_local_experts"] = config.num_local_experts
     for key, value in target.items():
         if isinstance(value, dict) and hasattr(getattr(config, key, None), "attribute_map"):

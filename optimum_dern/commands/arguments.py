@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..options import CHOICES, DernOptions
+from ..options import CHOICES, DernOptions, without_retired
 
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def _read_fields(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__}; give a JSON object of DernConfig fields")
     values.pop("meta", None)
+    values = without_retired(values)
     names = [field.name for field in dataclasses.fields(DernOptions)]
     if unknown := sorted(values.keys() - set(names)):
         raise ValueError(f"{file} has {', '.join(unknown)}; the fields of a config are {', '.join(names)}")

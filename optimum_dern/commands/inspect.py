@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> None:
 
     from ..checkpoint.preparation import find_checkpoint
     from ..checkpoint.shards import parse_bytes
-    from ..engine.duration import measure_rate, predict_seconds
-    from ..engine.memory import plan_memory
+    from ..engine.cost.duration import measure_rate, predict_seconds
+    from ..engine.cost.memory import plan_memory
     from ..engine.requests import check_names, check_request, needs_data
     from ..models.context_length import bounded_length
     from ..models.size import measure_model, predict_size

@@ -9,12 +9,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .mixture import CHUNK_TOKENS, neuron_activations
+from .cost import Cost, LayerShape, held_by_chunk
+from .mixture import neuron_activations
 from .observation import ObservedLayer
 from .reduction import largest
 
 
 __all__ = [
+    "activation_cosines_cost",
+    "mean_outputs_cost",
+    "sample_cost",
+    "sampled_tokens",
     "MAX_TOKENS",
     "activation_cosines",
     "all_neurons",
@@ -80,8 +85,9 @@ def logit_cosines(layer: ObservedLayer, logits: Tensor) -> Tensor:
 
 
 def all_neurons(layer: ObservedLayer, expert: int, hidden: Tensor) -> Iterator[Tensor]:
-    """Neurons (m, f) of one expert for all inputs (n, d), a chunk of `CHUNK_TOKENS` at a time."""
-    for chunk in hidden.split(CHUNK_TOKENS) if len(hidden) else ():  # a process may have no tokens to fit
+    """Neurons (m, f) of one expert for all inputs (n, d), a chunk of the workspace's size at a time."""
+    size = layer.segments.workspace.chunk_tokens
+    for chunk in hidden.split(size) if len(hidden) else ():  # a process may have no tokens to fit
         yield neuron_activations(layer.segments, expert, chunk, layer.activation)
 
 
@@ -99,8 +105,9 @@ def mean_outputs(layer: ObservedLayer, hidden: Tensor, weights: Tensor | None = 
     segments = layer.segments
     weights = hidden.new_ones(len(hidden), len(segments.up)) if weights is None else weights
     neurons = torch.zeros(*segments.up.shape[:2], dtype=torch.float64, device=hidden.device)
+    chunk = segments.workspace.chunk_tokens
     for expert in range(len(neurons)):
-        for own, part in zip(weights[:, expert].split(CHUNK_TOKENS), all_neurons(layer, expert, hidden), strict=False):
+        for own, part in zip(weights[:, expert].split(chunk), all_neurons(layer, expert, hidden), strict=False):
             neurons[expert] += (own @ part).double()  # the projection is linear: it can wait for the sum
     count = layer.reduce(torch.tensor(len(hidden), dtype=torch.float64, device=hidden.device)).clamp(min=1)
     neurons, share = layer.reduce(neurons) / count, layer.reduce(weights.double().sum(0)) / count
@@ -129,3 +136,28 @@ def activation_cosines(layer: ObservedLayer, hidden: Tensor, first: int, second:
         squares += torch.stack([rows.square().sum(0), columns.square().sum(0)]).double()
     norms = layer.reduce(squares).sqrt()
     return layer.reduce(cross) / (norms[0].unsqueeze(1) * norms[1]).clamp(min=1e-300)
+
+
+def sampled_tokens(shape: LayerShape) -> int:
+    """About how many tokens `sample_tokens` takes."""
+    return min(shape.tokens, MAX_TOKENS)
+
+
+def sample_cost(shape: LayerShape) -> Cost:
+    """What `sample_tokens` makes, and a copy on the way."""
+    return Cost((shape.number * sampled_tokens(shape) + shape.itemsize * shape.tokens) * shape.inputs)
+
+
+def mean_outputs_cost(shape: LayerShape) -> Cost:
+    """What `mean_outputs` takes on a sample: every expert works on every token, down projections aside."""
+    tokens = sampled_tokens(shape)
+    weights = shape.number * tokens * shape.experts + 8 * shape.experts * (shape.width + shape.outputs)
+    operations = 2.0 * tokens * shape.experts * (shape.expert - shape.down + shape.width)
+    return Cost(weights + 8 * shape.down + held_by_chunk(shape._replace(tokens=tokens)), 0, operations)
+
+
+def activation_cosines_cost(shape: LayerShape) -> Cost:
+    """What `activation_cosines` of two experts takes on a sample."""
+    tokens = sampled_tokens(shape)
+    operations = 2.0 * tokens * (2 * (shape.expert - shape.down) + shape.width**2)
+    return Cost(2 * held_by_chunk(shape._replace(tokens=tokens)) + 3 * 8 * shape.width**2, 0, operations)

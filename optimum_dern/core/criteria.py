@@ -13,7 +13,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import saliency
-from .greedy import greedy
+from .cost import Cost, LayerShape
+from .greedy import greedy, greedy_cost
 from .hope import hope
 from .observation import ObservedLayer
 from .selection import Places, select_experts
@@ -32,6 +33,7 @@ class Criterion:
     needs: str  # one of `NEEDS`
     function: Callable  # of the number of experts and a seed; the segments; the statistics; or the observed layer
     chooses_set: bool = False  # gets the `Places` as well, and gives scores and retained experts; else only scores
+    cost: Callable[[LayerShape], Cost] = lambda shape: Cost()
 
 
 class Selection(NamedTuple):
@@ -49,10 +51,10 @@ CRITERIA = {
     "man": Criterion("statistics", saliency.man),
     "msan": Criterion("statistics", saliency.msan),
     "hope": Criterion("statistics", hope, chooses_set=True),
-    "easy_ep": Criterion("residual", saliency.easy_ep),
+    "easy_ep": Criterion("residual", saliency.easy_ep, cost=saliency.easy_ep_cost),
     "aimer": Criterion("weights", saliency.aimer),
     "random": Criterion("nothing", saliency.random),
-    "greedy": Criterion("tokens", greedy, chooses_set=True),
+    "greedy": Criterion("tokens", greedy, chooses_set=True, cost=greedy_cost),
 }
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .cost import Cost, LayerShape, held_by_chunk
 from .expert_sets import MAX_SETS, all_sets, count_sets, free_experts
 from .mixture import Routing, expert_batches, expert_output
 from .observation import ObservedLayer
@@ -26,7 +27,7 @@ from .router_rule import log_masses
 from .selection import Places, check_places
 
 
-__all__ = ["greedy", "trial_tokens"]
+__all__ = ["greedy_cost", "greedy", "trial_tokens"]
 
 MAX_TOKENS = 2048  # of all processes together
 MAX_ELEMENTS = 1 << 25  # of the Gram matrices of all of them
@@ -167,3 +168,13 @@ def _sample(layer: ObservedLayer) -> tuple[Routing, Tensor]:
     step = max(1, -(-int(layer.reduce(fitted.sum())) // trial_tokens(len(layer.segments.up))))
     chosen = fitted & (order.to(fitted.device) % step == 0)
     return layer.routing.select(chosen), layer.target[chosen]
+
+
+def greedy_cost(shape: LayerShape) -> Cost:
+    """What `greedy` takes: Gram matrices of every expert's output on a sample of the tokens, in float64."""
+    tokens = min(shape.tokens, trial_tokens(shape.experts))
+    block = min(tokens, max(1, shape.max_elements // (shape.experts * shape.outputs)))
+    outputs = 2 * block * shape.experts * shape.outputs * shape.number + 2 * block * shape.experts**2 * shape.number
+    gram = 8 * tokens * shape.experts**2
+    operations = 2.0 * tokens * shape.experts * (shape.expert + shape.experts * shape.outputs)
+    return Cost(gram + outputs + held_by_chunk(shape._replace(tokens=tokens)), 0, operations)

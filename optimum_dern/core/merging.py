@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from .all_experts import all_neurons
+from .cost import Cost, LayerShape, held_by_chunk
 from .grouping import Grouping
 from .observation import ObservedLayer
 from .recombination import Map
 from .segments import Segments
 
 
-__all__ = ["Align", "average_groups", "fit_group_outputs", "shares"]
+__all__ = ["average_groups_cost", "fit_group_outputs_cost", "Align", "average_groups", "fit_group_outputs", "shares"]
 
 Align = Callable[[int, int], Tensor]  # (representative, member) -> permutation (f,) of the member's neurons
-RIDGE = 1e-6  # relative to the mean eigenvalue: only what the tokens leave open stays at the average
 
 
 def shares(weights: Tensor, members: list[int]) -> list[float]:
@@ -69,7 +69,7 @@ def average_groups(
 
 
 def fit_group_outputs(
-    layer: ObservedLayer, hidden: Tensor, grouping: Grouping, weights: Tensor, merged: Segments
+    layer: ObservedLayer, hidden: Tensor, grouping: Grouping, weights: Tensor, merged: Segments, ridge: float = 1e-6
 ) -> Segments:
     """Refit the down projections of averaged experts to the weighted mean of their members' outputs.
 
@@ -79,6 +79,8 @@ def fit_group_outputs(
         grouping: into N groups.
         weights: (E,) as in `average_groups`.
         merged: N averaged experts; their output biases stay.
+        ridge: relative to the mean eigenvalue; by default so small that only what the tokens leave open stays at the
+            average.
 
     Returns:
         N experts; what the tokens do not determine of a down projection stays as it was.
@@ -87,12 +89,18 @@ def fit_group_outputs(
     for position in range(len(grouping.retained)):
         members = grouping.members(position)
         if len(members) > 1:
-            down[position] = _fitted_down(layer, hidden, members, shares(weights, members), merged, position)
+            down[position] = _fitted_down(layer, hidden, members, shares(weights, members), merged, position, ridge)
     return merged._replace(down=down)
 
 
 def _fitted_down(
-    layer: ObservedLayer, hidden: Tensor, members: list[int], share: list[float], merged: Segments, position: int
+    layer: ObservedLayer,
+    hidden: Tensor,
+    members: list[int],
+    share: list[float],
+    merged: Segments,
+    position: int,
+    ridge: float,
 ) -> Tensor:
     """D' of one group: (f, o)."""
     before = merged.down[position].double()  # (f, o)
@@ -113,9 +121,25 @@ def _fitted_down(
         gram += (neurons.T @ neurons).double()
         right += (neurons.T @ target).double()
     gram, right = layer.reduce(gram), layer.reduce(right)
-    penalty = RIDGE * gram.trace() / len(gram)
+    penalty = ridge * gram.trace() / len(gram)
     if not penalty > 0:  # no token, or no neuron that fires
         return before
     residual = right - gram @ before
     gram.diagonal().add_(penalty)
     return before + torch.cholesky_solve(residual, torch.linalg.cholesky(gram))
+
+
+def average_groups_cost(shape: LayerShape) -> Cost:
+    """What `average_groups` takes, alignment aside."""
+    return Cost(3 * shape.number * shape.expert, shape.retained * shape.expert * shape.itemsize)
+
+
+def fit_group_outputs_cost(shape: LayerShape, tokens: int) -> Cost:
+    """What `fit_group_outputs` takes on so many tokens where groups are equally large."""
+    members = -(-shape.experts // shape.retained)
+    chunk = min(shape.chunk_tokens, tokens)
+    held = 8 * (3 * shape.width**2 + 4 * shape.down) + shape.number * chunk * members * (shape.width + shape.outputs)
+    operations = 2.0 * tokens * (shape.experts + shape.retained) * shape.expert
+    operations += 2.0 * tokens * shape.retained * shape.width * (shape.width + shape.outputs)
+    copies = shape.retained * shape.down * shape.itemsize
+    return Cost(held + held_by_chunk(shape._replace(tokens=tokens)), copies, operations)

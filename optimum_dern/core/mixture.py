@@ -17,7 +17,6 @@ from .segments import Segments
 __all__ = ["Activation", "Routing", "expert_batches", "neuron_activations", "routed_output"]
 
 Activation = Callable[[Tensor | None, Tensor], Tensor]  # (gate, up) pre-activations (n, f) -> neurons (n, f)
-CHUNK_TOKENS = 4096  # small enough for the caches of a CPU, large enough to fill a GPU
 
 
 class Routing(NamedTuple):
@@ -50,7 +49,7 @@ class Routing(NamedTuple):
 
 
 class ExpertBatch(NamedTuple):
-    """Up to `CHUNK_TOKENS` tokens that one expert processes."""
+    """Tokens that one expert processes, at most a chunk of the workspace's size."""
 
     expert: int
     token: Tensor  # (n,) row in the routing
@@ -95,10 +94,10 @@ def expert_batches(
     Yields:
         One `ExpertBatch` per chunk, in the dtype of the segments; experts without tokens yield nothing.
     """
-    dtype = segments.compute_dtype
+    dtype, chunk = segments.compute_dtype, segments.workspace.chunk_tokens
     for expert in range(len(segments.up)) if experts is None else experts:
         tokens, slots = torch.where(routing.index == expert)  # (n,), (n,)
-        for token, slot in zip(tokens.split(CHUNK_TOKENS), slots.split(CHUNK_TOKENS), strict=True):
+        for token, slot in zip(tokens.split(chunk), slots.split(chunk), strict=True):
             if len(token):
                 hidden = routing.inputs(token, slot, dtype)
                 neurons = neuron_activations(segments, expert, hidden, activation)

@@ -21,12 +21,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .cost import Cost, LayerShape, experts_operations
 from .mixture import Activation, Routing, expert_batches, expert_inputs, expert_output
 from .reduction import Reduce, alone, largest
 from .segments import Segments
 
 
-__all__ = ["count_passes", "count_steps", "refit_neurons"]
+__all__ = ["refit_neurons_cost", "count_passes", "count_steps", "refit_neurons"]
 
 MOST_PASSES, FEWEST_PASSES = 12, 2  # over the tokens
 ENOUGH_TOKENS = 1_500_000  # seen in all passes together: of more tokens, fewer passes do
@@ -199,3 +200,12 @@ def _move(part: Moving, expert: int, gradient: Tensor, length: float, step: int)
     damping = DAMPING * scale.mean().sqrt()
     divisor = scale.sqrt_().add_(damping.clamp(min=torch.finfo(scale.dtype).tiny))
     part.value[expert].addcdiv_(mean, divisor, value=-length * part.size / (1 - MOMENTUM**step))
+
+
+def refit_neurons_cost(shape: LayerShape) -> Cost:
+    """What `refit_neurons` takes: the moving weights, two running means of their gradients, and a minibatch."""
+    weights = shape.retained * shape.expert
+    tokens = -(-shape.tokens // count_steps(shape.tokens))
+    batch = tokens * (shape.top_k * (6 * shape.width + shape.outputs) + shape.inputs + 2 * shape.outputs)
+    operations = count_passes(shape.tokens) * 3 * experts_operations(shape)
+    return Cost(shape.number * (batch + 3 * shape.expert), 3 * shape.number * weights, operations)

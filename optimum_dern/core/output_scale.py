@@ -12,19 +12,22 @@ with A_ij = sum_x C_i . C_j, and multiply what expert i writes by c_i.
 import torch
 from torch import Tensor
 
+from .cost import Cost, LayerShape, experts_operations, held_by_chunk
 from .mixture import Activation, Routing, expert_batches, expert_output
 from .reduction import Reduce, alone
 from .segments import Segments
 
 
-__all__ = ["fit_scales", "scale_outputs"]
-
-CHUNK_TOKENS = 8192
-RIDGE = 1e-3
+__all__ = ["fit_scales_cost", "fit_scales", "scale_outputs"]
 
 
 def fit_scales(
-    segments: Segments, routing: Routing, target: Tensor, activation: Activation, reduce: Reduce = alone
+    segments: Segments,
+    routing: Routing,
+    target: Tensor,
+    activation: Activation,
+    reduce: Reduce = alone,
+    ridge: float = 1e-3,
 ) -> Tensor:
     """The factors c of one layer.
 
@@ -34,6 +37,7 @@ def fit_scales(
         target: (T, o) output to reproduce.
         activation: the model's rule from pre-activations to neurons.
         reduce: over the processes that share the tokens.
+        ridge: relative to the mean eigenvalue of A.
 
     Returns:
         (N,) float64, 1 for an expert without tokens.
@@ -41,17 +45,18 @@ def fit_scales(
     count, top_k = len(segments.up), routing.index.shape[1]
     gram = torch.zeros(count * count, dtype=torch.float64, device=target.device)
     right = gram.new_zeros(count)
-    for start in range(0, len(target), CHUNK_TOKENS):
-        part = routing.select(slice(start, start + CHUNK_TOKENS))
+    chunk = 2 * segments.workspace.chunk_tokens
+    for start in range(0, len(target), chunk):
+        part = routing.select(slice(start, start + chunk))
         outputs = target.new_zeros(len(part.index), top_k, target.shape[1])  # (n, k, o)
         for batch in expert_batches(segments, part, activation):
             outputs[batch.token, batch.slot] = (batch.weight * expert_output(segments, batch)).to(outputs)
-        residual = target[start : start + CHUNK_TOKENS] - outputs.sum(1)
+        residual = target[start : start + chunk] - outputs.sum(1)
         pairs = part.index.unsqueeze(2) * count + part.index.unsqueeze(1)  # (n, k, k)
         gram.index_add_(0, pairs.flatten(), (outputs @ outputs.mT).double().flatten())
         right.index_add_(0, part.index.flatten(), (outputs @ residual.unsqueeze(2)).double().flatten())
     gram, right = reduce(gram).view(count, count), reduce(right)
-    penalty = RIDGE * gram.trace() / count
+    penalty = ridge * gram.trace() / count
     if not penalty > 0:
         return torch.ones_like(right)
     gram.diagonal().add_(penalty)
@@ -65,3 +70,12 @@ def scale_outputs(segments: Segments, scales: Tensor) -> Segments:
         down[expert] *= scale
     bias = segments.output_bias
     return segments._replace(down=down, output_bias=None if bias is None else bias * scales.to(bias).unsqueeze(1))
+
+
+def fit_scales_cost(shape: LayerShape) -> Cost:
+    """What `fit_scales` and `scale_outputs` take."""
+    tokens = min(2 * shape.chunk_tokens, shape.tokens)
+    outputs = tokens * (shape.top_k + 3) * shape.outputs + 6 * tokens * shape.top_k**2
+    copies = shape.retained * shape.down * shape.itemsize
+    operations = experts_operations(shape) + 2.0 * shape.tokens * shape.top_k * (shape.top_k + 1) * shape.outputs
+    return Cost(shape.number * outputs + held_by_chunk(shape), copies, operations)

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from .assignment import assign_segments
 from .clustering import initial_centroids, spherical_kmeans
+from .cost import Cost, LayerShape
 from .segments import Segments, similarity_vectors
 from .selection import dropped_experts
 
 
-__all__ = ["Map", "Recombination", "recombine_layer"]
+__all__ = ["recombine_layer_cost", "Map", "Recombination", "recombine_layer"]
 
 Map = Callable[[Callable[[int], tuple[Tensor, ...]], Iterable[int]], Iterable[tuple[Tensor, ...]]]  # as the builtin
 
@@ -111,3 +112,15 @@ def _pool(segments: Segments, expert: int, source: Tensor, neuron: Tensor) -> tu
     pool = torch.cat(rows, dim=1)  # (f + m, D)
     first = parts[0].shape[-1]  # the gate, or the up projection where there is none
     return pool, pool[:, :first].abs().amax(dim=1)
+
+
+def recombine_layer_cost(shape: LayerShape, iterations: int) -> Cost:
+    """What `recombine_layer` takes where every retained expert receives the same and a third of the iterations run."""
+    pool = shape.width * shape.experts // shape.retained  # segments of an expert and those that it receives
+    segment = shape.expert // shape.width
+    similarities = min(shape.max_elements, pool * shape.width)
+    held = 4 * pool * segment + 3 * shape.expert + similarities
+    dropped = shape.experts - shape.retained
+    assigned = 2.0 * dropped * shape.width * shape.retained * shape.width * segment
+    clustered = 2.0 * shape.retained * pool * shape.width * segment * iterations / 3
+    return Cost(shape.number * held, shape.retained * shape.expert * shape.itemsize, assigned + clustered)

@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from .cost import Cost, LayerShape, experts_operations, held_by_chunk
 from .mixture import Activation, ExpertBatch, Routing, expert_batches, expert_output
 from .reduction import Reduce, alone, any_process
 from .segments import Segments
 
 
-__all__ = ["refit_down"]
+__all__ = ["refit_down_cost", "refit_down"]
 
 logger = logging.getLogger(__name__)
 
@@ -129,3 +130,18 @@ def _factorise(
         logger.warning("expert %d: singular refit system, its down projection stays; raise refit_ridge", expert)
         return None
     return factor, penalty
+
+
+def refit_down_cost(shape: LayerShape, sweeps: int) -> Cost:
+    """What `refit_down` takes on the tokens of a shape, beside copies of their inputs and targets."""
+    neurons, factors = shape.tokens * shape.top_k * shape.width, shape.retained * shape.width**2
+    kept = neurons <= shape.max_elements
+    held = shape.tokens * shape.outputs + 2 * shape.width**2 + 3 * shape.down + (neurons if kept else 0)
+    held += factors if factors <= shape.max_elements else 0
+    down = shape.retained * shape.down
+    routed = 2.0 * shape.tokens * shape.top_k * shape.down
+    gram = 2.0 * neurons * shape.width + shape.retained * shape.width**3 / 3
+    once = experts_operations(shape) + gram + 2 * sweeps * routed
+    again = 0 if kept else (2 * sweeps + 1) * (experts_operations(shape) - routed)
+    solved = sweeps * 2.0 * shape.retained * shape.width * shape.down
+    return Cost(shape.number * held + held_by_chunk(shape), shape.number * down, once + again + solved)

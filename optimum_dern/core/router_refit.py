@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 
 from .conjugate_gradients import conjugate_gradients
+from .cost import Cost, LayerShape, experts_operations, held_by_chunk
 from .mixture import Activation, Routing, expert_batches, expert_output
 from .reduction import Reduce, alone
 from .router_rule import RouterRule, weight_shares
 from .segments import Segments
 
 
-__all__ = ["refit_router"]
-
-CHUNK_TOKENS = 8192
+__all__ = ["refit_router_cost", "refit_router"]
 
 
 def refit_router(
@@ -96,13 +95,24 @@ def _token_grams(
 ) -> tuple[Tensor, Tensor]:
     """Gram matrices of [e_1 .. e_k, y'] per token, and their products with the residual y - y'."""
     top_k, grams, products = routing.index.shape[1], [], []
-    for start in range(0, max(1, len(target)), CHUNK_TOKENS):  # a process may have no tokens to fit
-        part = routing.select(slice(start, start + CHUNK_TOKENS))
+    chunk = 2 * segments.workspace.chunk_tokens
+    for start in range(0, max(1, len(target)), chunk):  # a process may have no tokens to fit
+        part = routing.select(slice(start, start + chunk))
         outputs = target.new_zeros(len(part.index), top_k + 1, target.shape[1])  # (n, k + 1, o)
         for batch in expert_batches(segments, part, activation):
             outputs[batch.token, batch.slot] = expert_output(segments, batch)
         outputs[:, -1] = (part.weight.to(outputs).unsqueeze(1) @ outputs[:, :-1]).squeeze(1)
-        residual = target[start : start + CHUNK_TOKENS] - outputs[:, -1]
+        residual = target[start : start + chunk] - outputs[:, -1]
         grams.append(outputs @ outputs.mT)
         products.append((outputs @ residual.unsqueeze(-1)).squeeze(-1))
     return torch.cat(grams), torch.cat(products)
+
+
+def refit_router_cost(shape: LayerShape, iterations: int = 50) -> Cost:
+    """What recognising a router's rule and `refit_router` take on the tokens of a shape."""
+    tokens, slots = min(2 * shape.chunk_tokens, shape.tokens), shape.top_k + 1
+    held = shape.tokens * (4 * shape.retained + 2 * slots**2) + tokens * (slots + 2) * shape.outputs
+    held += shape.tokens * shape.inputs * (shape.itemsize < shape.number)
+    products = 4.0 * shape.tokens * shape.retained * shape.inputs * (iterations + 1)
+    operations = experts_operations(shape) + 2.0 * shape.tokens * slots**2 * shape.outputs + products
+    return Cost(shape.number * held + held_by_chunk(shape), 0, operations)

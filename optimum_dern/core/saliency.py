@@ -9,6 +9,7 @@ tokens routed to expert i, T all tokens.  An expert that no token reached scores
 import torch
 from torch import Tensor
 
+from .cost import Cost, LayerShape, experts_operations, held_by_chunk
 from .mixture import expert_batches, expert_output
 from .observation import ObservedLayer
 from .segments import Segments
@@ -16,8 +17,6 @@ from .statistics import ExpertStatistics
 
 
 __all__ = ["aimer", "ean", "easy_ep", "frequency", "man", "msan", "random", "reap", "router"]
-
-CHUNK_TOKENS = 4096
 
 
 def router(statistics: ExpertStatistics) -> Tensor:
@@ -73,7 +72,8 @@ def easy_ep(layer: ObservedLayer) -> Tensor:
 
     h is the residual stream before the experts, y the routed output: a token counts as much as the experts turn it.
     """
-    parts = zip(layer.residual.split(CHUNK_TOKENS), layer.target.split(CHUNK_TOKENS), strict=True)
+    chunk = layer.segments.workspace.chunk_tokens
+    parts = zip(layer.residual.split(chunk), layer.target.split(chunk), strict=True)
     turned = [1 - torch.cosine_similarity(h.double(), h.double() + y.double(), dim=1) for h, y in parts]
     turned = torch.cat(turned).clamp(min=0)  # (T,)
     scores = turned.new_zeros(len(layer.segments.up))
@@ -81,6 +81,12 @@ def easy_ep(layer: ObservedLayer) -> Tensor:
         norms = (batch.weight * expert_output(layer.segments, batch)).double().norm(dim=1)
         scores[batch.expert] += (norms * turned[batch.token]).sum()
     return layer.reduce(scores)
+
+
+def easy_ep_cost(shape: LayerShape) -> Cost:
+    """What `easy_ep` takes: the chosen experts run once more."""
+    held = held_by_chunk(shape) + 8 * (shape.tokens + 6 * min(shape.chunk_tokens, shape.tokens) * shape.outputs)
+    return Cost(held, 0, experts_operations(shape))
 
 
 def random(num_experts: int, seed: int) -> Tensor:

@@ -10,12 +10,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from .cost import Cost, LayerShape, experts_operations, held_by_chunk
 from .mixture import Activation, Routing, expert_batches, expert_output
 from .reduction import Reduce
 from .segments import Segments
 
 
-__all__ = ["ExpertStatistics", "measure_experts"]
+__all__ = ["measure_experts_cost", "ExpertStatistics", "measure_experts"]
 
 MAXIMA = ("output_max",)  # of the fields, those that are not sums
 
@@ -109,3 +110,11 @@ def measure_experts(segments: Segments, routing: Routing, activation: Activation
         output_max=output_max,
     )
     return statistics, routed
+
+
+def measure_experts_cost(shape: LayerShape) -> Cost:
+    """What `measure_experts` takes, the layer's output that it returns left out."""
+    pairs = 8 * shape.tokens * (2 * shape.experts + 6 * shape.top_k)  # float64
+    chunk = held_by_chunk(shape) + 8 * min(shape.chunk_tokens, shape.tokens) * shape.outputs
+    sums = 8 * shape.experts * (shape.outputs + 4 * shape.experts)
+    return Cost(max(pairs, chunk) + sums, 0, experts_operations(shape) + 4.0 * shape.tokens * shape.experts**2)

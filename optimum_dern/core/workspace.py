@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 
-__all__ = ["IN_MEMORY", "MAX_ELEMENTS", "Empty", "Workspace"]
+__all__ = ["CHUNK_TOKENS", "IN_MEMORY", "MAX_ELEMENTS", "Empty", "Workspace"]
 
 Empty = Callable[..., Tensor]  # as `torch.empty(shape, dtype=..., device=...)`
 MAX_ELEMENTS = 1 << 26  # 256 MiB in float32
+CHUNK_TOKENS = 4096  # small enough for the caches of a CPU, large enough to fill a GPU
 
 
 class Workspace(NamedTuple):
-    """What the steps on a layer may use; results do not depend on it."""
+    """What the steps on a layer may use; results do not depend on it but for the order of their sums."""
 
     empty: Empty = torch.empty  # makes tensors that hold something for every expert
     max_elements: int = MAX_ELEMENTS  # numbers of each other kind that a step holds at once
+    chunk_tokens: int = CHUNK_TOKENS  # tokens that one expert works on at once
 
     def empty_like(self, tensor: Tensor, count: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor for other experts, in memory laid out as these are, by which products come out with the same bits.

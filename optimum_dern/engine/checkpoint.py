@@ -28,11 +28,11 @@ from ..models.view import write_counts_
 from ..reporting.report import CompressionReport
 from ..text_files import replace_json
 from .distributed import Processes
-from .layers import compress_layers_, compress_unseen_layers_
 from .reports import make_report
 from .scratch import open_workspace
-from .targets import Target
 from .tasks import CheckpointTask, describe_recording, fingerprint
+from .walk.decoder import compress_layers_, compress_unseen_layers_
+from .walk.recipe import Recipe
 
 
 __all__ = ["compress_checkpoint"]
@@ -112,16 +112,16 @@ def _compress(task: CheckpointTask, names: NameMap, work: Path, results: Sequenc
     after = [predict_size(model, layers, result.num_experts) for result in results]
     loader = PartLoader(model, layers, task.reader, names, processes.device)
     outputs = [_open_output(task, loader, result) for result in results]
-    targets = [Target(r.config, r.num_experts, output) for r, output in zip(results, outputs, strict=True)]
+    recipes = [Recipe(r.config, r.num_experts, output) for r, output in zip(results, outputs, strict=True)]
     provider = CheckpointLayers(loader, outputs)
     if task.batches:
         writer = StatisticsWriter(work, layers_by_position(model, layers), lambda: describe_recording(task))
         keep = writer.write if processes.is_main else None
         spill = work if task.memory.spilled else None
-        reports = compress_layers_(model, layers, task.batches, targets, provider, spill, processes, keep)
+        reports = compress_layers_(model, layers, task.batches, recipes, provider, spill, processes, keep)
     else:
         recorded = task.recorded and task.recorded.read
-        reports = compress_unseen_layers_(model, layers, targets, recorded, provider, processes)
+        reports = compress_unseen_layers_(model, layers, recipes, recorded, provider, processes)
     provider.copy_rest()
     for result, size, layer_reports in zip(results, after, reports, strict=True):
         report = make_report(

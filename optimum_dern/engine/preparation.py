@@ -18,8 +18,8 @@ from ..checkpoint.tensor_file import dtype_name
 from ..config import DernConfig
 from ..models.dtype import parse_dtype
 from ..models.structure import find_moe_layers, layers_by_position
+from .cost.memory import plan_memory
 from .distributed import Processes
-from .memory import plan_memory
 from .requests import check_data, check_names, resolve_counts
 from .tasks import CheckpointTask
 

@@ -5,15 +5,22 @@ from dataclasses import replace
 from typing import Any
 
 from ..config import DernConfig
-from ..core.criteria import check_criterion
+from ..core.criteria import CRITERIA, NEEDS, check_criterion
 from ..methods import get_method
-from ..models.layer_counts import check_layer_counts
 from ..models.refusals import advise_count, check_model, check_protection, check_router_logits, resolve_count
 from ..models.structure import MoELayer, layers_by_position
-from .selecting import selection_needs
 
 
-__all__ = ["check_data", "check_names", "check_request", "configs_for", "needs_data", "resolve_counts", "why_tokens"]
+__all__ = [
+    "check_data",
+    "check_names",
+    "check_request",
+    "configs_for",
+    "needs_data",
+    "resolve_counts",
+    "selection_needs",
+    "why_tokens",
+]
 
 NO_TOKENS = "leave the refits and the guard out, and choose a method and a criterion of statistics or weights alone"
 
@@ -48,10 +55,6 @@ def check_request(config: DernConfig, model: Any, layers: list[MoELayer]) -> int
         check_router_logits(config.method, layers)
     count = resolve_count(layers[0], config.sparsity, config.num_experts, config.experts_multiple_of)
     check_protection(layers_by_position(model, layers), config.protect_experts or {}, count)
-    if config.layer_budget == "error":
-        if config.protect_experts is not None:
-            raise ValueError("layer_budget='error' may leave a layer no place for protect_experts; give one of them")
-        check_layer_counts(model, layers)
     return count
 
 
@@ -83,10 +86,14 @@ def needs_data(config: DernConfig) -> bool:
     return why_tokens(config) is not None or selection_needs(config) == "statistics"
 
 
+def selection_needs(config: DernConfig) -> str:
+    """What it takes to say which experts stay, one of `core.criteria.NEEDS`."""
+    protection = "statistics" if config.protect_experts == "super" else "nothing"
+    return max(CRITERIA[config.selection].needs, protection, key=NEEDS.index)
+
+
 def why_tokens(config: DernConfig) -> str | None:
     """What of a config works on the calibration tokens themselves; None where statistics or weights are enough."""
-    if config.layer_budget == "error":
-        return "layer_budget='error' measures errors on tokens"
     if config.guard:
         return "guard judges candidates on held-out tokens"
     if config.refit:
@@ -135,11 +142,6 @@ def resolve_counts(configs: Sequence[DernConfig], model: Any, layers: list[MoELa
     Raises:
         ValueError: a count that cannot work, that leaves nothing to do, or that comes twice.
     """
-    if any(config.layer_budget == "error" for config in configs):
-        raise ValueError(
-            "layer_budget='error' needs a pass over the whole model before the first layer is written; load the model "
-            "and compress it in memory (compress_model), or give layer_budget='uniform'"
-        )
     counts = [check_request(config, model, layers) for config in configs]
     if layers[0].num_experts in counts:
         raise ValueError(

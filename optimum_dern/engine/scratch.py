@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.workspace import Workspace
-from .memory import MemoryPlan
+from .cost.memory import MemoryPlan
 
 
 __all__ = ["CopiesInFiles", "Scratch", "open_workspace"]

@@ -12,8 +12,8 @@ from ..checkpoint.recorded import RecordedStatistics, identify_model
 from ..config import DernConfig
 from ..models.structure import MoELayer
 from ..versions import tool_versions
+from .cost.memory import MemoryPlan
 from .distributed import Processes
-from .memory import MemoryPlan
 
 
 __all__ = ["CheckpointTask", "describe_recording", "fingerprint"]

@@ -12,7 +12,7 @@ from ..checkpoint.conversion import NameMap
 from ..checkpoint.loader import PartLoader
 from ..checkpoint.preparation import open_checkpoint
 from ..engine.progress import progress_bar
-from ..engine.stream import HiddenStream
+from ..engine.walk.stream import HiddenStream
 from ..models.structure import find_moe_layers
 from .perplexity import TextLoss, evaluate_texts
 

@@ -1,15 +1,21 @@
 """DERN (arXiv 2509.10377): dropped experts' neurons are recombined into the retained experts."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from ..config import DernConfig
-from ..core.greedy import greedy
-from ..core.recombination import Recombination, recombine_layer
+from ..core.cost import Cost, LayerShape
+from ..core.greedy import greedy, greedy_cost
+from ..core.recombination import Recombination, recombine_layer, recombine_layer_cost
 from ..core.router_choice import UnknownRouter
 from ..core.routing import add_moved_rows
 from ..core.segment_flow import segment_flow
 from ..core.selection import Places
 from .registry import Candidate, LayerProblem, register_method
+
+
+if TYPE_CHECKING:
+    from ..config import DernConfig
 
 
 __all__ = ["Dern", "tries_second_set"]
@@ -25,8 +31,24 @@ class Dern:
     """
 
     needs_tokens = False
+    options = (
+        "similarity_threshold",
+        "router_update",
+        "cluster_init",
+        "cluster_iterations",
+        "cluster_tolerance",
+        "importance_weighting",
+    )
 
-    def compress_layer(self, problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
+    def candidates(self, config: "DernConfig") -> tuple[int, int]:
+        sets = 1 + tries_second_set(config)
+        return sets + 1, sets
+
+    def cost(self, shape: LayerShape, config: "DernConfig") -> Cost:
+        recombined = recombine_layer_cost(shape, config.cluster_iterations)
+        return recombined.then(greedy_cost(shape)) if tries_second_set(config) else recombined
+
+    def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
         recombined = recombine_layer(
             problem.layer.segments,
             problem.retained,
@@ -49,24 +71,24 @@ class Dern:
         pruned = Candidate(problem.layer.segments.select(problem.retained), facts=facts)
         candidates = {"pruned": pruned}
         if tries_second_set(config):
-            candidates |= _pruned_by_error(problem)
+            try:
+                candidates |= _pruned_by_error(problem)
+            except UnknownRouter as reason:
+                facts["skipped"] = {"second set of experts": str(reason)}
         if facts["moved_share"]:  # else this is pruning to the bit
             candidates["recombined"] = Candidate(recombined.segments, rows, facts)
         return candidates
 
 
-def tries_second_set(config: DernConfig) -> bool:
-    """Whether the guard gets to choose between two sets of retained experts; `preset="paper"` keeps to the paper's."""
-    return config.method == "dern" and config.selection == "router" and config.guard and config.preset != "paper"
+def tries_second_set(config: "DernConfig") -> bool:
+    """Whether the guard gets to choose between two sets of retained experts."""
+    return config.method == "dern" and config.selection == "router" and config.guard
 
 
 def _pruned_by_error(problem: LayerProblem) -> dict[str, Candidate]:
-    """The set of least output error, where it is another one and the router's rule is known."""
+    """The set of least output error, where it is another one."""
     layer = problem.layer
-    try:
-        _, retained = greedy(layer, Places(len(problem.retained), layer.num_groups, problem.protected))
-    except UnknownRouter:
-        return {}
+    _, retained = greedy(layer, Places(len(problem.retained), layer.num_groups, problem.protected))
     retained = retained.to(problem.retained.device)
     if torch.equal(retained, problem.retained):
         return {}

@@ -7,15 +7,21 @@ alignment     the permutation P of neurons that maximises <G_a, P G_b> + <U_a, P
 merge         frequency-weighted average; the router keeps the row of the dominant expert
 """
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from ..config import DernConfig
 from ..core.alignment import match_neurons, weight_products
-from ..core.all_experts import logit_cosines, router_logits, sample_tokens
+from ..core.all_experts import logit_cosines, router_logits, sample_cost, sample_tokens
+from ..core.cost import Cost, LayerShape
 from ..core.grouping import join_nearest
-from ..core.merging import average_groups
+from ..core.merging import average_groups, average_groups_cost
 from .merged import merged_candidates
 from .registry import Candidate, LayerProblem, register_method
+
+
+if TYPE_CHECKING:
+    from ..config import DernConfig
 
 
 @register_method("m_smoe")
@@ -23,8 +29,10 @@ class MSmoe:
     """Merging of a sparse mixture of experts guided by its routing."""
 
     needs_router_logits = True
+    defaults = {"selection": "frequency"}
+    options = ()
 
-    def compress_layer(self, problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
+    def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
         layer = problem.layer
         similarity = logit_cosines(layer, router_logits(layer, sample_tokens(layer)))
         grouping = join_nearest(problem.retained, similarity, layer.num_groups)
@@ -35,3 +43,13 @@ class MSmoe:
         frequency = layer.statistics.count
         merged = average_groups(layer.segments, grouping, frequency, align, problem.map_experts)
         return merged_candidates(problem, grouping, merged)
+
+    def candidates(self, config: "DernConfig") -> tuple[int, int]:
+        return 2, 1  # groups form around the retained experts
+
+    def cost(self, shape: LayerShape, config: "DernConfig") -> Cost:
+        averaged = average_groups_cost(shape)
+        logits = shape.number * shape.tokens * shape.experts
+        aligned = 3 * shape.number * (shape.expert + shape.width**2)  # weights of two experts, and their products
+        operations = 2.0 * (shape.experts - shape.retained) * shape.width * shape.expert
+        return Cost(sample_cost(shape).held + max(logits, aligned + averaged.held), averaged.experts, operations)

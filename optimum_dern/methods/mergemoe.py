@@ -5,16 +5,22 @@ merge         b_i = f_i / sum of the group's f;   G' = sum b_i G_i,   U' = sum b
 output        P = act(G' X) * (U' X),   Q = sum b_i e_i(X);   D' = Q P^+
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from ..config import DernConfig
-from ..core.all_experts import sample_tokens
+from ..core.all_experts import sample_cost, sample_tokens, sampled_tokens
+from ..core.cost import Cost, LayerShape
 from ..core.grouping import join_nearest
-from ..core.merging import average_groups, fit_group_outputs
+from ..core.merging import average_groups, average_groups_cost, fit_group_outputs, fit_group_outputs_cost
 from ..core.segments import Segments
 from .merged import merged_candidates
 from .registry import Candidate, LayerProblem, register_method
+
+
+if TYPE_CHECKING:
+    from ..config import DernConfig
 
 
 MAX_ELEMENTS = 1 << 24  # weights converted at once
@@ -24,12 +30,24 @@ MAX_ELEMENTS = 1 << 24  # weights converted at once
 class MergeMoe:
     """Merging by expert outputs."""
 
-    def compress_layer(self, problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
+    defaults = {"selection": "frequency"}
+    options = ()
+
+    def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
         layer, frequency = problem.layer, problem.layer.statistics.count
         grouping = join_nearest(problem.retained, input_similarity(layer.segments), layer.num_groups)
         averaged = average_groups(layer.segments, grouping, frequency)
         merged = fit_group_outputs(layer, sample_tokens(layer), grouping, frequency, averaged)
         return merged_candidates(problem, grouping, merged)
+
+    def candidates(self, config: "DernConfig") -> tuple[int, int]:
+        return 2, 1  # groups form around the retained experts
+
+    def cost(self, shape: LayerShape, config: "DernConfig") -> Cost:
+        averaged, fitted = average_groups_cost(shape), fit_group_outputs_cost(shape, sampled_tokens(shape))
+        similarity = 2 * min(MAX_ELEMENTS, shape.experts * shape.expert) * shape.number
+        held = sample_cost(shape).held + max(similarity, averaged.held, fitted.held)
+        return Cost(held, averaged.experts + fitted.experts, fitted.operations)
 
 
 def input_similarity(segments: Segments) -> Tensor:

@@ -1,7 +1,12 @@
 """Expert pruning: the retained experts stay as they are."""
 
-from ..config import DernConfig
+from typing import TYPE_CHECKING
+
 from .registry import Candidate, LayerProblem, register_method
+
+
+if TYPE_CHECKING:
+    from ..config import DernConfig
 
 
 @register_method("prune")
@@ -9,6 +14,10 @@ class Prune:
     """Drop experts by any saliency (REAP, arXiv 2510.13999, and its relatives are this with another `selection`)."""
 
     needs_tokens = False
+    options = ()
 
-    def compress_layer(self, problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
+    def candidates(self, config: "DernConfig") -> tuple[int, int]:
+        return 1, 1
+
+    def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
         return {"pruned": Candidate(problem.layer.segments.select(problem.retained))}

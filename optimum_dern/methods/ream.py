@@ -9,19 +9,33 @@ merge         saliency-weighted average; the router keeps the row of the most sa
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..config import DernConfig
 from ..core.alignment import match_neurons, unit_distances, weight_cosines
-from ..core.all_experts import activation_cosines, logit_cosines, mean_outputs, router_logits, sample_tokens
+from ..core.all_experts import (
+    activation_cosines,
+    activation_cosines_cost,
+    logit_cosines,
+    mean_outputs,
+    mean_outputs_cost,
+    router_logits,
+    sample_cost,
+    sample_tokens,
+)
+from ..core.cost import Cost, LayerShape
 from ..core.grouping import absorb_nearest
-from ..core.merging import average_groups
+from ..core.merging import average_groups, average_groups_cost
 from ..core.observation import ObservedLayer
 from .merged import merged_candidates
 from .registry import Candidate, LayerProblem, register_method
+
+
+if TYPE_CHECKING:
+    from ..config import DernConfig
 
 
 FULL_GROUPS = 8  # a full group holds this fraction of the experts: 16 of 128 in the paper
@@ -32,8 +46,10 @@ class Ream:
     """Router-weighted expert activation merging."""
 
     needs_router_logits = True
+    defaults = {"selection": "reap", "calibration_order": "sequential"}
+    options = ()
 
-    def compress_layer(self, problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
+    def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
         layer = problem.layer
         num_experts, count = len(layer.segments.up), len(problem.retained)
         hidden = sample_tokens(layer)
@@ -48,6 +64,15 @@ class Ream:
 
         merged = average_groups(layer.segments, grouping, saliency, align)
         return merged_candidates(problem, grouping, merged)
+
+    def candidates(self, config: "DernConfig") -> tuple[int, int]:
+        return 2, 1  # groups form around the retained experts
+
+    def cost(self, shape: LayerShape, config: "DernConfig") -> Cost:
+        compared, averaged = activation_cosines_cost(shape), average_groups_cost(shape)
+        operations = mean_outputs_cost(shape).operations + (shape.experts - shape.retained) * compared.operations
+        held = sample_cost(shape).held + max(mean_outputs_cost(shape).held, compared.held + averaged.held)
+        return Cost(held, averaged.experts, operations)
 
 
 def above_zero(scores: Tensor) -> Tensor:

@@ -1,15 +1,19 @@
 """The method registry: a method turns one layer's weights and statistics into candidates for the compressed layer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from ..config import DernConfig
+from ..core.cost import Cost, LayerShape
 from ..core.observation import ObservedLayer
 from ..core.recombination import Map
 from ..core.segments import Segments
+
+
+if TYPE_CHECKING:
+    from ..config import DernConfig
 
 
 __all__ = ["METHODS", "Candidate", "LayerProblem", "Method", "get_method", "register_method"]
@@ -37,16 +41,33 @@ class Candidate:
 
 
 class Method(Protocol):
-    """A compression method.
+    """A compression method; all but `compress_layer` may be left out."""
 
-    Attributes that it may have: `needs_tokens = False` where statistics and weights are enough for it,
-    `needs_router_logits = True` where it cannot do without a router matrix that reads what the experts read.
-    """
+    needs_tokens: bool  # False where statistics and weights are enough for it
+    needs_router_logits: bool  # True where it cannot do without a router matrix that reads what the experts read
+    defaults: Mapping[str, object]  # what its paper fixes of the config, where the user does not
+    options: (
+        Sequence[str] | None
+    )  # fields of the config that only it reads, refused beside others; None: it may read any
 
-    def compress_layer(self, problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
+    def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
         """Candidates by name, the method's own result last; the guard chooses among them, or the last is taken."""
 
+    def candidates(self, config: "DernConfig") -> tuple[int, int]:
+        """How many there are, and of how many different sets of retained experts, at most."""
 
+    def cost(self, shape: LayerShape, config: "DernConfig") -> Cost:
+        """What it takes to make them, plain copies of the retained experts left out."""
+
+
+OPTIONAL = {
+    "needs_tokens": True,
+    "needs_router_logits": False,
+    "defaults": {},
+    "options": None,
+    "candidates": lambda self, config: (2, 2),  # its own result, of experts of its own, beside plain pruning
+    "cost": lambda self, shape, config: Cost(),
+}
 METHODS: dict[str, Method] = {}
 
 
@@ -54,6 +75,9 @@ def register_method(name: str) -> Callable[[type], type]:
     """Class decorator: make a method available as `DernConfig(method=name)`."""
 
     def register(cls: type) -> type:
+        for attribute, value in OPTIONAL.items():
+            if not hasattr(cls, attribute):
+                setattr(cls, attribute, value)
         METHODS[name] = cls()
         return cls
 

@@ -8,22 +8,35 @@ At full rank, as published, the union decomposition cancels: W' = sum f_i (U S V
 average of the W_i.  So no decomposition is computed here; a test carries one out and finds the same experts.
 """
 
-from ..config import DernConfig
-from ..core.all_experts import mean_outputs, sample_tokens
+from typing import TYPE_CHECKING
+
+from ..core.all_experts import mean_outputs, mean_outputs_cost, sample_cost, sample_tokens
+from ..core.cost import Cost, LayerShape
 from ..core.grouping import cluster_by_cosine
-from ..core.merging import average_groups
+from ..core.merging import average_groups, average_groups_cost
 from .merged import merged_candidates
 from .registry import Candidate, LayerProblem, register_method
+
+
+if TYPE_CHECKING:
+    from ..config import DernConfig
 
 
 @register_method("sub_moe")
 class SubMoe:
     """Subspace expert merging."""
 
-    def compress_layer(self, problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
+    defaults = {"selection": "frequency"}
+    options = ()
+
+    def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
         layer = problem.layer
         vectors = mean_outputs(layer, sample_tokens(layer))
         count, scores = len(problem.retained), problem.scores
         grouping = cluster_by_cosine(vectors, count, scores, config.seed, layer.num_groups, problem.protected)
         merged = average_groups(layer.segments, grouping, layer.statistics.count)
         return merged_candidates(problem, grouping, merged)
+
+    def cost(self, shape: LayerShape, config: "DernConfig") -> Cost:
+        means, averaged = mean_outputs_cost(shape), average_groups_cost(shape)
+        return Cost(sample_cost(shape).held + max(means.held, averaged.held), averaged.experts, means.operations)

@@ -1,6 +1,6 @@
 """`CompressionReport`: what happened to every layer, and the totals, as plain JSON.
 
-Schema version 2; `docs/source/report.md` explains every field.
+Schema version 3; `docs/source/report.md` explains every field.
 """
 
 import json
@@ -14,8 +14,8 @@ from ..text_files import replace_text
 
 __all__ = ["REPORT_VERSION", "CompressionReport", "LayerReport", "ModelSize"]
 
-REPORT_VERSION = 2
-READABLE = (1, 2)  # version 1 had neither `segment_flow` nor `similarity_map`
+REPORT_VERSION = 3
+READABLE = (1, 2, 3)  # version 1 had neither `segment_flow` nor `similarity_map`, version 2 no `skipped`
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class LayerReport:
     similarity_map: dict[str, Any] | None = None  # of experts and their neurons, see `core/similarity_map.py`
     protected: list[int] = field(default_factory=list)  # original indices that the selection could not drop
     largest_output: float = 0.0  # largest absolute component of any original expert's output
+    skipped: dict[str, str] = field(default_factory=dict)  # step that could not be taken -> reason
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What compressed layers before it have made of a layer's hidden states, for its refits to make up for.
+"""Drift: the error that earlier compressed layers leave in a layer's input, and the goal of refits that corrects it.
 
 Behind compressed layers a layer reads x' instead of x.  To give y(x'), as the original layer would, keeps
 the error H - H' that has come up before: H is what leaves the original decoder layer in the original model, H' what
@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.reduction import any_process
-from ..models.structure import MoELayer
-from .distributed import ALONE, Processes
+from ...core.reduction import any_process
+from ...models.structure import MoELayer
+from ..distributed import ALONE, Processes
+from ..layer.measured import Goal
 from .stream import HiddenStream
 
 
@@ -30,10 +31,15 @@ TOLERANCE = 0.05  # relative deviation of what arrives from what was added: bflo
 
 
 class Drift(NamedTuple):
-    """Of the T real tokens of one layer."""
+    """The error that has come up before a layer, for its T real tokens."""
 
     error: Tensor  # (T, d) H - H'
     token_weight: Tensor  # (T, 1) 1 / |H|, 1 on average
+
+    def goal(self, target: Tensor, share: float) -> Goal:
+        """What refits aim at: a layer's output (T, o) and a share of the drift, weighed by token."""
+        weight = self.token_weight.to(target)
+        return Goal((target + share * self.error.to(target)) * weight, weight)
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ..config import DernConfig
-from ..core.neuron_refit import count_passes
-from ..models.structure import MoELayer
-from .positions import enough_tokens
+from ...config import DernConfig
+from ...core.cost import experts_operations
+from ...models.structure import MoELayer
+from .phases import layer_phases, layer_shape
 
 
 __all__ = ["count_operations", "measure_rate", "predict_seconds"]
@@ -38,26 +38,11 @@ def predict_seconds(
 
 def count_operations(layer: MoELayer, tokens: int, config: DernConfig, num_experts: int) -> float:
     """Floating-point operations of one layer, a multiplication and an addition being two."""
-    parts = 2 if layer.layout.gated else 1
-    shape = layer.experts.down_proj.shape
-    width, size = (shape[1], shape[2]) if layer.layout.transposed else (shape[2], shape[1])
-    routed = 2.0 * tokens * layer.top_k * width * size  # one projection of all tokens' experts
-    experts, attention = (parts + 1) * routed, 8.0 * tokens * size**2
-    total = 2 * experts + 2 * attention  # measured, and run once compressed
-    total += config.corrects_drift * 2 * (experts + attention)  # the original, and behind compressed layers
-    if config.method == "dern":
-        dropped, pool = layer.num_experts - num_experts, width * layer.num_experts / num_experts
-        total += 2.0 * dropped * width * num_experts * width * 2 * size
-        total += 2.0 * num_experts * pool * width * (parts + 1) * size * config.cluster_iterations / 3
-    if config.refit:
-        fitted = min(tokens, enough_tokens(num_experts * width, layer.top_k)) if config.neuron_refit else tokens
-        share = fitted / max(tokens, 1)
-        gram = 2.0 * fitted * layer.top_k * width**2 + num_experts * width**3 / 3
-        candidates = 2 if config.method == "dern" and config.guard else 1
-        total += candidates * (gram + share * (experts + 2 * config.refit_sweeps * routed))
-        total += config.router_refit * (gram + share * (experts + 2 * routed))
-        total += config.neuron_refit * count_passes(tokens) * 3 * experts
-    return total
+    shape = layer_shape(layer, tokens, num_experts)
+    attention = 8.0 * tokens * shape.inputs**2
+    walk = 2 * attention + experts_operations(shape)  # seen, and run once compressed
+    walk += config.corrects_drift * 2 * (experts_operations(shape) + attention)  # the original, in both streams
+    return walk + sum(phase.operations for phase in layer_phases(shape, config))
 
 
 def measure_rate(device: torch.device, seconds: float = 0.3) -> float:

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..calibration.recording import Call, LayerState, StopForward
-from .scratch import CopiesInFiles
+from ...calibration.recording import Call, LayerState, StopForward
+from ..scratch import CopiesInFiles
 
 
 __all__ = ["HiddenStream"]

@@ -1,19 +1,19 @@
-"""Which number each calibration token has among those of all processes, and some of them, evenly spaced."""
+"""Number the calibration tokens across all processes, and pick evenly spaced ones of them."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .distributed import ALONE, Processes
+from ..distributed import ALONE, Processes
 
 
-__all__ = ["enough_tokens", "evenly_spaced", "token_positions"]
+__all__ = ["enough_tokens", "evenly_spaced", "token_order"]
 
 ENOUGH_TOKENS, ENOUGH_PER_NEURON = 65_536, 32
 
 
-def token_positions(masks: Sequence[Tensor], processes: Processes = ALONE) -> Tensor:
+def token_order(masks: Sequence[Tensor], processes: Processes = ALONE) -> Tensor:
     """Number the real tokens as if one process had all micro-batches.
 
     Args:
@@ -47,7 +47,7 @@ def evenly_spaced(order: Tensor, wanted: int, processes: Processes = ALONE) -> T
     """Mark about as many tokens as are wanted, the same ones whoever holds them.
 
     Args:
-        order: (T,) numbers of the tokens, of `token_positions`.
+        order: (T,) numbers of the tokens, of `token_order`.
         wanted: how many, over all processes.
         processes: that share the tokens.
 

@@ -3,73 +3,61 @@
     calls of every decoder layer  ->  per layer: load -> probe -> compress -> run -> write, free  ->  next layer
 
 Where layers come from is their provider's business: a model in memory, or a checkpoint on disk.  One pass may serve
-several targets: the original layer is loaded once, and each of them compresses it in its turn.
+several recipes: the original layer is loaded once, and each of them compresses it in its turn.
 
 Sequential calibration (the default) lets later layers see the outputs of already compressed ones, so that they can
-make up for them: every target then has hidden states of its own.  With "oneshot" every layer sees the original model,
-whose hidden states and measurements all targets share.
+make up for them: every recipe then has hidden states of its own.  With "oneshot" every layer sees the original model,
+whose hidden states and measurements all recipes share.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration.recording import record_layer_calls
-from ..core.statistics import ExpertStatistics
-from ..models.structure import MoELayer, find_decoder_layers, layers_by_position
-from ..reporting.report import LayerReport
-from .distributed import ALONE, Processes
-from .measuring import unseen_layer
-from .progress import progress_bar
-from .scratch import CopiesInFiles
-from .targets import Target, keep_originals
-from .walks import LayerProvider, Pass, compress_for, open_walks, pass_layer
+from ...calibration.recording import record_layer_calls
+from ...core.statistics import ExpertStatistics
+from ...models.structure import MoELayer, find_decoder_layers, layers_by_position
+from ...reporting.report import LayerReport
+from ..distributed import ALONE, Processes
+from ..layer.measuring import unseen_layer
+from ..progress import progress_bar
+from ..scratch import CopiesInFiles
+from .recipe import Recipe, keep_originals
+from .walks import LayerProvider, LayersInMemory, Pass, compress_for, open_walks, pass_layer
 
 
-__all__ = ["LayersInMemory", "compress_layers_", "compress_unseen_layers_", "held_out_tokens"]
+__all__ = ["compress_layers_", "compress_unseen_layers_", "held_out_tokens"]
 
 HELD_OUT_EVERY = 10  # a tenth of the calibration sequences judges the candidates
-
-
-class LayersInMemory:
-    """Provides the layers of a model that is in memory as a whole."""
-
-    def outside(self) -> AbstractContextManager:
-        """Nothing to load."""
-        return nullcontext()
-
-    def loaded(self, position: int) -> AbstractContextManager:
-        """Nothing to load."""
-        return nullcontext()
 
 
 def compress_layers_(
     model: nn.Module,
     layers: Sequence[MoELayer],
     batches: Sequence[dict],
-    targets: Sequence[Target],
+    recipes: Sequence[Recipe],
     provider: LayerProvider | None = None,
     spill: Path | None = None,
     processes: Processes = ALONE,
     keep_statistics: Callable[[int, ExpertStatistics], None] | None = None,
 ) -> list[list[LayerReport]]:
-    """Compress every MoE layer of a model: in place for a single target, else the model stays as it is.
+    """Compress every MoE layer of a model: in place for a single recipe, else the model stays as it is.
 
     Args:
         model: a causal language model in evaluation mode.
         layers: its MoE layers.
         batches: `input_ids` and `attention_mask` of the calibration sequences.
-        targets: what to make of it; the sinks of several take the layers out of the model.
+        recipes: what to make of it; the sinks of several take the layers out of the model.
         provider: of the layers; by default the model has them in memory.
         spill: folder for files of hidden states; in memory by default.
         processes: that share the batches, all of which each is given.
         keep_statistics: gets those of every layer of the original model that is measured, with its position.
 
     Returns:
-        For each target, one report a layer.
+        For each recipe, one report a layer.
 
     Raises:
         ValueError: a layer received no token, or hidden states that are not finite.
@@ -80,19 +68,19 @@ def compress_layers_(
     masks = [batch["attention_mask"].bool() for batch in batches]
     held_out = held_out_tokens(masks).split([int(mask.sum()) for mask in masks])  # of all batches, then of one's own
     batches, masks, held_out = processes.share(batches), processes.share(masks), torch.cat(processes.share(held_out))
-    common = Pass(masks, held_out, processes, keep_originals(targets), keep_statistics)
+    common = Pass(masks, held_out, processes, keep_originals(recipes), keep_statistics)
     with provider.outside():
         keep = torch.detach if spill is None else CopiesInFiles(spill).copy
-        walks = open_walks(record_layer_calls(model, decoder_layers, batches, keep), targets, spill)
+        walks = open_walks(record_layer_calls(model, decoder_layers, batches, keep), recipes, spill)
     for position in progress_bar(range(len(decoder_layers)), "Compressing layers"):
         pass_layer(position, decoder_layers[position], positions.get(position), walks, provider, common)
-    return [_reports(target) for target in targets]
+    return [recipe.reports for recipe in recipes]
 
 
 def compress_unseen_layers_(
     model: nn.Module,
     layers: Sequence[MoELayer],
-    targets: Sequence[Target],
+    recipes: Sequence[Recipe],
     statistics: Callable[[int], ExpertStatistics] | None = None,
     provider: LayerProvider | None = None,
     processes: Processes = ALONE,
@@ -102,28 +90,28 @@ def compress_unseen_layers_(
     Args:
         model: a causal language model.
         layers: its MoE layers.
-        targets: as in `compress_layers_`.
+        recipes: as in `compress_layers_`.
         statistics: of an earlier run, for the position of a layer; none for what is decided from the weights alone.
         provider: of the layers; by default the model has them in memory.
         processes: that share the work.
 
     Returns:
-        For each target, one report a layer.
+        For each recipe, one report a layer.
     """
     provider = provider or LayersInMemory()
     positions = layers_by_position(model, layers)
     for position in progress_bar(range(len(find_decoder_layers(model, layers[0])[1])), "Compressing layers"):
-        waiting = [target for target in targets if position not in target.sink.finished]
+        waiting = [recipe for recipe in recipes if position not in recipe.sink.finished]
         with provider.loaded(position) if waiting else nullcontext():
-            data = None
-            if waiting and position in positions:
-                data = unseen_layer(positions[position], statistics and statistics(position))
-            for target in waiting:
-                if data is None:
-                    target.sink.finish(position, None)
-                else:
-                    compress_for(position, data, target, processes, keep_originals(targets))
-    return [_reports(target) for target in targets]
+            if position not in positions:
+                for recipe in waiting:
+                    recipe.sink.finish(position, None)
+            elif waiting:
+                sums = statistics and statistics(position)
+                measured = unseen_layer(positions[position], position, sums, processes)
+                for recipe in waiting:
+                    compress_for(measured, recipe, keep_originals(recipes))
+    return [recipe.reports for recipe in recipes]
 
 
 def held_out_tokens(masks: Sequence[Tensor]) -> Tensor:
@@ -143,7 +131,3 @@ def held_out_tokens(masks: Sequence[Tensor]) -> Tensor:
     last = [count - 1] if count < HELD_OUT_EVERY else range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY)
     chosen = set(last)
     return torch.cat([torch.full((length,), sequence in chosen) for sequence, length in enumerate(lengths)])
-
-
-def _reports(target: Target) -> list[LayerReport]:
-    return [report for _, report in sorted(target.sink.finished.items()) if report is not None]

@@ -2,18 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..config import DernConfig
-from ..core.criteria import CRITERIA
-from ..core.greedy import trial_tokens
-from ..core.mixture import CHUNK_TOKENS
-from ..core.neuron_refit import BATCH_TOKENS
-from ..core.workspace import MAX_ELEMENTS
-from ..methods.dern import tries_second_set
-from ..models.structure import MoELayer, find_decoder_layers
+from ...config import DernConfig
+from ...core.workspace import MAX_ELEMENTS
+from ...models.structure import MoELayer, find_decoder_layers
+from .phases import layer_phases, layer_shape
 
 
 __all__ = ["MemoryPlan", "plan_memory"]
@@ -21,7 +17,6 @@ __all__ = ["MemoryPlan", "plan_memory"]
 INTERPRETER = 600 << 20  # Python, torch, transformers and datasets, without any weight
 MAPPED = 160 << 20  # pages of files that a run has mapped at once
 SMALLEST = MAX_ELEMENTS >> 4  # smaller blocks save little and take long
-FLOAT = 4  # bytes: the refits compute in float32
 
 
 @dataclass(frozen=True)
@@ -101,16 +96,15 @@ def _plans(
     hidden = streams * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
 
     def plan(spilled: bool, in_file: bool, max_elements: int = MAX_ELEMENTS) -> MemoryPlan:
-        block, several = max_elements * FLOAT, len(counts) > 1
-        phases = [p for layer in layers for n in counts for p in _phases(layer, tokens, config, n, several, block)]
-        most_of_experts = max(phase.experts for phase in phases)
+        shapes = [layer_shape(layer, tokens, count, max_elements) for layer in layers for count in counts]
+        phases = [phase for shape in dict.fromkeys(shapes) for phase in layer_phases(shape, config, len(counts) > 1)]
         return MemoryPlan(
             interpreter=INTERPRETER,
             outside=outside,
             layer=largest,
-            working=max(phase.rest + (0 if in_file else phase.experts) for phase in phases),
+            working=max(phase.tokens + (0 if in_file else phase.experts) for phase in phases),
             hidden=hidden,
-            scratch=largest + most_of_experts if in_file else 0,
+            scratch=largest + max(phase.experts for phase in phases) if in_file else 0,
             spilled=spilled,
             experts_in_file=in_file,
             max_elements=max_elements,
@@ -124,61 +118,8 @@ def _plans(
         max_elements //= 2
 
 
-class _Phase(NamedTuple):
-    """Bytes beside the original layer at one time."""
-
-    rest: int  # of tokens, and of one expert at a time
-    experts: int  # copies of all retained experts; negative where the original is gone
-
-
-def _phases(
-    layer: MoELayer, tokens: int, config: DernConfig, count: int, shared: bool, block: int
-) -> Iterator[_Phase]:
-    """The phases of compressing one layer; the last ones go without the original, unless it is shared."""
-    down = layer.experts.down_proj
-    width, size = (down.shape[1], down.shape[2]) if layer.layout.transposed else (down.shape[2], down.shape[1])
-    experts, dtype = sum(_size(p) for p in layer.experts.parameters(recurse=False)), down.element_size()
-    one = experts // layer.num_experts * FLOAT // dtype  # in float32
-    inputs, outputs = tokens * size * dtype, tokens * size * FLOAT
-    chunk = min(CHUNK_TOKENS, tokens) * (4 * width + 3 * size) * FLOAT
-    held, copies = 2 * inputs + outputs, (2 if config.method == "dern" else 1)  # block inputs, experts' inputs, target
-    held += inputs if CRITERIA[config.selection].needs == "residual" else 0
-    held += config.corrects_drift * outputs  # what refits aim at
-    yield _Phase(held + 2 * inputs + config.corrects_drift * 2 * outputs + one + chunk, 0)
-    if config.selection == "greedy" or tries_second_set(config):
-        tried = min(tokens, trial_tokens(layer.num_experts)) * layer.num_experts
-        grams = tried * layer.num_experts * 2 * FLOAT  # float64
-        yield _Phase(held + one + chunk + grams + 2 * min(block, tried * size * FLOAT), 0)
-
-    kept = experts * count // layer.num_experts
-    pool = one * layer.num_experts // count  # an expert and what it receives, on average
-    similarities = min(block, width * width * layer.num_experts // count * FLOAT)
-    proposing = 3 * pool + similarities if config.method == "dern" else 0
-    yield _Phase(held + one + proposing, kept * copies)
-
-    gone = 0 if shared else experts
-    in_float = kept * FLOAT // dtype
-    down_in_float = in_float * _size(down) // experts
-    rerouted = (copies + 1) * inputs
-    chosen = kept * copies + 2 * down_in_float  # candidates, the best refit so far, and the one that is made
-    if config.refit:
-        fitted = inputs + 3 * outputs  # what a fit sees of inputs and targets, residuals, changes of these
-        neurons = min(block, tokens * layer.top_k * width * FLOAT) + chunk
-        factors = min(block, count * width**2 * FLOAT) + 2 * width**2 * FLOAT
-        yield _Phase(held + rerouted + fitted + one + neurons + factors, chosen + down_in_float - gone)
-        if config.neuron_refit:  # moving weights, and two running means of their gradients
-            batch = min(BATCH_TOKENS, tokens) * layer.top_k * (6 * width + 2 * size) * FLOAT
-            yield _Phase(held + rerouted + inputs + outputs + 3 * one + batch, chosen + 3 * in_float - gone)
-            chosen += in_float
-    yield _Phase(held + rerouted + one, chosen + kept - gone)
-
-
 def _bytes(module: nn.Module) -> int:
-    return sum(_size(p) for p in module.parameters())
-
-
-def _size(parameter: Tensor) -> int:
-    return parameter.numel() * parameter.element_size()
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _gib(count: int) -> str:

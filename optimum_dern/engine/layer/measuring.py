@@ -1,4 +1,4 @@
-"""What the calibration tokens show of one MoE layer: how it routes them, what comes out, sums per expert."""
+"""Measure one MoE layer on the calibration tokens: its routing, its output, and sums per expert."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,14 +6,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..calibration.recording import RoutingRecord
-from ..core.mixture import Routing
-from ..core.reduction import any_process
-from ..core.statistics import ExpertStatistics, measure_experts
-from ..models.structure import MoELayer
-from ..models.view import layer_activation, read_layer
-from .distributed import ALONE, Processes
-from .rewriting import LayerData
+from ...calibration.recording import RoutingRecord
+from ...core.mixture import Routing
+from ...core.reduction import any_process
+from ...core.statistics import ExpertStatistics, measure_experts
+from ...models.structure import MoELayer
+from ...models.view import layer_activation, read_layer
+from ..distributed import ALONE, Processes
+from .measured import MeasuredLayer
+from .token_order import token_order
 
 
 __all__ = ["measure_layer", "unseen_layer"]
@@ -22,15 +23,17 @@ __all__ = ["measure_layer", "unseen_layer"]
 @torch.no_grad()
 def measure_layer(
     layer: MoELayer,
+    position: int,
     record: RoutingRecord,
     masks: Sequence[Tensor],
     held_out: Tensor,
     processes: Processes = ALONE,
-) -> LayerData:
+) -> MeasuredLayer:
     """Measure a layer as it is.
 
     Args:
         layer: with its original experts, in memory.
+        position: of its decoder layer.
         record: of its calls.
         masks: per micro-batch, (batch, sequence) bool, True for a real token.
         held_out: (T,) bool over the real tokens.
@@ -41,32 +44,57 @@ def measure_layer(
     """
     routing = record.without_padding(masks)
     _check_inputs(layer, routing, processes)
-    statistics, target = measure_experts(read_layer(layer).segments, routing, layer_activation(layer))
+    weights = read_layer(layer)
+    statistics, target = measure_experts(weights.segments, routing, layer_activation(layer))
     if any_process(~torch.isfinite(target).all(), processes.reduce):
         raise ValueError(f"the outputs of {layer.name} contain NaN or infinity; check the weights and the dtype")
-    return LayerData(
-        layer, routing, target, statistics.reduced(processes.reduce), held_out, masks, tuple(record.block_calls)
+    return MeasuredLayer(
+        layer=layer,
+        position=position,
+        routing=routing,
+        target=target,
+        statistics=statistics.reduced(processes.reduce),
+        held_out=held_out,
+        masks=masks,
+        block_calls=tuple(record.block_calls),
+        order=token_order(masks, processes),
+        router=weights.routing,
+        processes=processes,
     )
 
 
-def unseen_layer(layer: MoELayer, statistics: ExpertStatistics | None = None) -> LayerData:
+def unseen_layer(
+    layer: MoELayer, position: int, statistics: ExpertStatistics | None = None, processes: Processes = ALONE
+) -> MeasuredLayer:
     """A layer of which no token is at hand, for what needs none.
 
     Args:
         layer: in memory.
+        position: of its decoder layer.
         statistics: of an earlier run; zeros by default.
+        processes: that share the work.
     """
-    segments = read_layer(layer).segments
+    weights = read_layer(layer)
+    segments = weights.segments
     (experts, _, size), device = segments.down.shape, segments.down.device
     if statistics is None:
         statistics = ExpertStatistics.zeros(experts, size)
     sums = {name: value.to(device) for name, value in vars(statistics).items() if isinstance(value, Tensor)}
     hidden = torch.empty(0, segments.up.shape[-1] - segments.biased, dtype=segments.up.dtype, device=device)
     index = torch.empty(0, layer.top_k, dtype=torch.long, device=device)
-    routing = Routing(hidden, index, torch.empty(0, layer.top_k, dtype=segments.up.dtype, device=device))
-    target = torch.empty(0, size, dtype=segments.compute_dtype, device=device)
-    held_out = torch.empty(0, dtype=torch.bool, device=device)
-    return LayerData(layer, routing, target, replace(statistics, **sums), held_out, (), ())
+    return MeasuredLayer(
+        layer=layer,
+        position=position,
+        routing=Routing(hidden, index, torch.empty(0, layer.top_k, dtype=segments.up.dtype, device=device)),
+        target=torch.empty(0, size, dtype=segments.compute_dtype, device=device),
+        statistics=replace(statistics, **sums),
+        held_out=torch.empty(0, dtype=torch.bool, device=device),
+        masks=(),
+        block_calls=(),
+        order=torch.zeros(0, dtype=torch.int64),
+        router=weights.routing,
+        processes=processes,
+    )
 
 
 def _check_inputs(layer: MoELayer, routing: Routing, processes: Processes) -> None:

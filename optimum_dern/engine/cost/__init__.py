@@ -1,0 +1,1 @@
+"""What a compression takes, predicted from shapes alone: memory, disk and time."""

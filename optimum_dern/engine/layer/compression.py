@@ -1,0 +1,112 @@
+"""Compress one MoE layer: select experts, let the method propose candidates, fit and judge them, write the winner."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...config import DernConfig
+from ...core.criteria import select
+from ...core.selection import Places
+from ...core.similarity_map import similarity_map
+from ...core.super_experts import find_super_experts
+from ...methods import Candidate, LayerProblem, get_method
+from ...models.view import release_experts_
+from ...reporting.report import LayerReport
+from .guard import choose_variant
+from .measured import MeasuredLayer
+from .objective import Objective
+from .steps import sampled_tokens
+
+
+__all__ = ["compress_layer_", "find_places"]
+
+
+@torch.no_grad()
+def compress_layer_(
+    measured: MeasuredLayer,
+    config: DernConfig,
+    num_experts: int,
+    started: float,
+    earlier: Sequence[LayerReport] = (),
+) -> LayerReport:
+    """Compress one MoE layer, in place.
+
+    Args:
+        measured: the layer with its calibration tokens.
+        config: what to do.
+        num_experts: N.
+        started: when the work on the layer began, by `time.perf_counter`.
+        earlier: reports of the MoE layers before it.
+    """
+    layer, statistics, seed = measured.layer, measured.statistics, config.seed + measured.position
+    held_out = measured.held_out.to(measured.target.device) & config.guard  # without a guard nothing is judged
+    observed = measured.observe(held_out)
+    places = find_places(measured, config, num_experts, earlier)
+    scores, retained = select(config.selection, observed, places, seed)
+    retained = retained.to(measured.routing.index.device)
+    problem = LayerProblem(observed, scores, retained, measured.processes.map, tuple(places.protected))
+    candidates = _proposals(problem, config)
+    facts = {name: value for candidate in candidates.values() for name, value in candidate.facts.items()}
+    likeness = similarity_map(observed.segments, config.similarity_weights, seed)
+    neurons = num_experts * observed.segments.up.shape[1]
+    del observed, problem  # what nobody else holds on to need not wait for the candidates' refits
+    release_experts_(layer)
+    judged = choose_variant(candidates, _objective(measured, held_out, neurons, config), config)
+    measured.write_(judged.winner.candidate)
+    return LayerReport(
+        name=layer.name,
+        layer=measured.position,
+        tokens=statistics.tokens,
+        held_out_tokens=int(measured.processes.reduce(held_out.sum())),
+        load=(statistics.count / statistics.count.sum().clamp(min=1)).tolist(),
+        saliency=scores.tolist(),
+        retained=judged.winner.candidate.retained.tolist(),
+        errors=judged.errors,
+        winner=judged.winner.name,
+        moved_share=facts.get("moved_share"),
+        similarity_quantiles=facts.get("similarity_quantiles"),
+        segment_flow=facts.get("segment_flow"),
+        skipped={**facts.get("skipped", {}), **judged.skipped},
+        similarity_map=likeness,
+        protected=sorted(places.protected),
+        largest_output=statistics.output_max.max().item(),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def find_places(
+    measured: MeasuredLayer, config: DernConfig, num_experts: int, earlier: Sequence[LayerReport] = ()
+) -> Places:
+    """How many experts of a layer stay, and which in any case.
+
+    Args:
+        measured: the layer.
+        config: `protect_experts` names experts, or asks for those with outlier outputs.
+        num_experts: N.
+        earlier: reports of the MoE layers before it.
+    """
+    layer, protected = measured.layer, config.protect_experts or {}
+    if protected == "super":
+        maxima = [report.largest_output for report in earlier]
+        depth = measured.position / layer.config.num_hidden_layers
+        found = find_super_experts(measured.statistics.output_max, maxima, depth, num_experts, layer.num_groups)
+        return Places(num_experts, layer.num_groups, tuple(found))
+    return Places(num_experts, layer.num_groups, tuple(protected.get(measured.position, ())))
+
+
+def _proposals(problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
+    """The method's candidates, every one with the experts whose router entries it takes."""
+    candidates = get_method(config.method).compress_layer(problem, config)
+    return {
+        name: candidate if candidate.retained is not None else replace(candidate, retained=problem.retained)
+        for name, candidate in candidates.items()
+    }
+
+
+def _objective(measured: MeasuredLayer, held_out: Tensor, neurons: int, config: DernConfig) -> Objective:
+    """What the candidates aim at."""
+    wanted = sampled_tokens(config, neurons, measured.layer.top_k, measured.statistics.tokens)
+    return Objective(measured, held_out, wanted)

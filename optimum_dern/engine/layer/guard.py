@@ -1,0 +1,114 @@
+"""Fit every candidate of a layer and keep the one that best reproduces the original layer on held-out tokens."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from ...config import DernConfig
+from ...core.router_choice import UnknownRouter
+from ...methods import Candidate
+from .objective import Objective
+from .steps import RIDGE, Scale, Step, first_refit, further_steps
+from .variant import Variant
+
+
+__all__ = ["Judged", "choose_variant"]
+
+
+@dataclass
+class Judged:
+    """The variant to write, the errors of all that were judged, and the steps that could not be taken."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)  # step -> reason
+    winner: Variant | None = None
+
+
+def choose_variant(candidates: dict[str, Candidate], objective: Objective, config: DernConfig) -> Judged:
+    """Fit, judge and choose.
+
+    Args:
+        candidates: by name, the method's own result last; emptied, so that losers' memory is free early.
+        objective: what they are fitted to and judged by.
+        config: `refit`, `router_refit`, `neuron_refit` and `guard` switch those steps.
+
+    Returns:
+        With the guard, the variant of the lowest relative error on the held-out tokens (plain pruning is among them,
+        and wins ties), each further step taken only where it lowers that error; without it, the method's own, with
+        every step that is asked for, fitted to all tokens.
+    """
+    judged = Judged()
+    steps = list(further_steps(config))
+    if not config.guard:
+        origin, candidate = list(candidates.items())[-1]
+        variant = _unfitted(origin, candidate, objective, config)
+        first = [first_refit(config)] if config.refit else []
+        for step in [*first, *steps]:
+            variant = _taken(step, variant, objective, judged)
+        judged.winner = variant
+        return judged
+
+    finalists = _finalists(candidates, objective, config, judged)
+    results = []
+    while finalists:  # nobody else holds on to what a step replaces
+        results.append(_refined(steps, *finalists.pop(0), objective, judged))
+    judged.winner = min(results, key=lambda result: result[0])[1]  # the first of equals
+    return judged
+
+
+def _finalists(
+    candidates: dict[str, Candidate], objective: Objective, config: DernConfig, judged: Judged
+) -> list[tuple[float, Variant]]:
+    """The best first variant of every set of retained experts, with its error."""
+    best: dict[tuple[int, ...], tuple[float, Variant]] = {}
+    for origin in list(candidates):
+        candidate = candidates.pop(origin)
+        kept = tuple(candidate.retained.tolist())
+        for error, variant in _first_variants(origin, candidate, objective, config, judged):
+            if kept not in best or error < best[kept][0]:
+                best[kept] = error, variant
+    return list(best.values())
+
+
+def _first_variants(
+    origin: str, candidate: Candidate, objective: Objective, config: DernConfig, judged: Judged
+) -> Iterator[tuple[float, Variant]]:
+    """A candidate as it is, with its experts' outputs scaled, and the better of these refitted, with their errors."""
+    plain = _unfitted(origin, candidate, objective, config)
+    yield (error := _judge(plain, objective, judged)), plain
+    if config.refit:
+        scaled = Scale()(plain, objective)
+        yield (scaled_error := _judge(scaled, objective, judged)), scaled
+        better = scaled if scaled_error < error else plain
+        refitted = first_refit(config)(replace(better, steps=()), objective)
+        yield _judge(refitted, objective, judged), refitted
+
+
+def _refined(
+    steps: Iterable[Step], error: float, variant: Variant, objective: Objective, judged: Judged
+) -> tuple[float, Variant]:
+    """The variant after those of the steps that lower its error, and that error."""
+    for step in steps:
+        made = _taken(step, variant, objective, judged)
+        if made is not variant and (lower := _judge(made, objective, judged)) < error:
+            error, variant = lower, made
+    return error, variant
+
+
+def _taken(step: Step, variant: Variant, objective: Objective, judged: Judged) -> Variant:
+    """What a step makes of a variant; the same one, and a note of why, where the router stands in its way."""
+    try:
+        return step(variant, objective)
+    except UnknownRouter as reason:
+        judged.skipped["router refit"] = str(reason)
+        return variant
+
+
+def _unfitted(origin: str, candidate: Candidate, objective: Objective, config: DernConfig) -> Variant:
+    routing = objective.measured.reroute(candidate)
+    return Variant(origin, candidate, routing, candidate.segments, config.refit_ridge or RIDGE)
+
+
+def _judge(variant: Variant, objective: Objective, judged: Judged) -> float:
+    error = objective.error(variant)
+    judged.errors[variant.name] = min(error, judged.errors.get(variant.name, error))  # other ridges share a name
+    return error

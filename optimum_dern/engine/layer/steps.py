@@ -1,0 +1,174 @@
+"""The steps that fit a candidate to the original layer's output, and what each of them holds and computes.
+
+A step is called with a variant and the objective, and returns the variant that it has made.  Every step but the scale
+ends with fitted down projections, so that "refit" is among the steps of whatever it returns.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from ...config import DernConfig
+from ...core.cost import Cost, LayerShape
+from ...core.neuron_refit import refit_neurons, refit_neurons_cost
+from ...core.output_scale import fit_scales, fit_scales_cost, scale_outputs
+from ...core.refit import refit_down, refit_down_cost
+from ...core.router_choice import UnknownRouter
+from ...core.router_refit import refit_router, refit_router_cost
+from ...core.router_rule import possible_logits, recognise_rule
+from .objective import Objective
+from .token_order import enough_tokens
+from .variant import Variant
+
+
+__all__ = [
+    "RIDGE",
+    "RIDGES",
+    "DownRefit",
+    "NeuronRefit",
+    "OtherRidge",
+    "RouterRefit",
+    "Scale",
+    "Step",
+    "first_refit",
+    "further_steps",
+    "sampled_tokens",
+]
+
+RIDGE = 1e-2  # of the first refit where the config leaves it open
+RIDGES = (1e-3, 1e-1)  # then tried instead
+
+
+class Step(Protocol):
+    """One way to fit a variant."""
+
+    sampled: bool  # whether it sees the sample for closed forms, or all tokens that may be fitted
+
+    def __call__(self, variant: Variant, objective: Objective) -> Variant:
+        """The variant after the step; `UnknownRouter` where it cannot be taken."""
+
+    def cost(self, shape: LayerShape) -> Cost:
+        """What the step holds beside the candidates and the tokens, and what it computes."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Every expert's output times the factor that fits the target best."""
+
+    sampled = True
+
+    def __call__(self, variant: Variant, objective: Objective) -> Variant:
+        data = objective.data(variant.routing, objective.sampled)
+        segments = variant.candidate.segments
+        segments = scale_outputs(segments, fit_scales(segments, *data, objective.reduce))
+        candidate = replace(variant.candidate, segments=segments)
+        return replace(variant, candidate=candidate, anchor=segments, steps=("scale",))
+
+    def cost(self, shape: LayerShape) -> Cost:
+        return fit_scales_cost(shape)
+
+
+@dataclass(frozen=True)
+class DownRefit:
+    """The down projections in closed form, from where they are, near those of the anchor."""
+
+    sweeps: int = 1
+    sampled = True
+
+    def __call__(self, variant: Variant, objective: Objective) -> Variant:
+        data = objective.data(variant.routing, objective.sampled)
+        start, reduce = variant.candidate.segments.down, objective.reduce
+        segments = refit_down(variant.anchor, *data, variant.ridge, self.sweeps, start, reduce)
+        return variant.after(segments=segments)
+
+    def cost(self, shape: LayerShape) -> Cost:
+        return refit_down_cost(shape, self.sweeps)
+
+
+@dataclass(frozen=True)
+class OtherRidge:
+    """The refit of the down projections once more, with another ridge; what was never refitted stays as it is."""
+
+    ridge: float
+    sampled = True
+
+    def __call__(self, variant: Variant, objective: Objective) -> Variant:
+        return DownRefit()(replace(variant, ridge=self.ridge), objective) if variant.steps else variant
+
+    def cost(self, shape: LayerShape) -> Cost:
+        return refit_down_cost(shape, sweeps=1)
+
+
+@dataclass(frozen=True)
+class RouterRefit:
+    """The router's rows by a Gauss-Newton step, then the down projections for the new routing."""
+
+    sampled = True
+
+    def __call__(self, variant: Variant, objective: Objective) -> Variant:
+        candidate, reduce = variant.candidate, objective.reduce
+        router = objective.measured.router_of(candidate)
+        if router is None:
+            raise UnknownRouter("the router has no single matrix")
+        rows, bias = router
+        logits = possible_logits(rows, bias, variant.routing)
+        rules = (recognise_rule(z, variant.routing, reduce=reduce) for z in logits)
+        rule = next((rule for rule in rules if rule is not None), None)
+        if rule is None:
+            raise UnknownRouter("its weights follow no rule that is known")
+        data = objective.data(variant.routing, objective.sampled)
+        rows = refit_router(rows, candidate.segments, *data, rule, variant.ridge, bias=bias, reduce=reduce)
+        candidate = replace(candidate, router_rows=rows)
+        moved = replace(variant, candidate=candidate, routing=objective.measured.reroute(candidate))
+        moved = DownRefit()(moved, objective)
+        return moved.after("router", segments=moved.candidate.segments)
+
+    def cost(self, shape: LayerShape) -> Cost:
+        return refit_router_cost(shape).then(refit_down_cost(shape, sweeps=1))
+
+
+@dataclass(frozen=True)
+class NeuronRefit:
+    """Gate, up and down projections together by minibatch descent."""
+
+    seed: int = 0
+    sampled = False
+
+    def __call__(self, variant: Variant, objective: Objective) -> Variant:
+        order = objective.measured.order[objective.fitted.to(objective.measured.order.device)]
+        data = objective.data(variant.routing, objective.fitted)
+        segments = variant.candidate.segments
+        segments = refit_neurons(segments, *data, order=order, reduce=objective.reduce, seed=self.seed)
+        return replace(variant.after("neurons", segments=segments), anchor=segments)
+
+    def cost(self, shape: LayerShape) -> Cost:
+        return refit_neurons_cost(shape)
+
+
+def first_refit(config: DernConfig) -> DownRefit:
+    """The refit that every candidate gets; one sweep is enough where the guard lets the neurons' refit go on."""
+    return DownRefit(1 if config.guard and config.neuron_refit else config.refit_sweeps)
+
+
+def sampled_tokens(config: DernConfig, neurons: int, top_k: int, tokens: int) -> int:
+    """How many tokens the closed forms see: all, or enough where the refit of the neurons goes on from there.
+
+    Args:
+        config: of the compression.
+        neurons: of all retained experts together.
+        top_k: experts a token.
+        tokens: of the calibration data.
+    """
+    return min(tokens, enough_tokens(neurons, top_k)) if config.neuron_refit else tokens
+
+
+def further_steps(config: DernConfig) -> Iterator[Step]:
+    """The steps that follow the first refit of a candidate, in turn; none where a config asks for no refit."""
+    if not config.refit:
+        return
+    if config.guard and not config.neuron_refit and config.refit_ridge is None:
+        yield from map(OtherRidge, RIDGES)
+    if config.router_refit:
+        yield RouterRefit()
+    if config.neuron_refit:
+        yield NeuronRefit(config.seed)

@@ -1,0 +1,186 @@
+"""Several results out of one pass: hidden states on their way through the layers, and the recipes that they serve.
+
+Recipes with oneshot calibration share one walk through the original model and what is measured on it.  One with
+sequential calibration has a walk of its own, through the layers that it has compressed itself.
+"""
+
+import copy
+import time
+from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from ...calibration.recording import Call, record_routing
+from ...calibration.residual import record_residual
+from ...core.criteria import CRITERIA
+from ...core.statistics import ExpertStatistics
+from ...models.original import original_kept
+from ...models.structure import MoELayer
+from ..distributed import Processes
+from ..layer.compression import compress_layer_
+from ..layer.measured import MeasuredLayer
+from ..layer.measuring import measure_layer
+from .drift import measure_drift
+from .recipe import Recipe
+from .stream import HiddenStream
+
+
+__all__ = ["LayerProvider", "LayersInMemory", "Pass", "Walk", "compress_for", "open_walks", "pass_layer"]
+
+
+class LayerProvider(Protocol):
+    """Where the original decoder layers come from."""
+
+    def outside(self) -> AbstractContextManager:
+        """What surrounds the decoder layers is in memory while the context is open."""
+
+    def loaded(self, position: int) -> AbstractContextManager:
+        """The layer is in memory while the context is open."""
+
+
+class LayersInMemory:
+    """Provides the layers of a model that is in memory as a whole."""
+
+    def outside(self) -> AbstractContextManager:
+        """Nothing to load."""
+        return nullcontext()
+
+    def loaded(self, position: int) -> AbstractContextManager:
+        """Nothing to load."""
+        return nullcontext()
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """Hidden states on their way through the layers, and the recipes that they are for."""
+
+    stream: HiddenStream
+    recipes: Sequence[Recipe]
+    sequential: bool  # through compressed layers, those of its one recipe
+    original: HiddenStream | None = None  # through the original model, where a recipe makes up for its drift from it
+
+    def waiting(self, position: int) -> list[Recipe]:
+        """The recipes that have not done a layer."""
+        return [recipe for recipe in self.recipes if position not in recipe.sink.finished]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What all walks have in common."""
+
+    masks: Sequence[Tensor]  # per micro-batch of this process, which tokens are real
+    held_out: Tensor  # (T,) bool over the real tokens
+    processes: Processes
+    shared: bool  # the original layers, by several recipes or with whoever has the model
+    keep_statistics: Callable[[int, ExpertStatistics], None] | None
+
+
+def open_walks(calls: list[list[Call]], recipes: Sequence[Recipe], spill: Path | None) -> list[Walk]:
+    """One walk through the original model for all that see it, and one for each of the others, behind it."""
+    oneshot = [recipe for recipe in recipes if recipe.config.calibration_order == "oneshot"]
+    walks = []
+    if oneshot or any(recipe.config.corrects_drift for recipe in recipes):
+        walks.append(Walk(HiddenStream(_own_containers(calls), spill), oneshot, sequential=False))
+    for recipe in (recipe for recipe in recipes if recipe not in oneshot):
+        original = walks[0].stream if recipe.config.corrects_drift else None
+        walks.append(Walk(HiddenStream(_own_containers(calls), spill), [recipe], True, original))
+    return walks
+
+
+def _own_containers(calls: list[list[Call]]) -> list[list[Call]]:
+    """The same calls with containers of their own: in some, layers leave things for later ones (Gemma 4)."""
+    copies: dict[int, object] = {}
+
+    def own(value: object) -> object:
+        return copies.setdefault(id(value), copy.copy(value)) if isinstance(value, MutableMapping | list) else value
+
+    return [
+        [call._replace(kwargs={name: own(value) for name, value in call.kwargs.items()}) for call in layer]
+        for layer in calls
+    ]
+
+
+def pass_layer(
+    position: int,
+    decoder_layer: nn.Module,
+    layer: MoELayer | None,
+    walks: Sequence[Walk],
+    provider: LayerProvider,
+    common: Pass,
+) -> None:
+    """Every walk through one decoder layer."""
+    ahead = [walk for walk in walks if walk.sequential and layer is not None and not walk.waiting(position)]
+    for walk in ahead:
+        with walk.recipes[0].sink.loaded(position):
+            walk.stream.step(position, decoder_layer)
+    if len(ahead) == len(walks):
+        return
+    with provider.loaded(position):
+        for walk in walks:
+            if walk in ahead:
+                continue
+            if layer is not None and walk.waiting(position):
+                _measure_and_compress(walk, position, decoder_layer, layer, common)
+                continue
+            walk.stream.step(position, decoder_layer)
+            for recipe in walk.waiting(position):
+                recipe.sink.finish(position, None)
+
+
+def _measure_and_compress(walk: Walk, position: int, decoder_layer: nn.Module, layer: MoELayer, common: Pass) -> None:
+    started, recipes = time.perf_counter(), walk.waiting(position)
+    measured = _measure(walk, position, decoder_layer, layer, common)
+    if common.keep_statistics is not None and not walk.sequential:
+        common.keep_statistics(position, measured.statistics)
+    seconds = time.perf_counter() - started
+    behind = decoder_layer if walk.sequential else None
+    for recipe in recipes:
+        compress_for(measured, recipe, common.shared, walk.stream, behind, seconds)
+
+
+def _measure(walk: Walk, position: int, decoder_layer: nn.Module, layer: MoELayer, common: Pass) -> MeasuredLayer:
+    """Run the layer for what its recipes need to know; a walk through the original model then goes on behind it."""
+    recipes = walk.waiting(position)
+    needs_residual = any(CRITERIA[recipe.config.selection].needs == "residual" for recipe in recipes)
+    with ExitStack() as stack:  # of hooks, the last of which may end the pass
+        residual = stack.enter_context(record_residual(decoder_layer, layer)) if needs_residual else None
+        record = stack.enter_context(record_routing(layer.block, layer.experts, stop=walk.sequential))
+        (walk.stream.probe if walk.sequential else walk.stream.step)(position, decoder_layer)
+    measured = measure_layer(layer, position, record, common.masks, common.held_out, common.processes)
+    if walk.original is not None and not measured.routing.weighs_input:  # else there is no weight of an output
+        streams = walk.stream, walk.original
+        drift = measure_drift(position, decoder_layer, layer, *streams, common.masks, common.processes)
+        if drift is not None:
+            measured = replace(measured, goal=drift.goal(measured.target, recipes[0].config.drift_correction))
+    return measured if residual is None else replace(measured, residual=residual.without_padding(common.masks))
+
+
+def compress_for(
+    measured: MeasuredLayer,
+    recipe: Recipe,
+    shared: bool,
+    stream: HiddenStream | None = None,
+    behind: nn.Module | None = None,
+    measuring: float = 0.0,
+) -> None:
+    """One layer for one recipe.
+
+    Args:
+        measured: the layer.
+        recipe: what to make of it.
+        shared: put the original experts back afterwards.
+        stream: hidden states that go on behind the compressed layer, if there is one to run.
+        behind: the decoder layer, to be run once it is compressed; None where they go on behind the original one.
+        measuring: seconds that the measurement took.
+    """
+    started, position = time.perf_counter() - measuring, measured.position
+    with original_kept(measured.layer) if shared else nullcontext():
+        earlier = [report for report in recipe.reports if report.layer < position]
+        report = compress_layer_(measured, recipe.config, recipe.num_experts, started, earlier)
+        if behind is not None:
+            stream.step(position, behind)
+        recipe.sink.finish(position, report)

@@ -160,4 +160,5 @@ def activation_cosines_cost(shape: LayerShape) -> Cost:
     """What `activation_cosines` of two experts takes on a sample."""
     tokens = sampled_tokens(shape)
     operations = 2.0 * tokens * (2 * (shape.expert - shape.down) + shape.width**2)
-    return Cost(2 * held_by_chunk(shape._replace(tokens=tokens)) + 3 * 8 * shape.width**2, 0, operations)
+    chunk = min(shape.chunk_tokens, tokens) * (2 * shape.projections - 1) * shape.width  # the first one's neurons stay
+    return Cost(shape.number * chunk + 3 * 8 * shape.width**2, 0, operations)

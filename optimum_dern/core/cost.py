@@ -54,10 +54,6 @@ class Cost(NamedTuple):
     experts: int = 0  # bytes of what has something for every expert, the step's result included
     operations: float = 0.0  # a multiplication and an addition are two
 
-    def then(self, after: "Cost") -> "Cost":
-        """Of this step and another one after it, when what this one held is free again."""
-        return Cost(max(self.held, after.held), max(self.experts, after.experts), self.operations + after.operations)
-
 
 def experts_operations(shape: LayerShape, tokens: int | None = None) -> float:
     """What the chosen experts of the tokens compute."""

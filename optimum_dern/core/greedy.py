@@ -174,7 +174,7 @@ def greedy_cost(shape: LayerShape) -> Cost:
     """What `greedy` takes: Gram matrices of every expert's output on a sample of the tokens, in float64."""
     tokens = min(shape.tokens, trial_tokens(shape.experts))
     block = min(tokens, max(1, shape.max_elements // (shape.experts * shape.outputs)))
-    outputs = 2 * block * shape.experts * shape.outputs * shape.number + 2 * block * shape.experts**2 * shape.number
+    outputs = block * shape.experts * (shape.outputs + shape.experts) * shape.number
     gram = 8 * tokens * shape.experts**2
     operations = 2.0 * tokens * shape.experts * (shape.expert + shape.experts * shape.outputs)
     return Cost(gram + outputs + held_by_chunk(shape._replace(tokens=tokens)), 0, operations)

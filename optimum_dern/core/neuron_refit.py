@@ -207,5 +207,6 @@ def refit_neurons_cost(shape: LayerShape) -> Cost:
     weights = shape.retained * shape.expert
     tokens = -(-shape.tokens // count_steps(shape.tokens))
     batch = tokens * (shape.top_k * (6 * shape.width + shape.outputs) + shape.inputs + 2 * shape.outputs)
-    operations = count_passes(shape.tokens) * 3 * experts_operations(shape)
+    products = 2 + 1 / shape.projections  # forward, by the projections, and by the neurons
+    operations = count_passes(shape.tokens) * products * experts_operations(shape)
     return Cost(shape.number * (batch + 3 * shape.expert), 3 * shape.number * weights, operations)

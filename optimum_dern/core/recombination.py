@@ -121,6 +121,7 @@ def recombine_layer_cost(shape: LayerShape, iterations: int) -> Cost:
     similarities = min(shape.max_elements, pool * shape.width)
     held = 4 * pool * segment + 3 * shape.expert + similarities
     dropped = shape.experts - shape.retained
-    assigned = 2.0 * dropped * shape.width * shape.retained * shape.width * segment
+    compared = segment - shape.inputs * (shape.projections > 2)  # by default gates are not
+    assigned = 2.0 * dropped * shape.width * shape.retained * shape.width * compared
     clustered = 2.0 * shape.retained * pool * shape.width * segment * iterations / 3
     return Cost(shape.number * held, shape.retained * shape.expert * shape.itemsize, assigned + clustered)

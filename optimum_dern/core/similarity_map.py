@@ -11,16 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .cost import Cost, LayerShape
 from .segments import Segments, similarity_vectors
 
 
-__all__ = ["similarity_map"]
+__all__ = ["similarity_map", "similarity_map_cost"]
 
 MAX_EXPERTS = 64  # in the map; of more, as many are drawn
 MAX_ELEMENTS = 1 << 27  # weights that the experts' cosines are computed from
 MAX_PRODUCTS = 1 << 34  # multiplications of the neurons' cosines: seconds on a core
 MAX_NEURONS = 256  # per expert whose best match is looked for
-BLOCK = 1 << 22  # numbers in memory at once, in float32
+BLOCK = 1 << 20  # numbers of one kind in memory at once, in float32
 BINS = 20  # of the histogram, from 0 to 1
 RANKS = (0.1, 0.5, 0.9)  # quantiles of an expert's best matches
 
@@ -68,6 +69,13 @@ def similarity_map(segments: Segments, weights: Sequence[float], seed: int = 0) 
         "histogram": torch.histc(best.clamp(0, 1).double(), BINS, 0, 1).long().tolist(),
         "neurons": len(neurons),
     }
+
+
+def similarity_map_cost(shape: LayerShape) -> Cost:
+    """What `similarity_map` takes: blocks of weights on their way, and their products."""
+    block = min(BLOCK, shape.experts * shape.width * shape.inputs)
+    sampled = min(shape.width, MAX_NEURONS) * min(shape.experts, MAX_EXPERTS)
+    return Cost(3 * shape.number * block, 0, 2.0 * sampled * shape.expert)
 
 
 def _sample(count: int, limit: int, generator: torch.Generator) -> Tensor:

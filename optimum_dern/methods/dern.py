@@ -44,9 +44,12 @@ class Dern:
         sets = 1 + tries_second_set(config)
         return sets + 1, sets
 
-    def cost(self, shape: LayerShape, config: "DernConfig") -> Cost:
+    def costs(self, shape: LayerShape, config: "DernConfig") -> list[Cost]:
         recombined = recombine_layer_cost(shape, config.cluster_iterations)
-        return recombined.then(greedy_cost(shape)) if tries_second_set(config) else recombined
+        if not tries_second_set(config):
+            return [recombined]
+        beside = 2 * recombined.experts  # its result, and a plain copy
+        return [recombined, greedy_cost(shape)._replace(experts=beside)]
 
     def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
         recombined = recombine_layer(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..core.alignment import match_neurons, weight_products
-from ..core.all_experts import logit_cosines, router_logits, sample_cost, sample_tokens
+from ..core.all_experts import logit_cosines, router_logits, sample_cost, sample_tokens, sampled_tokens
 from ..core.cost import Cost, LayerShape
 from ..core.grouping import join_nearest
 from ..core.merging import average_groups, average_groups_cost
@@ -47,9 +47,9 @@ class MSmoe:
     def candidates(self, config: "DernConfig") -> tuple[int, int]:
         return 2, 1  # groups form around the retained experts
 
-    def cost(self, shape: LayerShape, config: "DernConfig") -> Cost:
-        averaged = average_groups_cost(shape)
-        logits = shape.number * shape.tokens * shape.experts
+    def costs(self, shape: LayerShape, config: "DernConfig") -> list[Cost]:
+        logits = shape.number * sampled_tokens(shape) * shape.experts
         aligned = 3 * shape.number * (shape.expert + shape.width**2)  # weights of two experts, and their products
+        averaged = average_groups_cost(shape)
         operations = 2.0 * (shape.experts - shape.retained) * shape.width * shape.expert
-        return Cost(sample_cost(shape).held + max(logits, aligned + averaged.held), averaged.experts, operations)
+        return [Cost(sample_cost(shape).held + logits), Cost(averaged.held + aligned, averaged.experts, operations)]

@@ -43,11 +43,15 @@ class MergeMoe:
     def candidates(self, config: "DernConfig") -> tuple[int, int]:
         return 2, 1  # groups form around the retained experts
 
-    def cost(self, shape: LayerShape, config: "DernConfig") -> Cost:
+    def costs(self, shape: LayerShape, config: "DernConfig") -> list[Cost]:
         averaged, fitted = average_groups_cost(shape), fit_group_outputs_cost(shape, sampled_tokens(shape))
-        similarity = 2 * min(MAX_ELEMENTS, shape.experts * shape.expert) * shape.number
-        held = sample_cost(shape).held + max(similarity, averaged.held, fitted.held)
-        return Cost(held, averaged.experts + fitted.experts, fitted.operations)
+        rows = min(MAX_ELEMENTS, shape.experts * shape.width * shape.inputs)
+        similarity = rows * (shape.number + (shape.itemsize if shape.itemsize < shape.number else 0))
+        return [
+            Cost(similarity, 0, 2.0 * shape.experts**2 * (shape.expert - shape.down)),
+            averaged,
+            Cost(sample_cost(shape).held + fitted.held, averaged.experts + fitted.experts, fitted.operations),
+        ]
 
 
 def input_similarity(segments: Segments) -> Tensor:

@@ -68,11 +68,14 @@ class Ream:
     def candidates(self, config: "DernConfig") -> tuple[int, int]:
         return 2, 1  # groups form around the retained experts
 
-    def cost(self, shape: LayerShape, config: "DernConfig") -> Cost:
-        compared, averaged = activation_cosines_cost(shape), average_groups_cost(shape)
-        operations = mean_outputs_cost(shape).operations + (shape.experts - shape.retained) * compared.operations
-        held = sample_cost(shape).held + max(mean_outputs_cost(shape).held, compared.held + averaged.held)
-        return Cost(held, averaged.experts, operations)
+    def costs(self, shape: LayerShape, config: "DernConfig") -> list[Cost]:
+        sample, means, averaged = sample_cost(shape), mean_outputs_cost(shape), average_groups_cost(shape)
+        compared = activation_cosines_cost(shape)
+        aligned = (shape.experts - shape.retained) * compared.operations
+        return [
+            means._replace(held=sample.held + means.held),
+            Cost(sample.held + compared.held + averaged.held, averaged.experts, aligned),
+        ]
 
 
 def above_zero(scores: Tensor) -> Tensor:

@@ -56,8 +56,8 @@ class Method(Protocol):
     def candidates(self, config: "DernConfig") -> tuple[int, int]:
         """How many there are, and of how many different sets of retained experts, at most."""
 
-    def cost(self, shape: LayerShape, config: "DernConfig") -> Cost:
-        """What it takes to make them, plain copies of the retained experts left out."""
+    def costs(self, shape: LayerShape, config: "DernConfig") -> list[Cost]:
+        """What its steps take, in turn, up to the moment when plain copies of the retained experts are made."""
 
 
 OPTIONAL = {
@@ -66,7 +66,7 @@ OPTIONAL = {
     "defaults": {},
     "options": None,
     "candidates": lambda self, config: (2, 2),  # its own result, of experts of its own, beside plain pruning
-    "cost": lambda self, shape, config: Cost(),
+    "costs": lambda self, shape, config: [],
 }
 METHODS: dict[str, Method] = {}
 

@@ -37,6 +37,6 @@ class SubMoe:
         merged = average_groups(layer.segments, grouping, layer.statistics.count)
         return merged_candidates(problem, grouping, merged)
 
-    def cost(self, shape: LayerShape, config: "DernConfig") -> Cost:
-        means, averaged = mean_outputs_cost(shape), average_groups_cost(shape)
-        return Cost(sample_cost(shape).held + max(means.held, averaged.held), averaged.experts, means.operations)
+    def costs(self, shape: LayerShape, config: "DernConfig") -> list[Cost]:
+        means = mean_outputs_cost(shape)
+        return [means._replace(held=sample_cost(shape).held + means.held), average_groups_cost(shape)]

@@ -37,6 +37,11 @@ def make_segments(kind="gated", experts=6, width=5, hidden=4, output=3, dtype=to
     return Segments(gate, up, down, normal(experts, output) if biased else None, biased)
 
 
+def in_chunks(segments, tokens):
+    """The same experts, which work on so many tokens at a time."""
+    return segments._replace(workspace=segments.workspace._replace(chunk_tokens=tokens))
+
+
 def make_routing(experts=6, tokens=12, top_k=2, hidden=4, dtype=torch.float64, seed=1, unused=()):
     """Random tokens that never choose the unused experts."""
     generator = torch.Generator().manual_seed(seed)

@@ -5,7 +5,7 @@ from itertools import permutations
 import pytest
 import torch
 from observed import in_processes, observe
-from samples import KINDS, activation, assert_near, make_routing, make_segments
+from samples import KINDS, activation, assert_near, in_chunks, make_routing, make_segments
 
 from optimum_dern.core.alignment import match_neurons, unit_distances, weight_cosines, weight_products
 from optimum_dern.core.all_experts import activation_cosines, logit_cosines, mean_outputs, router_logits, sample_tokens
@@ -80,10 +80,9 @@ def reference_neurons(segments, expert, x):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_experts_against_loops(kind, monkeypatch):
+def test_all_experts_against_loops(kind):
     """Mean outputs, weighted or not, and cosines of activations: over all tokens, routed or not, in chunks."""
-    monkeypatch.setattr("optimum_dern.core.all_experts.CHUNK_TOKENS", 5)
-    segments, routing = make_segments(kind), make_routing(tokens=12)
+    segments, routing = in_chunks(make_segments(kind), 5), make_routing(tokens=12)
     layer, weights = observe(segments, routing), random(12, 6)
     hidden = sample_tokens(layer)
     for scale, given in ((torch.ones_like(weights), None), (weights, weights)):

@@ -20,13 +20,13 @@ from samples import (
     assert_near,
     assert_unchanged,
     copies,
+    in_chunks,
     make_routing,
     make_segments,
     reference_arguments,
     scalar_activation,
 )
 
-from optimum_dern.core import mixture
 from optimum_dern.core.mixture import Routing, expert_batches, routed_output
 from optimum_dern.core.neuron_refit import refit_neurons
 from optimum_dern.core.refit import refit_down
@@ -82,11 +82,11 @@ def test_segments_set_the_dtype():
     assert_near(routed_output(segments, routing, activation), reference_output(segments, routing))
 
 
-def test_chunks(monkeypatch):
+def test_chunks():
     """Every slot keeps its own scale in chunks of any length, and outputs are not weighted a second time."""
     segments, routing = make_segments(), make_weighted(tokens=20)
     whole = routed_output(segments, routing, activation)
-    monkeypatch.setattr(mixture, "CHUNK_TOKENS", 3)
+    segments = in_chunks(segments, 3)
     assert_near(routed_output(segments, routing, activation), whole, 1e-12)
     assert all(bool((batch.weight == 1).all()) for batch in expert_batches(segments, routing, activation))
 

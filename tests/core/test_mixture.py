@@ -10,13 +10,13 @@ from samples import (
     assert_near,
     assert_unchanged,
     copies,
+    in_chunks,
     make_routing,
     make_segments,
     reference_arguments,
     scalar_activation,
 )
 
-from optimum_dern.core import mixture
 from optimum_dern.core.mixture import Routing, expert_batches, expert_output, neuron_activations, routed_output
 
 
@@ -56,10 +56,9 @@ def test_segments_set_the_dtype():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_batches_cover_every_slot_once(kind, monkeypatch):
+def test_batches_cover_every_slot_once(kind):
     """Each chosen slot appears in exactly one batch, with its own weight, in chunks of bounded length."""
-    monkeypatch.setattr(mixture, "CHUNK_TOKENS", 3)
-    segments, routing = make_segments(kind), make_routing(tokens=20)
+    segments, routing = in_chunks(make_segments(kind), 3), make_routing(tokens=20)
     seen = []
     for batch in expert_batches(segments, routing, activation):
         assert 0 < len(batch.token) <= 3
@@ -72,12 +71,11 @@ def test_batches_cover_every_slot_once(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunks_change_nothing(kind, monkeypatch):
+def test_chunks_change_nothing(kind):
     """The routed sum does not depend on the chunk length."""
     segments, routing = make_segments(kind), make_routing(tokens=20)
     whole = routed_output(segments, routing, activation)
-    monkeypatch.setattr(mixture, "CHUNK_TOKENS", 2)
-    assert_near(routed_output(segments, routing, activation), whole, 1e-12)
+    assert_near(routed_output(in_chunks(segments, 2), routing, activation), whole, 1e-12)
 
 
 def test_only_some_experts():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from samples import KINDS, activation, assert_near, assert_unchanged, copies, make_routing, make_segments
+from samples import KINDS, activation, assert_near, assert_unchanged, copies, in_chunks, make_routing, make_segments
 
 from optimum_dern.core import neuron_refit
 from optimum_dern.core.mixture import routed_output
@@ -107,12 +107,12 @@ def test_few_tokens_get_smaller_minibatches():
     assert [count_steps(n) for n in (0, 10, 640, 4096, 32768, 65536)] == [1, 1, 10, 32, 32, 64]
 
 
-def test_chunks_change_nothing(monkeypatch):
+def test_chunks_change_nothing():
     """Tokens in chunks of three give the same steps."""
     segments, routing, target = problem()
     whole = refit_neurons(segments, routing, target, activation, passes=2)
-    monkeypatch.setattr("optimum_dern.core.mixture.CHUNK_TOKENS", 3)
-    for part, other in zip(refit_neurons(segments, routing, target, activation, passes=2)[:3], whole[:3], strict=True):
+    parts = refit_neurons(in_chunks(segments, 3), routing, target, activation, passes=2)
+    for part, other in zip(parts[:3], whole[:3], strict=True):
         assert_near(part, other, 1e-8)
 
 

@@ -18,6 +18,7 @@ from samples import (
     assert_near,
     assert_unchanged,
     copies,
+    in_chunks,
     make_routing,
     make_segments,
     reference_arguments,
@@ -134,13 +135,12 @@ def test_singular_system_keeps_the_old_weights(caplog):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunks_change_nothing(kind, monkeypatch):
+def test_chunks_change_nothing(kind):
     """The solution does not depend on the chunk length, nor on whether neurons are kept in memory."""
     given_arguments = problem(kind)
     whole = refit_down(*given_arguments, activation, ridge=0.1).down
-    monkeypatch.setattr(mixture, "CHUNK_TOKENS", 3)
-    assert_near(refit_down(*given_arguments, activation, ridge=0.1).down, whole, 1e-10)
     segments, *rest = given_arguments
+    assert_near(refit_down(in_chunks(segments, 3), *rest, activation, ridge=0.1).down, whole, 1e-10)
     frugal = segments._replace(workspace=Workspace(max_elements=0))
     assert_near(refit_down(frugal, *rest, activation, ridge=0.1).down, whole, 1e-10)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from observed import observe
 from reference import reference_aimer, reference_easy_ep, reference_saliency, reference_statistics
-from samples import KINDS, activation, assert_near, make_routing, make_segments, reference_arguments
+from samples import KINDS, activation, assert_near, in_chunks, make_routing, make_segments, reference_arguments
 
 from optimum_dern.core import saliency
 from optimum_dern.core.statistics import ExpertStatistics, measure_experts
@@ -105,10 +105,9 @@ def test_aimer_keeps_the_expert_of_few_large_weights():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_easy_ep_matches_the_reference(kind, monkeypatch):
+def test_easy_ep_matches_the_reference(kind):
     """Contributions count by how far the routed output turns the residual stream, chunk by chunk."""
-    monkeypatch.setattr(saliency, "CHUNK_TOKENS", 5)
-    segments, routing = make_segments(kind), make_routing(unused=[2])
+    segments, routing = in_chunks(make_segments(kind), 5), make_routing(unused=[2])
     residual = 2 * torch.randn(12, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     positional, named = reference_arguments(segments, routing)
     scores = saliency.easy_ep(observe(segments, routing, residual=residual))

@@ -28,7 +28,7 @@ from optimum_dern.checkpoint.conversion import NameMap
 from optimum_dern.checkpoint.layers import CheckpointLayers
 from optimum_dern.checkpoint.manifest import Manifest
 from optimum_dern.checkpoint.reader import CheckpointReader
-from optimum_dern.engine.memory import plan_memory
+from optimum_dern.engine.cost.memory import plan_memory
 from optimum_dern.models.skeleton import build_skeleton
 from optimum_dern.models.structure import find_moe_layers
 

@@ -42,14 +42,14 @@ from optimum_dern import DernCompressor
 from optimum_dern.checkpoint.shards import ShardWriter
 from optimum_dern.core import recombination
 from optimum_dern.engine.distributed import joined_processes
-from optimum_dern.engine.rewriting import LayerRewriter
+from optimum_dern.engine.layer.measured import MeasuredLayer
 
-folder, notes, write, kmeans = sys.argv[1], [], LayerRewriter.write, recombination.spherical_kmeans
+folder, notes, write, kmeans = sys.argv[1], [], MeasuredLayer.write_, recombination.spherical_kmeans
 write_tensor = ShardWriter.write
 
 def noting_write(self, candidate):
     weights = b"".join(part.contiguous().numpy().tobytes() for part in candidate.segments[:3])
-    notes.append({"tokens": len(self.data.routing.index), "weights": hashlib.sha256(weights).hexdigest()})
+    notes.append({"tokens": len(self.routing.index), "weights": hashlib.sha256(weights).hexdigest()})
     write(self, candidate)
 
 def noting_kmeans(*args):
@@ -60,7 +60,7 @@ def noting_write_tensor(*args):
     notes.append({"written": 1})
     return write_tensor(*args)
 
-LayerRewriter.write, recombination.spherical_kmeans = noting_write, noting_kmeans
+MeasuredLayer.write_, recombination.spherical_kmeans = noting_write, noting_kmeans
 ShardWriter.write = noting_write_tensor
 with joined_processes("cpu") as processes:
     for name, (family, data, fields) in json.load(open(f"{folder}/cases {processes.count}.json")).items():

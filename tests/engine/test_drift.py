@@ -9,8 +9,8 @@ from families import make_model as make_family
 from tiny import compress, make_model, padded_batch, random_tokens
 
 from optimum_dern.calibration.recording import record_layer_calls
-from optimum_dern.engine.drift import measure_drift
-from optimum_dern.engine.stream import HiddenStream
+from optimum_dern.engine.walk.drift import measure_drift
+from optimum_dern.engine.walk.stream import HiddenStream
 from optimum_dern.models.structure import find_decoder_layers, find_moe_layers, layers_by_position
 
 

@@ -8,9 +8,9 @@ from optimum_dern import DernCompressor
 from optimum_dern.calibration.data import load_batches
 from optimum_dern.calibration.recording import Call, record_layer_calls, record_routing
 from optimum_dern.core.statistics import measure_experts
-from optimum_dern.engine import walks
-from optimum_dern.engine.layers import held_out_tokens
-from optimum_dern.engine.stream import HiddenStream
+from optimum_dern.engine.walk import walks
+from optimum_dern.engine.walk.decoder import held_out_tokens
+from optimum_dern.engine.walk.stream import HiddenStream
 from optimum_dern.models.structure import find_decoder_layers, find_moe_layers
 from optimum_dern.models.view import layer_activation, read_layer
 
@@ -180,9 +180,9 @@ def captured(monkeypatch):
     seen = {}
     compress_layer_ = walks.compress_layer_
 
-    def capture(data, *args):
-        seen[data.layer.name] = data.routing
-        return compress_layer_(data, *args)
+    def capture(measured, *args):
+        seen[measured.layer.name] = measured.routing
+        return compress_layer_(measured, *args)
 
     monkeypatch.setattr(walks, "compress_layer_", capture)
     return seen

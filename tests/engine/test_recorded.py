@@ -14,7 +14,7 @@ from optimum_dern import CompressionReport, DernCompressor
 from optimum_dern.checkpoint.manifest import Manifest
 from optimum_dern.checkpoint.reader import CheckpointReader
 from optimum_dern.checkpoint.recorded import STATISTICS_NAME, RecordedStatistics
-from optimum_dern.engine import layers as engine
+from optimum_dern.engine.walk import decoder as engine
 
 
 DATA = random_tokens(12)

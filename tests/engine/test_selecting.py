@@ -10,7 +10,7 @@ from tiny import EXPERTS, FIRST_MOE, compress, make_model, random_tokens, same_s
 from optimum_dern import DernCompressor, DernConfig
 from optimum_dern.checkpoint.manifest import Manifest
 from optimum_dern.core.criteria import CRITERIA
-from optimum_dern.engine.selecting import selection_needs
+from optimum_dern.engine.requests import selection_needs
 from optimum_dern.models.structure import find_moe_layers
 
 

@@ -7,6 +7,7 @@ import hashlib
 import families
 import pytest
 import torch
+from layers_aside import LayersAside
 from tiny import EXPERTS, make_model, random_tokens, same_state, state_of
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
@@ -17,11 +18,11 @@ from optimum_dern.checkpoint.manifest import Manifest
 from optimum_dern.checkpoint.reader import CheckpointReader
 from optimum_dern.checkpoint.recorded import STATISTICS_NAME
 from optimum_dern.checkpoint.shards import ShardWriter
-from optimum_dern.engine import compression
-from optimum_dern.engine.layers import compress_layers_
-from optimum_dern.engine.memory import plan_memory
-from optimum_dern.engine.stream import HiddenStream
-from optimum_dern.engine.targets import LayersAside, Target
+from optimum_dern.engine.cost.memory import plan_memory
+from optimum_dern.engine.layer import compression
+from optimum_dern.engine.walk.decoder import compress_layers_
+from optimum_dern.engine.walk.recipe import Recipe
+from optimum_dern.engine.walk.stream import HiddenStream
 from optimum_dern.models.skeleton import build_skeleton
 from optimum_dern.models.structure import find_moe_layers
 
@@ -257,19 +258,19 @@ def test_in_memory():
     model = make_model("deepseek_v3")
     layers, before, config = find_moe_layers(model), state_of(model), model.config.to_dict()
     parameters = list(map(id, model.parameters()))
-    targets = [Target(config, config.num_experts, LayersAside(model, layers)) for config in configs]
-    reports = compress_layers_(model, layers, load_batches(data, None, batch_size=4), targets)
+    recipes = [Recipe(config, config.num_experts, LayersAside(model, layers)) for config in configs]
+    reports = compress_layers_(model, layers, load_batches(data, None, batch_size=4), recipes)
     assert same_state(state_of(model), before) and model.config.to_dict() == config
     assert list(map(id, model.parameters())) == parameters
     assert [layer.num_experts for layer in find_moe_layers(model)] == [EXPERTS, EXPERTS]
-    for target, layer_reports in zip(targets, reports, strict=True):
+    for recipe, layer_reports in zip(recipes, reports, strict=True):
         result = copy.deepcopy(model)
-        target.sink.write_(result, find_moe_layers(result))
+        recipe.sink.write_(result, find_moe_layers(result))
         alone = make_model("deepseek_v3")
-        compressor = DernCompressor(target.config)
+        compressor = DernCompressor(recipe.config)
         compressor.compress_model(alone)
         assert same_state(state_of(result), state_of(alone))
-        assert result.config.n_routed_experts == target.num_experts
+        assert result.config.n_routed_experts == recipe.num_experts
         assert [report.errors for report in layer_reports] == [report.errors for report in compressor.report.layers]
         with torch.no_grad():
             logits = [m(data[0]["input_ids"][None]).logits for m in (result, alone)]
@@ -283,8 +284,8 @@ def test_layers_that_leave_something_for_later_ones():
     configs = [DernConfig(**common, selection="man", calibration_order=order) for order in ("oneshot", "sequential")]
     model = families.make_model("gemma4_text")
     layers = find_moe_layers(model)
-    targets = [Target(config, 4, LayersAside(model, layers)) for config in configs]
-    reports = compress_layers_(model, layers, load_batches(data, None, batch_size=3), targets)
+    recipes = [Recipe(config, 4, LayersAside(model, layers)) for config in configs]
+    reports = compress_layers_(model, layers, load_batches(data, None, batch_size=3), recipes)
     for config, found in zip(configs, reports, strict=True):
         compressor = DernCompressor(config)
         compressor.compress_model(families.make_model("gemma4_text"))
@@ -296,17 +297,17 @@ def test_one_result_aside():
     data, model = random_tokens(8), make_model("mixtral")
     layers, before = find_moe_layers(model), state_of(model)
     config = DernConfig(dataset=data, num_experts=4, preset="paper")
-    target = Target(config, 4, LayersAside(model, layers))
-    compress_layers_(model, layers, load_batches(data, None, batch_size=4), [target])
+    recipe = Recipe(config, 4, LayersAside(model, layers))
+    compress_layers_(model, layers, load_batches(data, None, batch_size=4), [recipe])
     assert same_state(state_of(model), before)
-    target.sink.write_(model, layers)
+    recipe.sink.write_(model, layers)
     assert model.config.num_local_experts == 4 and not same_state(state_of(model), before)
 
 
 @pytest.mark.parametrize(("counts", "kept"), [([4], False), ([6, 4], True)])
 def test_who_keeps_the_original_layer(counts, kept, sources, tmp_path, monkeypatch):
     """A single result gives the original experts' memory back before the refits; several leave them to one another."""
-    storages, found, release, choose = [], [], compression.release_experts_, compression.choose_candidate
+    storages, found, release, choose = [], [], compression.release_experts_, compression.choose_variant
 
     def releasing(layer):
         storages.append(StorageWeakRef(layer.experts.down_proj.untyped_storage()))
@@ -317,6 +318,6 @@ def test_who_keeps_the_original_layer(counts, kept, sources, tmp_path, monkeypat
         return choose(*args)
 
     monkeypatch.setattr(compression, "release_experts_", releasing)
-    monkeypatch.setattr(compression, "choose_candidate", choosing)
+    monkeypatch.setattr(compression, "choose_variant", choosing)
     DernCompressor(**PRUNE).compress_checkpoint(sources("mixtral"), tmp_path, num_experts=counts)
     assert found == [kept] * 2 * len(counts)

@@ -12,7 +12,6 @@ from samples import activation, assert_near, assert_unchanged, copies, make_rout
 from optimum_dern import DernConfig
 from optimum_dern.core.criteria import CRITERIA
 from optimum_dern.core.grouping import cluster_by_cosine
-from optimum_dern.core.merging import RIDGE
 from optimum_dern.core.mixture import routed_output
 from optimum_dern.core.selection import select_experts
 from optimum_dern.methods import LayerProblem, get_method
@@ -53,7 +52,7 @@ def reference(method, layer, problem):
         return slow.m_smoe(plain, retained, frequency)
     if method == "hc_smoe":
         return slow.hc_smoe(plain, KEPT, frequency, scores)
-    return slow.mergemoe(plain, retained, frequency, layer.segments, hidden, RIDGE)
+    return slow.mergemoe(plain, retained, frequency, layer.segments, hidden, 1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

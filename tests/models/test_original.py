@@ -5,14 +5,14 @@ import torch
 from families import make_model as make_family
 from tiny import compress, make_model, state_of
 
-from optimum_dern.engine import compression
+from optimum_dern.engine.layer import compression
 from optimum_dern.models.original import original_kept
 from optimum_dern.models.structure import find_moe_layers
 
 
 def interrupt_the_second(monkeypatch):
     """The user stops the compression of the second layer."""
-    choose, calls = compression.choose_candidate, []
+    choose, calls = compression.choose_variant, []
 
     def stop(*args):
         calls.append(args)
@@ -20,7 +20,7 @@ def interrupt_the_second(monkeypatch):
             raise KeyboardInterrupt
         return choose(*args)
 
-    monkeypatch.setattr(compression, "choose_candidate", stop)
+    monkeypatch.setattr(compression, "choose_variant", stop)
 
 
 @pytest.mark.parametrize("make", [lambda: make_model("mixtral"), lambda: make_family("gpt_oss")])

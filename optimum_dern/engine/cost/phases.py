@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ...config import DernConfig
 from ...core.cost import Cost, LayerShape, experts_operations, held_by_chunk
 from ...core.criteria import CRITERIA
+from ...core.similarity_map import similarity_map_cost
 from ...core.statistics import measure_experts_cost
 from ...core.workspace import MAX_ELEMENTS
 from ...methods import get_method
@@ -84,7 +85,7 @@ class Standing:
         self.tokens = 2 * self.received + self.output + shape.itemsize * shape.tokens * shape.outputs * residual
         self.original = shape.experts * shape.expert * shape.itemsize
         self.candidate = shape.retained * shape.expert * shape.itemsize
-        self.fits = shape.retained * shape.down * (shape.itemsize + shape.number)  # scaled, and refitted
+        self.refitted = shape.retained * shape.down * shape.number  # down projections of a fit
         self.candidates, self.sets = self.method.candidates(config) if config.guard else (1, 1)
 
 
@@ -98,39 +99,40 @@ def _original_phases(standing: Standing) -> Iterator[Phase]:
         standing.tokens += standing.output
     criterion = CRITERIA[config.selection].cost(shape)
     yield Phase("select", standing.tokens + criterion.held, 0, criterion.operations)
-    proposed = standing.method.cost(shape, config)
-    made = (standing.method.candidates(config)[0] - 1) * standing.candidate + max(standing.candidate, proposed.experts)
-    yield Phase("propose", standing.tokens + proposed.held, made, proposed.operations)
+    for cost in standing.method.costs(shape, config):
+        yield Phase("propose", standing.tokens + cost.held, cost.experts, cost.operations)
+    proposed = standing.method.candidates(config)[0] * standing.candidate
+    likeness = similarity_map_cost(shape)
+    yield Phase("map", standing.tokens + likeness.held, proposed, likeness.operations)
 
 
 def _fitting_phases(standing: Standing, gone: int) -> Iterator[Phase]:
     """From the moment when the original experts are gone, if nobody else needs them."""
-    shape, config, sets = standing.shape, standing.config, standing.sets
-    kept, tokens = standing.candidates * standing.candidate - gone, standing.tokens
-    judged = (
-        Cost(standing.output + held_by_chunk(shape), 0, experts_operations(shape) / 10) if config.guard else Cost()
-    )
-    yield Phase(
-        "judge", tokens + sets * standing.received + judged.held, kept, standing.candidates * judged.operations
-    )
+    shape, config, sets, tokens = standing.shape, standing.config, standing.sets, standing.tokens
+    kept, judged = standing.candidates * standing.candidate - gone, _judged(standing)
+    operations = standing.candidates * judged.operations
+    yield Phase("judge", tokens + sets * standing.received + judged.held, kept, operations)
     if config.refit:
         sample = shape.fitted(sampled_tokens(config, shape.retained * shape.width, shape.top_k, shape.tokens))
         tokens += sample.tokens * (shape.itemsize * shape.inputs + shape.number * shape.outputs)  # what a fit sees
-        first = first_refit(config).cost(sample)
-        first = Scale().cost(sample).then(first) if config.guard else first
-        operations = standing.candidates * (first.operations + 2 * judged.operations)
-        held, made = tokens + sets * standing.received + first.held, kept + sets * standing.fits
-        yield Phase("refit", held, made, operations)
+        scaled = Scale().costs(sample) if config.guard else []
+        for cost in [*scaled, *first_refit(config).costs(sample)]:
+            beside = kept + (sets - 1) * standing.refitted + sum(other.experts for other in scaled)
+            operations = standing.candidates * (cost.operations + judged.operations)
+            yield Phase("refit", tokens + sets * standing.received + cost.held, beside + cost.experts, operations)
+        finalists = sets * (standing.candidate + standing.refitted) - gone
         for step in further_steps(config):
-            cost = step.cost(sample if step.sampled else shape.fitted(shape.tokens))
-            held = tokens + (sets + 1) * standing.received + cost.held
-            made = sets * (standing.candidate + standing.fits) - gone + cost.experts
-            yield Phase(type(step).__name__, held, made, sets * (cost.operations + judged.operations))
-    written = standing.candidate + standing.fits * bool(config.refit) + standing.candidate - gone
+            for cost in step.costs(sample if step.sampled else shape.fitted(shape.tokens)):
+                held = tokens + (sets + 1) * standing.received + cost.held
+                operations = sets * (cost.operations + judged.operations)
+                yield Phase(type(step).__name__, held, finalists + cost.experts, operations)
+    written = 2 * standing.candidate + standing.refitted * bool(config.refit) - gone
     yield Phase("write", standing.tokens + standing.received, written, 0.0)
 
 
 def _judged(standing: Standing) -> Cost:
-    """What judging one variant takes, on a tenth of the tokens."""
+    """What judging one variant takes, on a tenth of the tokens; nothing where there is no guard."""
     shape = standing.shape
+    if not standing.config.guard:
+        return Cost()
     return Cost(standing.output + held_by_chunk(shape), 0, experts_operations(shape) / 10)

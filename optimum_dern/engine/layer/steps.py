@@ -47,8 +47,8 @@ class Step(Protocol):
     def __call__(self, variant: Variant, objective: Objective) -> Variant:
         """The variant after the step; `UnknownRouter` where it cannot be taken."""
 
-    def cost(self, shape: LayerShape) -> Cost:
-        """What the step holds beside the candidates and the tokens, and what it computes."""
+    def costs(self, shape: LayerShape) -> list[Cost]:
+        """What its parts take, in turn, beside the candidates and the tokens."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Scale:
         candidate = replace(variant.candidate, segments=segments)
         return replace(variant, candidate=candidate, anchor=segments, steps=("scale",))
 
-    def cost(self, shape: LayerShape) -> Cost:
-        return fit_scales_cost(shape)
+    def costs(self, shape: LayerShape) -> list[Cost]:
+        return [fit_scales_cost(shape)]
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class DownRefit:
         segments = refit_down(variant.anchor, *data, variant.ridge, self.sweeps, start, reduce)
         return variant.after(segments=segments)
 
-    def cost(self, shape: LayerShape) -> Cost:
-        return refit_down_cost(shape, self.sweeps)
+    def costs(self, shape: LayerShape) -> list[Cost]:
+        return [refit_down_cost(shape, self.sweeps)]
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class OtherRidge:
     def __call__(self, variant: Variant, objective: Objective) -> Variant:
         return DownRefit()(replace(variant, ridge=self.ridge), objective) if variant.steps else variant
 
-    def cost(self, shape: LayerShape) -> Cost:
-        return refit_down_cost(shape, sweeps=1)
+    def costs(self, shape: LayerShape) -> list[Cost]:
+        return [refit_down_cost(shape, sweeps=1)]
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ class RouterRefit:
         moved = DownRefit()(moved, objective)
         return moved.after("router", segments=moved.candidate.segments)
 
-    def cost(self, shape: LayerShape) -> Cost:
-        return refit_router_cost(shape).then(refit_down_cost(shape, sweeps=1))
+    def costs(self, shape: LayerShape) -> list[Cost]:
+        return [refit_router_cost(shape), refit_down_cost(shape, sweeps=1)]
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ class NeuronRefit:
         segments = refit_neurons(segments, *data, order=order, reduce=objective.reduce, seed=self.seed)
         return replace(variant.after("neurons", segments=segments), anchor=segments)
 
-    def cost(self, shape: LayerShape) -> Cost:
-        return refit_neurons_cost(shape)
+    def costs(self, shape: LayerShape) -> list[Cost]:
+        return [refit_neurons_cost(shape)]
 
 
 def first_refit(config: DernConfig) -> DownRefit:

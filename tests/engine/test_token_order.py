@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optimum_dern.engine.distributed import Processes
-from optimum_dern.engine.positions import enough_tokens, evenly_spaced, token_positions
+from optimum_dern.engine.layer.token_order import enough_tokens, evenly_spaced, token_order
 
 
 class Pretended(Processes):
@@ -26,12 +26,12 @@ def test_positions_are_those_of_one_process(count):
     for rank in range(count):
         processes = Pretended(rank, count) if count > 1 else Processes()
         Pretended.lengths = [int(mask.sum()) for mask in masks]
-        assert torch.equal(token_positions(processes.share(masks), processes), torch.cat(numbers[rank::count]))
+        assert torch.equal(token_order(processes.share(masks), processes), torch.cat(numbers[rank::count]))
 
 
 def test_no_tokens():
     """Where nothing is observed there is nothing to number."""
-    assert token_positions(()).tolist() == []
+    assert token_order(()).tolist() == []
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

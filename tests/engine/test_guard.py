@@ -7,7 +7,7 @@ import torch
 from families import make_model as make_family
 from tiny import EXPERTS, FAMILIES, FIRST_MOE, compress, make_model, random_tokens, same_state, state_of
 
-from optimum_dern.engine import choice
+from optimum_dern.engine.layer import steps
 from optimum_dern.models.structure import find_moe_layers
 
 
@@ -161,11 +161,11 @@ def test_scales_are_taken_where_the_router_does_not_renormalise(monkeypatch):
     """Slicing a softmax over all experts makes their weights grow: the factors take that back, and lower the error."""
     found = []
 
-    def spy(*args, fit=choice.fit_scales):
+    def spy(*args, fit=steps.fit_scales):
         found.append(fit(*args))
         return found[-1]
 
-    monkeypatch.setattr(choice, "fit_scales", spy)
+    monkeypatch.setattr(steps, "fit_scales", spy)
     model = make_model("olmoe", norm_topk_prob=False)
     fields = {"method": "prune", "router_refit": False, "neuron_refit": False}
     layers = compress(model, dataset=random_tokens(60), **fields).report.layers
@@ -178,19 +178,19 @@ def test_the_ridge_is_chosen_on_held_out_tokens(monkeypatch):
     """Left open, three ridges are tried and the best is written; given, it is the only one."""
     used = []
 
-    def spy(segments, routing, target, activation, ridge, *args, fit=choice.refit_down):
+    def spy(segments, routing, target, activation, ridge, *args, fit=steps.refit_down):
         used.append(ridge)
         return fit(segments, routing, target, activation, ridge, *args)
 
-    monkeypatch.setattr(choice, "refit_down", spy)
+    monkeypatch.setattr(steps, "refit_down", spy)
     fields = {"method": "prune", "router_refit": False, "neuron_refit": False, "dataset": random_tokens(40)}
     errors = {}
-    for ridge in (None, *choice.RIDGES, choice.RIDGE):
+    for ridge in (None, *steps.RIDGES, steps.RIDGE):
         used.clear()
         report = compress(make_model("mixtral"), refit_ridge=ridge, **fields).report
         errors[ridge] = report.layers[0].errors["pruned+refit"]
-        assert set(used) == ({*choice.RIDGES, choice.RIDGE} if ridge is None else {ridge})
-    assert errors[None] <= errors[choice.RIDGE]
+        assert set(used) == ({*steps.RIDGES, steps.RIDGE} if ridge is None else {ridge})
+    assert errors[None] <= errors[steps.RIDGE]
 
 
 def test_the_guard_chooses_between_sets_of_experts():
@@ -244,7 +244,7 @@ def test_held_out_tokens_are_not_fitted(monkeypatch, guard):
         fitted.append((routing.hidden, target))
         return fit(segments, routing, target, *args)
 
-    monkeypatch.setattr(choice, "refit_down", partial(spy, fit=choice.refit_down))
+    monkeypatch.setattr(steps, "refit_down", partial(spy, fit=steps.refit_down))
     rows = random_tokens(7)
     model, seen = make_model("mixtral"), []
     handle = model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -24,7 +24,7 @@ def test_more_work_takes_longer():
 
     assert seconds(method="prune", refit=False) < seconds(method="prune", neuron_refit=False) < seconds()
     assert seconds(tokens=2 * TOKENS, method="prune", refit=False) == pytest.approx(
-        2 * seconds(method="prune", refit=False)
+        2 * seconds(method="prune", refit=False), rel=0.02
     )
 
 

@@ -4,8 +4,6 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO ?= build/demo
 TEXT = examples/tiny_moe/text
-# Contended threads cost a factor of ten on small machines: as many as there are cores, and no more.
-export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export HF_HUB_OFFLINE ?= 1
 
 # A test process for every core, one thread each; files in the order of tests/conftest.py.

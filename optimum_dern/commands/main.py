@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from .. import versions
 from ..errors import describe_error, is_deliberate
+from ..machine.threads import choose_threads
 from . import compare, compress, evaluate, inspect, report
 
 
@@ -53,6 +54,8 @@ def run_safely(run: Callable[[argparse.Namespace], None], args: argparse.Namespa
 
     What refuses the user's input or data is told as it is, anything else with its type and how to see more.
     """
+    if "torch" not in sys.modules:  # else its threads are there
+        choose_threads()
     try:
         run(args)
     except KeyboardInterrupt:

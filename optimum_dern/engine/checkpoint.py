@@ -22,6 +22,7 @@ from ..checkpoint.recorded import StatisticsWriter, publish_statistics
 from ..checkpoint.shards import OutputTensor, ShardWriter, plan_shards
 from ..checkpoint.sidecars import copy_companions
 from ..config import DernConfig
+from ..machine.threads import same_threads
 from ..models.size import measure_model, predict_size
 from ..models.structure import layers_by_position
 from ..models.view import write_counts_
@@ -70,7 +71,7 @@ def compress_checkpoint(task: CheckpointTask) -> list[CompressionReport]:
         results = _open_results(task, names, work)
         unfinished = [result for result in results if result.manifest.report is None]
         if unfinished:
-            with open_workspace(task.memory, work) as workspace:
+            with same_threads(work / "threads"), open_workspace(task.memory, work) as workspace:
                 layers = [replace(layer, workspace=workspace) for layer in task.layers]
                 _compress(replace(task, layers=layers), names, work, unfinished)
         reports = [

@@ -4,6 +4,7 @@ Kept apart from transformers, so that the command line can list and check the op
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
@@ -48,7 +49,7 @@ PROTECTION = (
 KINDS = {
     bool: (bool, "True or False"),
     int: (Integral, "a whole number"),
-    float: (Real, "a number"),
+    float: (Real, "a finite number"),
     str: (str, "a name"),
 }
 COUNTS = (
@@ -199,7 +200,8 @@ class DernOptions:
             return
         accepted, words = KINDS[kind]
         holds, range_words = RANGES.get(option.name, (lambda value: True, ""))
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, accepted) or not holds(value):
+        of_kind = isinstance(value, bool) == (kind is bool) and isinstance(value, accepted) and _is_finite(value)
+        if not of_kind or not holds(value):
             raise ValueError(f"{option.name}={value!r}, but it must be {words} {range_words}".rstrip())
         setattr(self, option.name, kind(value))
 
@@ -228,9 +230,10 @@ class DernOptions:
             weights = tuple(float(weight) for weight in self.similarity_weights)
         except (TypeError, ValueError):  # no numbers, or nothing that has several
             weights = ()
-        if len(weights) != 3 or min(weights) < 0 or not sum(weights) > 0:
+        if len(weights) != 3 or not all(map(_is_finite, weights)) or min(weights) < 0 or not sum(weights) > 0:
             raise ValueError(
-                f"similarity_weights={self.similarity_weights!r}, but it must be three weights >= 0 (gate, up, down)"
+                f"similarity_weights={self.similarity_weights!r}, but it must be three finite weights >= 0 (gate, up, "
+                "down), not all zero"
             )
         self.similarity_weights = weights
 
@@ -266,6 +269,14 @@ def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
         if name in RETIRED and value != RETIRED[name]:
             raise ValueError(f"{name}={value!r} is no longer supported; leave it out, which means {RETIRED[name]!r}")
     return {name: value for name, value in values.items() if name not in RETIRED}
+
+
+def _is_finite(value: Real) -> bool:
+    """Whether a number is neither NaN nor infinite, nor too large for a float."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _normalised_protection(protect: Any) -> dict[int, list[int]]:

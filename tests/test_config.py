@@ -127,25 +127,25 @@ def test_what_would_have_no_effect_is_off(fields, off):
         ({"sequence_length": 1.5}, "sequence_length=1.5"),
         ({"batch_size": "8"}, "batch_size='8'"),
         ({"experts_multiple_of": 0}, "experts_multiple_of=0"),
-        ({"similarity_weights": (1.0, 1.0)}, "three weights"),
-        ({"similarity_weights": (0.0, 0.0, 0.0)}, "three weights"),
-        ({"similarity_weights": (1.0, -1.0, 1.0)}, "three weights"),
-        ({"similarity_threshold": "high"}, "must be a number"),
-        ({"sparsity": "half"}, "sparsity='half', but it must be a number of at least 0"),
+        ({"similarity_weights": (1.0, 1.0)}, "three finite weights"),
+        ({"similarity_weights": (0.0, 0.0, 0.0)}, "three finite weights"),
+        ({"similarity_weights": (1.0, -1.0, 1.0)}, "three finite weights"),
+        ({"similarity_threshold": "high"}, "must be a finite number"),
+        ({"sparsity": "half"}, "sparsity='half', but it must be a finite number of at least 0"),
         ({"seed": None}, "seed=None, but it must be a whole number from 0"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**64}, "from 0 to 2[*][*]32 - 1"),
         ({"num_samples": None}, "num_samples=None"),
-        ({"drift_correction": True}, "drift_correction=True, but it must be a number from 0 to 1"),
+        ({"drift_correction": True}, "drift_correction=True, but it must be a finite number from 0 to 1"),
         ({"dataset": {"train": ["one"], "test": ["two"]}}, r"'train', 'test'.*dataset\['train'\]"),
         ({"protect_experts": [0, 1]}, "must map decoder layers"),
         ({"protect_experts": {"first": [0]}}, "must map decoder layers"),
         ({"protect_experts": {0: 1}}, "must map decoder layers"),
         ({"protect_experts": {0: [None]}}, "must map decoder layers"),
-        ({"similarity_weights": 1}, "three weights"),
-        ({"similarity_weights": ("high", 1, 1)}, "three weights"),
-        ({"similarity_weights": (None, 1, 1)}, "three weights"),
+        ({"similarity_weights": 1}, "three finite weights"),
+        ({"similarity_weights": ("high", 1, 1)}, "three finite weights"),
+        ({"similarity_weights": (None, 1, 1)}, "three finite weights"),
         ({"method": ["dern"]}, r"method=\['dern'\], but it must be a name"),
         ({"selection": 3}, "selection=3, but it must be a name"),
         ({"text_column": None}, "text_column=None, but it must be a name"),
@@ -189,6 +189,33 @@ def test_methods_of_others_may_read_any_option():
 def test_sweeps_that_are_made(fields):
     """Without the guard or the neurons' refit, the number of sweeps counts."""
     assert DernConfig(refit_sweeps=5, **fields).refit_sweeps == 5
+
+
+KINDS = (int, int | None, float, float | None)
+NUMBERS = [field.name for field in dataclasses.fields(DernConfig) if field.type in KINDS]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), numpy.float32("nan")])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_finite(name, value):
+    """NaN compares with nothing and infinity is no setting: both are refused in every field that holds a number."""
+    assert len(NUMBERS) > 10
+    with pytest.raises(ValueError, match=f"{name}=.*, but it must be a"):
+        DernConfig(**{name: value})
+
+
+def test_a_number_beyond_all_floats():
+    """A whole number may be too large to be one."""
+    with pytest.raises(ValueError, match="must be a finite number"):
+        DernConfig(similarity_threshold=10**400)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_are_finite(value):
+    """In a field that holds several numbers, too."""
+    for weights in ((value, 1.0, 1.0), (1.0, 1.0, value)):
+        with pytest.raises(ValueError, match="three finite weights"):
+            DernConfig(similarity_weights=weights)
 
 
 FLAGS = [field.name for field in dataclasses.fields(DernConfig) if field.type in (bool, bool | None)]

@@ -12,6 +12,7 @@ What a source of a folder or a mix has too little of comes from the others.
 Samples are drawn with a local generator; no global random state changes.
 """
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -143,8 +144,9 @@ def read_mapping(data: Mapping) -> list[Mapping] | dict[str, float]:
 
 
 def _mix(weights: dict[str, float], tokenizer: Any, num_samples: int, length: int, seed: int, column: str) -> list:
-    if not weights or min(weights.values()) < 0 or not sum(weights.values()) > 0:
-        raise ValueError(f"a calibration mix needs sources with weights >= 0, not all zero; got {weights}")
+    found = weights.values()
+    if not weights or not all(map(math.isfinite, found)) or min(found) < 0 or not sum(found) > 0:
+        raise ValueError(f"a calibration mix needs sources with finite weights >= 0, not all zero; got {weights}")
     shares, short = _shares(weights, num_samples), {}
     parts: dict[str, list] = dict.fromkeys(weights, [])
     while changed := {name: share for name, share in shares.items() if share > len(parts[name]) and name not in short}:

@@ -145,7 +145,7 @@ def parse_bytes(size: int | str) -> int:
     factors |= {f"{prefix}I": 2 ** (10 * i) for i, prefix in enumerate("KMGT", 1)}
     try:
         value = int(float(number) * factors[unit])
-    except (KeyError, ValueError):
+    except (KeyError, OverflowError, ValueError):
         raise ValueError(f'{size!r} is not a size; give bytes, or a text such as "5GB" or "8GiB"') from None
     if value < 1:
         raise ValueError(f"{size!r} is not a size; it must be at least one byte")

@@ -6,6 +6,7 @@ with the original's logits z_t and the compressed model's z'_t.  Dropping expert
 of them; its rows are less than a thousandth of the parameters, so a few hundred steps on any text suffice.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -83,8 +84,8 @@ def make_teacher(source: nn.Module | LogitsCache, temperature: float) -> Teacher
     Raises:
         ValueError: a temperature that is not positive, or, of a cache, not 1.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature!r}, but it must be above 0; the paper's is 1")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature!r}, but it must be finite and above 0; the paper's is 1")
     if not isinstance(source, LogitsCache):
         return ModelTeacher(source, temperature)
     if temperature != 1:

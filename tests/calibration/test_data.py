@@ -226,6 +226,8 @@ def test_padding_without_a_padding_token():
         (DatasetDict(train=Dataset.from_dict({"text": TEXTS})), ValueError, r"DatasetDict of 'train'.*\['train'\]"),
         ({"text": TEXTS}, ValueError, r"dataset\['text'\]"),
         ({"a.txt": -1, "b.txt": 2}, ValueError, ">= 0"),
+        ({"a.txt": float("nan"), "b.txt": 2}, ValueError, "finite weights"),
+        ({"a.txt": float("inf"), "b.txt": 2}, ValueError, "finite weights"),
     ],
 )
 def test_unusable_data(dataset, error, match):

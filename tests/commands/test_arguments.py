@@ -6,7 +6,9 @@ import json
 import pytest
 
 from optimum_dern import DernConfig
+from optimum_dern.checkpoint.shards import parse_bytes
 from optimum_dern.commands.arguments import add_config_arguments, check_model_name, config_from_arguments
+from optimum_dern.commands.main import COMMANDS
 
 
 def parse(*arguments):
@@ -47,6 +49,36 @@ def test_no_option_is_the_default():
 def test_fields(arguments, fields):
     """Each option sets the field of its name."""
     assert parse(*arguments.split()) == DernConfig(**fields)
+
+
+def numeric_options():
+    """Every option of every command that takes numbers, and how many of them."""
+    for name, module in COMMANDS.items():
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        for action in parser._actions:
+            if callable(action.type) and action.metavar in ("N", "X", ("GATE", "UP", "DOWN")):
+                yield pytest.param(module, action, id=f"{name}{action.option_strings[0]}")
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
+@pytest.mark.parametrize(("module", "action"), numeric_options())
+def test_numbers_are_finite(module, action, text):
+    """NaN and infinities are refused, by the parser or by the config."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    module.add_arguments(parser)
+    count = action.nargs if isinstance(action.nargs, int) else 1
+    given = [f"{action.option_strings[0]}={text}"] if count == 1 else [action.option_strings[0], "1", "1", text]
+    names = ["model", "output"][: sum(not a.option_strings for a in parser._actions)]
+    with pytest.raises((argparse.ArgumentError, ValueError, SystemExit)):
+        config_from_arguments(parser.parse_args([*names, *given]))
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "-inf", "infGiB", "1e999"])
+def test_sizes_are_finite(size):
+    """Those of --max-memory and --max-shard-size."""
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_bytes(size)
 
 
 @pytest.mark.parametrize("fields", [{"guard": 1}, {"neuron_refit": "no"}, {"seed": None}, {"seed": 1.5}])

@@ -149,8 +149,9 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="no router to train"):
         make_trainer(dense, dense, tmp_path)
     model = make_model("mixtral")
-    with pytest.raises(ValueError, match="temperature"):
-        make_trainer(model, model, tmp_path, temperature=0)
+    for temperature in (0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature"):
+            make_trainer(model, model, tmp_path, temperature=temperature)
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ class DernCompressor:
             done; `model.save_pretrained` and `model.push_to_hub` publish it as this compressor would.
 
         Raises:
-            ValueError: a model, device, count or dataset that cannot work.
+            ValueError: a model, device, count or dataset that cannot work, or a model with adapters.
             TypeError: a path or Hub id instead of a model.
         """
         if isinstance(model, str | Path):
@@ -221,8 +221,10 @@ class DernCompressor:
             ValueError: what was found, what is allowed, and the mend.
         """
         from .engine.requests import check_data, check_request
+        from .models.adapters import check_no_adapter
         from .models.structure import find_moe_layers
 
+        check_no_adapter(model, "compressed")
         count = check_request(self.config, model, find_moe_layers(model) if layers is None else layers)
         check_data(self.config)
         return count
@@ -237,7 +239,8 @@ class DernCompressor:
             max_shard_size: of one safetensors file.
 
         Raises:
-            ValueError: nothing has been compressed by this compressor yet, another model, or the source's own folder.
+            ValueError: nothing has been compressed by this compressor yet, another model, one with adapters that are
+                not merged, or the source's own folder.
         """
         from .checkpoint.writer import save_checkpoint
 
@@ -279,8 +282,10 @@ class DernCompressor:
             HubPushError: the Hub refused; the message names the folder that holds the checkpoint.
         """
         from .checkpoint.hub import push_checkpoint
+        from .models.adapters import check_no_adapter
 
         self._require_report()
+        check_no_adapter(model, "published")  # before a repository is made
         return push_checkpoint(
             lambda path: self.save(model, path, tokenizer, max_shard_size),
             repo_id,

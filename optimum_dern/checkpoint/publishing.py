@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+from ..models.adapters import check_no_adapter, has_adapter
 from ..reporting.presentation import write_presentation
 from ..reporting.report import CompressionReport
 from ..text_files import replace_json
@@ -63,10 +64,15 @@ def save_pretrained(
         state_dict: to save instead of the model's own.
         push_to_hub: push to `repo_id` (by default named as the folder) too, with the arguments of `push_to_hub`.
         **kwargs: of the class's own method.
+
+    Raises:
+        ValueError: peft has put layers into the model, whose tensors a plain model does not load.
     """
+    if not getattr(self, "_hf_peft_config_loaded", False):  # else transformers saves the adapters alone
+        check_no_adapter(self, "saved")
     hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs} if push_to_hub else {}
     type(self).save_pretrained(self, save_directory, is_main_process, state_dict, **kwargs)
-    if is_main_process:
+    if is_main_process and not has_adapter(self):
         write_sidecars(self, Path(save_directory), self.dern_report, self.dern_source_config)
     if push_to_hub:
         self.push_to_hub(hub.pop("repo_id", Path(save_directory).resolve().name), **hub)
@@ -82,8 +88,13 @@ def push_to_hub(self, repo_id: str, *, max_shard_size: str | int = "5GB", **opti
 
     Returns:
         URL of the commit.
+
+    Raises:
+        ValueError: the model has adapters.
     """
     from .hub import push_checkpoint
+
+    check_no_adapter(self, "published")
 
     def save(folder: Path) -> None:
         self.save_pretrained(folder, max_shard_size=max_shard_size)

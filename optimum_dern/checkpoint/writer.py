@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..models.adapters import check_no_adapter
 from ..models.structure import find_moe_layers
 from ..reporting.report import CompressionReport
 from .publishing import write_sidecars
@@ -35,8 +36,10 @@ def save_checkpoint(
         max_shard_size: of one safetensors file.
 
     Raises:
-        ValueError: the folder that the model was loaded from, or a model that the report is not about.
+        ValueError: the folder that the model was loaded from, a model that the report is not about, or one with
+            adapters.
     """
+    check_no_adapter(model, "saved")
     _check_output(output, report)
     _check_model(model, report)
     output.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from . import WORK_NAME
 from .completeness import check_complete
 from .conversion import NameMap
 from .dequantise import DequantisingReader, open_reader
+from .foreign import check_no_foreign
 from .manifest import only_process
 from .precision import loading_dtype
 from .quantisation import check_quantisation
@@ -132,14 +133,15 @@ def open_checkpoint(model: str | Path, **options: Any) -> tuple[Reader, Any, str
     return source.open_weights(), source.skeleton, source.commit
 
 
-def prepare_output(source: Path, output: Path, restart: bool, overwrite: bool) -> Path:
+def prepare_output(source: Path, output: Path, restart: bool, overwrite: bool, names: Sequence[str] = (".",)) -> Path:
     """Check an output folder, and discard an unfinished run in it if asked to.
 
     Args:
         source: folder of the checkpoint that is to be compressed.
         output: folder, which need not exist.
         restart: discard an unfinished run.
-        overwrite: allow other files in it.
+        overwrite: allow other files in it, but none that would decide what the result loads as.
+        names: of the results' folders in it.
 
     Returns:
         The folder.
@@ -158,4 +160,5 @@ def prepare_output(source: Path, output: Path, restart: bool, overwrite: bool) -
             shutil.rmtree(work)
     if output.is_dir() and any(output.iterdir()) and not (overwrite or work.is_dir()):
         raise ValueError(f"{output} is not empty; choose another folder, or allow to overwrite it")
+    check_no_foreign(output / name for name in names)
     return output

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .sidecars import FOLDERS, WEIGHTS
+from .sidecars import FOLDERS
 from .weight_files import entry_names, weight_names
 
 
 __all__ = ["check_checkpoint", "fetch_weights", "remote_dtypes", "resolve_checkpoint"]
 
 PICKLED = (".bin", ".pt", ".pth")
+LARGE = (*PICKLED, ".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".npz", ".pkl", ".distcp", ".ckpt")
 LOGIN = "log in with `hf auth login`, or give token=..."
 
 
@@ -40,7 +41,7 @@ def resolve_checkpoint(
         OSError: the Hub cannot give the files.
     """
     inside = f"{subfolder}/" if subfolder else ""
-    ignored = [*(f"*{kind}" for kind in WEIGHTS), f"{inside}*/*", f"{inside}.*"]
+    ignored = [*(f"*{kind}" for kind in LARGE), f"{inside}*/*", f"{inside}.*"]
     wanted = {"allow_patterns": [f"{inside}*"], "ignore_patterns": ignored}
     folder, commit = _find(model, revision, token, subfolder, **wanted, **download)
     if commit is not None:

@@ -1,29 +1,111 @@
-"""The files beside the weights that a checkpoint brings along: tokenizer, generation config, templates, own code."""
+"""The files beside the weights that a checkpoint brings along: tokenizer, generation config, templates, own code.
+
+What is copied is known to belong; programs act on much of what else lies in people's folders (adapters, other
+quantisations, states of a trainer), and would load something else than the result, or nothing.
+"""
 
 import shutil
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 
-__all__ = ["copy_companions"]
+__all__ = ["FOLDERS", "TOKENIZER", "companions", "copy_companions", "is_companion", "left_out", "remove_stale"]
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".npz")
-OWN = ("config.json", "README.md", "dern_config.json", "dern_report.json", "dern_report.html", "dern_manifest.json")
 FOLDERS = ("additional_chat_templates",)
+# Names in small letters.  What turns text and images into inputs, by any class of transformers, or by code of its own:
+PREPROCESSING = (
+    "*token*.json",
+    "*vocab*.json",
+    "*processor*.json",
+    "*feature_extractor*.json",
+    "tekken*.json",
+    "emoji.json",
+    "chat_template*",
+    "*.jinja",
+    "*.model",
+    "tokenizer.model*",
+    "*.tiktoken",
+    "*.bpe",
+    "*.codes",
+    "*vocab*.txt",
+    "merges.txt",
+)
+GENERATION = "generation_config.json"
+OTHERS = (GENERATION, "*.py", "*.md", "*.txt", "licen[cs]e*", "copying*", "notice*")
+OWN = ("config.json", "readme.md", "dern_*", "assets/", "model*.safetensors", "model*.safetensors.index.json")
+# Of an earlier checkpoint in the same folder; names that are nobody's own.
+TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+STALE = (
+    *TOKENIZER,
+    "tokenizer.model.v*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "tekken.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "additional_chat_templates/*.jinja",
+)
 
 
-def copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path, keep: bool = False, inputs_only: bool = False) -> None:
     """Copy what a checkpoint needs beside its weights and its config.
 
     Args:
-        source: folder of the original; weights, indexes and its card stay behind.
+        source: folder of the original; weights, indexes, its card and what is not known to belong stay behind.
         target: folder.
+        keep: leave files alone that the target has already.
+        inputs_only: what makes inputs, its code included, and nothing else.
     """
-    for file in source.iterdir():
-        is_index = file.name.endswith(".index.json")
-        if file.is_file() and not (
-            file.name.startswith(".") or file.suffix in WEIGHTS or file.name in OWN or is_index
-        ):
-            shutil.copyfile(file, target / file.name)
-    for name in FOLDERS:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+    for name in companions(source, inputs_only):
+        if not (keep and (target / name).exists()):
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def companions(source: Path, inputs_only: bool = False) -> list[str]:
+    """What `copy_companions` copies, relative to the folder."""
+    names = [file.name for file in source.iterdir() if file.is_file() and is_companion(file.name)]
+    if inputs_only:
+        names = [name for name in names if _matches(name, (*PREPROCESSING, "*.py"))]
+    return names + [f"{name}/{file.name}" for name in FOLDERS for file in source.glob(f"{name}/*") if file.is_file()]
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of this name belongs to a checkpoint beside its weights, config and card."""
+    return _matches(name, (*PREPROCESSING, *OTHERS)) and not _matches(name, (*OWN, ".*"))
+
+
+def left_out(source: Path) -> list[str]:
+    """The names, in a checkpoint's folder, of what `copy_companions` knows nothing about."""
+    entries = sorted(source.iterdir())
+    files = [entry.name for entry in entries if entry.is_file() and not is_companion(entry.name)]
+    folders = [f"{entry.name}/" for entry in entries if entry.is_dir() and entry.name not in FOLDERS]
+    return [name for name in [*files, *folders] if not _matches(name, (*OWN, ".*"))]
+
+
+def remove_stale(folder: Path, written: Collection[str]) -> None:
+    """Remove what an earlier checkpoint in a folder has left that would be read together with a new one.
+
+    Args:
+        folder: of the new one.
+        written: its files, relative to the folder; without a tokenizer among them, the one that is there stays.
+    """
+    files = [file for pattern in ("*", "*/*.jinja") for file in folder.glob(pattern) if file.is_file()]
+    names = {file.relative_to(folder).as_posix() for file in files}
+    patterns = (*STALE, GENERATION) if not set(TOKENIZER).isdisjoint(written) else (GENERATION,)
+    for name in names - set(written):
+        if _matches(name, patterns):
+            (folder / name).unlink()
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)

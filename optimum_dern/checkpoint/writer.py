@@ -7,18 +7,23 @@ last, so that an interrupted save never leaves a half-written file under a final
 import os
 import shutil
 import tempfile
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 from ..models.adapters import check_no_adapter
 from ..models.structure import find_moe_layers
 from ..reporting.report import CompressionReport
+from .foreign import check_no_foreign, set_card_aside
 from .publishing import write_sidecars
+from .sidecars import TOKENIZER, copy_companions, remove_stale
 from .source import model_source, source_config
 from .weight_files import INDEX_NAME
 
 
 __all__ = ["save_checkpoint"]
+
+logger = getLogger(__name__)
 
 LAST = {"config.json": 1, INDEX_NAME: 2}  # renamed into place after everything else
 
@@ -32,12 +37,12 @@ def save_checkpoint(
         model: compressed, in memory.
         output: folder.
         report: of the compression.
-        tokenizer: object, Hub id, path, or None for the files beside a local source.
+        tokenizer: object, Hub id, path, or None for the source's own.
         max_shard_size: of one safetensors file.
 
     Raises:
-        ValueError: the folder that the model was loaded from, a model that the report is not about, or one with
-            adapters.
+        ValueError: the folder that the model was loaded from, or one with files of another kind of checkpoint; a
+            model that the report is not about, or one with adapters.
     """
     check_no_adapter(model, "saved")
     _check_output(output, report)
@@ -49,17 +54,19 @@ def save_checkpoint(
         source = model.dern_source_config if hasattr(model, "dern_source_config") else source_config(model)
         write_sidecars(model, staging, report, source)
         _save_tokenizer(model, tokenizer, staging)
+        set_card_aside(output)
         _publish(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def _check_output(output: Path, report: CompressionReport) -> None:
-    """Refuse the source's own folder."""
+    """Refuse the source's own folder, and one with files of another kind of checkpoint."""
     if report.source and os.path.isdir(report.source) and output.resolve() == Path(report.source).resolve():
         raise ValueError(
             f"{output} is the folder that the model was loaded from; the original would be lost, choose another one"
         )
+    check_no_foreign([output])
 
 
 def _check_model(model: Any, report: CompressionReport) -> None:
@@ -77,14 +84,37 @@ def _check_model(model: Any, report: CompressionReport) -> None:
 
 
 def _save_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:
-    from optimum.utils.save_utils import maybe_save_preprocessors
-
+    """Save a tokenizer, and what else makes inputs; files are copied, so that none of their code runs."""
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
-    elif tokenizer is not None:
-        maybe_save_preprocessors(str(tokenizer), folder)
-    elif os.path.isdir(model_source(model)[0] or ""):
-        maybe_save_preprocessors(model_source(model)[0], folder)
+        return
+    name, revision = model_source(model) if tokenizer is None else (str(tokenizer), None)
+    if name is None:  # a model that was made in memory
+        return
+    reason = "no such file"
+    if Path(name).is_dir():
+        copy_companions(Path(name), folder, keep=True, inputs_only=tokenizer is not None)
+    else:
+        reason = _save_from_hub(name, revision, folder)
+    if not any((folder / file).exists() for file in TOKENIZER):
+        logger.warning(
+            "no tokenizer is saved, for %s gives none (%s); give one, as tokenizer=AutoTokenizer.from_pretrained(...)",
+            name,
+            reason,
+        )
+
+
+def _save_from_hub(name: str, revision: str | None, folder: Path) -> str:
+    """Save what loads without code of its own: tokenizer and processor; returns why the tokenizer did not."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    reasons = []
+    for kind in (AutoProcessor, AutoTokenizer):
+        try:
+            kind.from_pretrained(name, revision=revision, trust_remote_code=False).save_pretrained(folder)
+        except Exception as error:  # of any library that a tokenizer needs; the checkpoint is saved all the same
+            reasons.append(" ".join(str(error).split()))
+    return reasons[-1] if reasons else "no file"
 
 
 def _publish(staging: Path, output: Path) -> None:
@@ -96,7 +126,8 @@ def _publish(staging: Path, output: Path) -> None:
         target = output / file.relative_to(staging)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, target)
-    written = {file.name for file in files}
+    written = {file.relative_to(staging).as_posix() for file in files}
+    remove_stale(output, written)
     for stale in [*output.glob("model*.safetensors"), output / INDEX_NAME]:
         if stale.name not in written:
             stale.unlink(missing_ok=True)

@@ -36,7 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add_model_arguments(parser)
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder for the compressed checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="write into a folder that is not empty: an earlier model*.safetensors checkpoint and its tokenizer are "
+        "replaced, another README.md is renamed, adapters, GGUF and weights of other formats are refused, and all "
+        "else stays",
+    )
     parser.add_argument(
         "--evaluate", metavar="TEXT", help="held-out file or folder: measure the loss before and after"
     )

@@ -7,11 +7,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+from ..calibration.files import listed
 from ..checkpoint import WORK_NAME
 from ..checkpoint.conversion import NameMap
+from ..checkpoint.foreign import set_card_aside
 from ..checkpoint.layers import CheckpointLayers
 from ..checkpoint.loader import PartLoader
 from ..checkpoint.manifest import Manifest, only_process
@@ -20,7 +23,7 @@ from ..checkpoint.output_plan import OutputPlan, plan_output
 from ..checkpoint.publishing import MANIFEST_NAME, write_report, write_sidecars
 from ..checkpoint.recorded import StatisticsWriter, publish_statistics
 from ..checkpoint.shards import OutputTensor, ShardWriter, plan_shards
-from ..checkpoint.sidecars import copy_companions
+from ..checkpoint.sidecars import companions, copy_companions, left_out, remove_stale
 from ..config import DernConfig
 from ..machine.threads import same_threads
 from ..models.size import measure_model, predict_size
@@ -31,12 +34,14 @@ from ..text_files import replace_json
 from .distributed import Processes
 from .reports import make_report
 from .scratch import open_workspace
-from .tasks import CheckpointTask, describe_recording, fingerprint
+from .tasks import CheckpointTask, describe_recording, fingerprint, result_names
 from .walk.decoder import compress_layers_, compress_unseen_layers_
 from .walk.recipe import Recipe
 
 
 __all__ = ["compress_checkpoint"]
+
+logger = getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,7 @@ def _open_results(task: CheckpointTask, names: NameMap, work: Path) -> list[Resu
     if several:  # the run as a whole; each result has a manifest of its own
         processes.on_main(lambda: Manifest(work, fingerprint(task, task.configs, list(task.counts))).save())
     results = []
-    for config, count in zip(task.configs, task.counts, strict=True):
-        name = f"{count}-experts" if several else ""
+    for config, count, name in zip(task.configs, task.counts, result_names(task.counts), strict=True):
         manifest = processes.on_main(
             lambda c=config, n=count, f=work / name: _open_manifest(f, fingerprint(task, [c], n))
         )
@@ -191,6 +195,8 @@ def _publish_all(
         result.folder.mkdir(exist_ok=True)
         _publish(task, result, report)
     publish_statistics(work, task.output)
+    if others := left_out(task.reader.folder):
+        logger.warning("not copied, because not known to belong to a model: %s", listed(others, 20))
 
 
 def _publish(task: CheckpointTask, result: Result, report: CompressionReport) -> None:
@@ -200,7 +206,9 @@ def _publish(task: CheckpointTask, result: Result, report: CompressionReport) ->
     model, layers = copy.deepcopy((task.model, list(task.layers)))  # other results count from the original
     write_counts_(model, layers, result.num_experts)
     stale = {*output.glob("model*.safetensors"), *output.glob("model*.index.json")}
+    set_card_aside(output)
     copy_companions(task.reader.folder, output)
+    remove_stale(output, companions(task.reader.folder))
     replace_json(output / MANIFEST_NAME, {"tensors": dict(sorted(manifest.tensors.items()))})
     write_sidecars(model, output, report, task.reader.config)
     write_report(output, report)  # the card, too, where an earlier checkpoint has left one

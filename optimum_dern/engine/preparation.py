@@ -21,7 +21,7 @@ from ..models.structure import find_moe_layers, layers_by_position
 from .cost.memory import plan_memory
 from .distributed import Processes
 from .requests import check_data, check_names, resolve_counts
-from .tasks import CheckpointTask
+from .tasks import CheckpointTask, result_names
 
 
 __all__ = ["CheckpointRequest", "prepare_task"]
@@ -74,7 +74,9 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
     layers = find_moe_layers(skeleton)
     counts = resolve_counts(request.configs, skeleton, layers)
     output = processes.on_main(
-        lambda: prepare_output(source.folder, Path(request.output), request.restart, request.overwrite)
+        lambda: prepare_output(
+            source.folder, Path(request.output), request.restart, request.overwrite, result_names(counts)
+        )
     )
     batches = processes.on_main(lambda: _load_batches(request, source))
     configs, calibration = request.configs, describe_calibration(request.configs[0].dataset, batches)

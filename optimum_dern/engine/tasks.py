@@ -16,7 +16,7 @@ from .cost.memory import MemoryPlan
 from .distributed import Processes
 
 
-__all__ = ["CheckpointTask", "describe_recording", "fingerprint"]
+__all__ = ["CheckpointTask", "describe_recording", "fingerprint", "result_names"]
 
 AMOUNTS = ("num_experts", "sparsity")
 DATA_OPTIONS = ("num_samples", "sequence_length", "batch_size", "text_column")
@@ -42,6 +42,11 @@ class CheckpointTask:
     precision: dict[str, str]  # dtypes: stored in the source, computed in, written
     processes: Processes  # that share the work
     recorded: RecordedStatistics | None = None  # of an earlier run, instead of batches
+
+
+def result_names(counts: Sequence[int]) -> list[str]:
+    """Folders of the results inside the output folder, which is that of a single one."""
+    return [f"{count}-experts" for count in counts] if len(counts) > 1 else ["."]
 
 
 def describe_recording(task: CheckpointTask) -> dict[str, Any]:

@@ -32,7 +32,14 @@ class DernCompressor:
         self.report: CompressionReport | None = None
 
     @plain_torch()
-    def compress_model(self, model: Any, tokenizer: Any = None, batches: list[dict] | None = None) -> Any:
+    def compress_model(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        batches: list[dict] | None = None,
+        *,
+        trust_remote_code: bool = False,
+    ) -> Any:
         """Compress a model in memory, in place.
 
         Whatever can be refused is refused before any work, and an error or interrupt later puts the model back as it
@@ -42,6 +49,7 @@ class DernCompressor:
             model: a transformers causal language model with MoE layers.
             tokenizer: object, Hub id or path, for calibration data that is text; by default the model's own.
             batches: the calibration data, where `prepare` has made it for this model already.
+            trust_remote_code: run a tokenizer's own code.
 
         Returns:
             The same model: fewer experts, its config updated.  `self.report`, also `model.dern_report`, tells what was
@@ -73,7 +81,7 @@ class DernCompressor:
         check_materialised(layers)
         before, source = measure_model(model, layers), source_config(model)
         keep_orientation_(model)
-        batches = self._load_batches(model, tokenizer) if batches is None else batches
+        batches = self._load_batches(model, tokenizer, trust_remote_code) if batches is None else batches
         reports = []
         if num_experts < before.experts:
             reports = compress_in_memory_(model, layers, batches, self.config, num_experts)
@@ -133,7 +141,7 @@ class DernCompressor:
                 what needs no more: no refit, no guard.
             revision: branch, tag or commit of a Hub model.
             token: for a private one.
-            trust_remote_code: run modelling code from the checkpoint.
+            trust_remote_code: run modelling and tokenizer code from the checkpoint.
             device: where layers are computed; by default a GPU where there is one, for each process its own.
             dtype: of the output, a `torch.dtype` or its name: "bfloat16" (or "bf16"), "float16" or "float32"; by
                 default as stored.
@@ -141,7 +149,8 @@ class DernCompressor:
             max_memory: bytes, or a text such as "8GiB", that a CPU run may take; hidden states go to a file where that
                 keeps it, and what cannot keep it is refused.
             restart: discard an unfinished run in the output folder.
-            overwrite: allow other files in the output folder; an earlier checkpoint there is replaced at the end.
+            overwrite: allow other files in the output folder; an earlier checkpoint there is replaced at the end, a
+                README.md of something else is renamed; adapters and weights of other formats are refused.
             subfolder: of the folder or repository, in which the checkpoint is.
             cache_dir: where a Hub model is kept; by default where transformers keeps its own.
             local_files_only: download nothing, use what is there.
@@ -190,12 +199,13 @@ class DernCompressor:
         return reports if several else self.report
 
     @plain_torch()
-    def prepare(self, model: Any, tokenizer: Any = None) -> list[dict]:
+    def prepare(self, model: Any, tokenizer: Any = None, *, trust_remote_code: bool = False) -> list[dict]:
         """Do what comes before the long work, on a model whose weights need not be there yet.
 
         Args:
             model: to be compressed; it may be on the meta device.
             tokenizer: as in `compress_model`.
+            trust_remote_code: likewise.
 
         Returns:
             The calibration data, for `compress_model`.
@@ -204,7 +214,7 @@ class DernCompressor:
             ValueError: a model, count or dataset that cannot work.
         """
         self.check(model)
-        return self._load_batches(model, tokenizer)
+        return self._load_batches(model, tokenizer, trust_remote_code)
 
     @plain_torch()
     def check(self, model: Any, layers: list | None = None) -> int:
@@ -234,8 +244,10 @@ class DernCompressor:
 
         Args:
             model: what `compress_model` returned, trained since then or not.
-            output: folder; created if missing, files of an earlier checkpoint in it are replaced.
-            tokenizer: object, Hub id or path; by default the files beside a local source checkpoint.
+            output: folder; created if missing, files of an earlier checkpoint in it are replaced, a README.md of
+                something else is renamed; adapters and weights of other formats are refused.
+            tokenizer: object, Hub id or path; by default the source's own, unless it would run
+                code of its own to load it from the Hub; a warning says so where none is saved.
             max_shard_size: of one safetensors file.
 
         Raises:
@@ -308,11 +320,13 @@ class DernCompressor:
         """A compressor with the config of `to_dict`."""
         return cls(**{name: value for name, value in without_retired(values).items() if name != "meta"})
 
-    def _load_batches(self, model: Any, tokenizer: Any) -> list[dict]:
+    def _load_batches(self, model: Any, tokenizer: Any, trust_remote_code: bool) -> list[dict]:
         """The calibration data; none where no token is needed, and none is given."""
         from .calibration.model_batches import load_model_batches
 
-        return [] if self.config.dataset is None else load_model_batches(self.config, model, tokenizer)
+        if self.config.dataset is None:
+            return []
+        return load_model_batches(self.config, model, tokenizer, trust_remote_code)
 
     def _require_report(self) -> CompressionReport:
         if self.report is None:

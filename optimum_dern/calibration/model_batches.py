@@ -5,7 +5,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.source import source_tokenizer
+from ..checkpoint.source import load_tokenizer, source_tokenizer
 from ..config import DernConfig
 from ..models.context_length import bounded_length
 from .data import holds_text, load_batches
@@ -18,13 +18,16 @@ __all__ = ["load_model_batches"]
 logger = getLogger(__name__)
 
 
-def load_model_batches(config: DernConfig, model: Any, tokenizer: Any = None) -> list[dict]:
+def load_model_batches(
+    config: DernConfig, model: Any, tokenizer: Any = None, trust_remote_code: bool = False
+) -> list[dict]:
     """The calibration data that a config asks for, in the form that a model takes.
 
     Args:
         config: what data, how much of it, and how it is drawn.
         model: its weights need not be there.
         tokenizer: object, Hub id or path, for text; by default the one of the model's checkpoint.
+        trust_remote_code: run a tokenizer's own code.
 
     Returns:
         Dicts of `input_ids` and `attention_mask`, each (batch, sequence) int64.
@@ -33,11 +36,11 @@ def load_model_batches(config: DernConfig, model: Any, tokenizer: Any = None) ->
         ValueError: data that cannot be read, is empty, or belongs to another vocabulary.
     """
     if tokenizer is None and holds_text(config.dataset):
-        tokenizer = source_tokenizer(model)
+        tokenizer = source_tokenizer(model, trust_remote_code)
     length = bounded_length(model.config, config.sequence_length)
     batches = load_batches(
         config.dataset,
-        _as_tokenizer(tokenizer),
+        load_tokenizer(tokenizer, None, trust_remote_code) if isinstance(tokenizer, str | Path) else tokenizer,
         num_samples=config.num_samples,
         sequence_length=length,
         batch_size=config.batch_size,
@@ -70,12 +73,3 @@ def _warn_of_few(config: DernConfig, sequences: int, length: int) -> None:
         config.num_samples,
         f"; not read: {listed(skipped)}" if skipped else "",
     )
-
-
-def _as_tokenizer(tokenizer: Any) -> Any:
-    """A tokenizer object from an object, a Hub id or a path; None stays None."""
-    if isinstance(tokenizer, str | Path):
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(tokenizer)
-    return tokenizer

@@ -9,6 +9,7 @@ from typing import Any
 __all__ = [
     "LOCATING",
     "OWN_CODE",
+    "load_tokenizer",
     "locating_options",
     "location_options",
     "model_source",
@@ -79,12 +80,40 @@ def source_config(model: Any) -> dict[str, Any] | None:
     return None if path is None else json.loads(path.read_text("utf-8"))
 
 
-def source_tokenizer(model: Any) -> Any:
+def source_tokenizer(model: Any, trust_remote_code: bool = False) -> Any:
     """The tokenizer of the checkpoint that a model was loaded from; None for a model that was made in memory."""
+    name, revision = model_source(model)
+    location = dict(_loading(model))
+    trusts_code = location.pop(OWN_CODE, False) or trust_remote_code
+    return None if name is None else load_tokenizer(name, revision, trusts_code, **location)
+
+
+def load_tokenizer(
+    name: str | Path, revision: str | None = None, trust_remote_code: bool = False, **location: Any
+) -> Any:
+    """A tokenizer from a folder or the Hub.
+
+    Args:
+        name: folder or Hub id.
+        revision: branch, tag or commit of a Hub model.
+        trust_remote_code: run code of its own; nobody is asked.
+        **location: `LOCATING` arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: it has code of its own that may not run.
+    """
     from transformers import AutoTokenizer
 
-    name, revision = model_source(model)
-    return None if name is None else AutoTokenizer.from_pretrained(name, revision=revision, **_loading(model))
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, **location}
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"the tokenizer of {name} has code of its own; read it, and allow it with trust_remote_code=True "
+            "(--trust-remote-code), or give a tokenizer that is loaded already, or token ids instead of text"
+        ) from error
 
 
 def _loading(model: Any) -> dict[str, Any]:

@@ -40,7 +40,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="local checkpoint folder or Hub id")
     group = parser.add_argument_group("model")
     group.add_argument("--revision", help="branch, tag or commit of a Hub model")
-    group.add_argument("--trust-remote-code", action="store_true", help="run modelling code from the checkpoint")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run the checkpoint's own model and tokenizer code"
+    )
     group.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
 
 

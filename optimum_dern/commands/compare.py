@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speed.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds (default: %(default)s)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="auto", help="default: stored")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run modelling code from the checkpoints")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the checkpoints' own code")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table (.md) or all figures (.json)")
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON line instead of a table")
     parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")

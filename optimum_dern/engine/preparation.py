@@ -114,4 +114,4 @@ def _load_batches(request: CheckpointRequest, source: Source) -> list[dict]:
     if config.dataset is None:
         return []
     tokenizer = source.folder if request.tokenizer is None and holds_text(config.dataset) else request.tokenizer
-    return load_model_batches(config, source.skeleton, tokenizer)
+    return load_model_batches(config, source.skeleton, tokenizer, request.trust_remote_code)

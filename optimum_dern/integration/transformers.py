@@ -50,7 +50,7 @@ class DernQuantizer(HfQuantizer):
         given = getattr(self.quantization_config, "loading", {})
         model.dern_loading = {**location_options(model.config.name_or_path, checkpoint_files), **given}
         self.compressor = DernCompressor(self.quantization_config)
-        self.batches = self.compressor.prepare(model)
+        self.batches = self.compressor.prepare(model, trust_remote_code=_trusts_code(self.quantization_config, model))
         # With a quantizer, transformers before 5.23 installs tensors of any shape.
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
@@ -157,6 +157,15 @@ def _with_quantization_config(kwargs: dict[str, Any], dern_config: DernConfig | 
     config = copy.copy(_as_config(dern_config))
     config.loading = locating_options(kwargs) | ({OWN_CODE: kwargs[OWN_CODE]} if OWN_CODE in kwargs else {})
     return {**kwargs, "quantization_config": config}
+
+
+def _trusts_code(config: DernConfig, model: Any) -> bool:
+    """Whether the call that loads a model allows code of its checkpoint to run, as far as a quantizer can tell.
+
+    transformers keeps `trust_remote_code` from quantizers; that a model's own code runs already shows it, too.
+    """
+    own_code = any(type(part).__module__.startswith("transformers_modules.") for part in (model, model.config))
+    return own_code or bool(getattr(config, "loading", {}).get(OWN_CODE))
 
 
 def _as_config(dern_config: DernConfig | dict) -> DernConfig:

@@ -22,6 +22,7 @@ __all__ = [
     "find_decoder_layers",
     "find_moe_layers",
     "layers_by_position",
+    "single_count",
 ]
 
 # Config keys that hold the number of routed experts, and modules' attributes that repeat it.
@@ -173,6 +174,30 @@ def _routing_tensors(block: nn.Module, experts: nn.Module, num_experts: int) -> 
                 yield RoutingTensor(module, name, path, tensor.shape.index(num_experts))
 
 
+def single_count(key: str, value: object) -> object:
+    """A count of a config that may be written once a layer (Hunyuan-A13B: `"moe_topk": [8, 8, ...]`).
+
+    Args:
+        key: of the config.
+        value: a number, or a list of one repeated number.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: a list of several numbers, or of none.
+    """
+    if not isinstance(value, list | tuple):
+        return value
+    if len(set(value)) != 1:
+        raise ValueError(
+            f"the config's {key} is {value}; layers with different numbers, or none, cannot be compressed: it must be "
+            "one number, or a list that repeats one"
+        )
+    return value[0]
+
+
 def _first(config: object, keys: tuple[str, ...], default: int) -> int:
     """The first of the keys that the config sets."""
-    return next((value for key in keys if (value := getattr(config, key, None)) is not None), default)
+    found = ((key, value) for key in keys if (value := getattr(config, key, None)) is not None)
+    return next((single_count(key, value) for key, value in found), default)

@@ -107,8 +107,8 @@ def write_counts_(model: nn.Module, layers: list[MoELayer], num_experts: int) ->
                 _replace_own_counts(module, {before}, num_experts)
         stored = config.to_dict()
         for key in COUNT_KEYS:
-            if stored.get(key) == before:
-                setattr(config, key, num_experts)
+            if _is_count(stored.get(key), {before}):
+                setattr(config, key, _recounted(stored[key], num_experts))
 
 
 def _sizes(config: object, own: object) -> bool:
@@ -154,5 +154,16 @@ def _replace_counts(block: nn.Module, before: set[int], after: int) -> None:
 
 def _replace_own_counts(module: nn.Module, before: set[int], after: int) -> None:
     for name in COUNT_ATTRIBUTES:
-        if module.__dict__.get(name) in before:
-            setattr(module, name, after)
+        if _is_count(count := module.__dict__.get(name), before):
+            setattr(module, name, _recounted(count, after))
+
+
+def _is_count(value: object, counts: set[int]) -> bool:
+    """Whether a value is one of these counts, or repeats one, once a layer."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return len(values) > 0 and all(isinstance(v, int) and v == values[0] for v in values) and values[0] in counts
+
+
+def _recounted(value: object, count: int) -> int | list[int]:
+    """A new count in the form of the old one."""
+    return [count] * len(value) if isinstance(value, list | tuple) else count

@@ -1,0 +1,57 @@
+"""Tensors saved through a wrapper of the model, whose names have a part that no plain model knows."""
+
+from collections.abc import Iterable
+
+
+__all__ = ["explain_wrapped"]
+
+WRAPPERS = {  # part of a name -> whose
+    "_orig_mod.": "torch.compile",
+    "module.": "DataParallel or DeepSpeed",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "base_model.model.": "PEFT",
+    "base_layer.": "PEFT",
+}
+
+
+def explain_wrapped(wanted: str, stored: Iterable[str]) -> str | None:
+    """What is wrong with a checkpoint's names, and the mend, where a wrapper explains why a tensor is not found.
+
+    Args:
+        wanted: name of the tensor in a plain checkpoint.
+        stored: names that the checkpoint has.
+
+    Returns:
+        The end of a message; None where no name has such a part.
+    """
+    for name in stored:
+        parts = [part for part in WRAPPERS if f".{part}" in f".{name}"]
+        if parts and (_stripped(name, parts) == wanted or parts != ["module."]):
+            origin = " and ".join(dict.fromkeys(WRAPPERS[part] for part in parts))
+            return _message(name, parts, f"as {origin} leaves it")
+        if name.endswith(f".{wanted}"):
+            return _message(name, [name.removesuffix(wanted)], "which no model of transformers has")
+    return None
+
+
+def _stripped(name: str, parts: list[str]) -> str:
+    for part in parts:
+        name = f".{name}".replace(f".{part}", ".")[1:]
+    return name
+
+
+def _message(name: str, parts: list[str], origin: str) -> str:
+    if any(WRAPPERS.get(part) == "PEFT" for part in parts):
+        mend = "load the model with its adapter, and save what model.merge_and_unload() returns"
+    else:
+        replaced = "".join(f".replace({part!r}, '')" for part in parts)
+        mend = (
+            "save the model that is inside the wrapper, or rename the tensors of every file (and those of an index): "
+            f"save_file({{name{replaced}: tensor for name, tensor in load_file(FILE).items()}}, FILE, "
+            "metadata={'format': 'pt'}), of safetensors.torch"
+        )
+    return (
+        f"the checkpoint has {name}, with {' and '.join(map(repr, parts))} in its name, {origin}. Loading it with "
+        f"transformers would leave weights random; {mend}"
+    )

@@ -151,6 +151,12 @@ def resolve_count(layer: MoELayer, sparsity: float, num_experts: int | None, mul
     if num_experts is not None and num_experts % groups:
         raise ValueError(f"{asked} cannot be shared by the router's {groups} groups; {advise_count(layer)}")
     count = retained_count(experts, dropped, groups, multiple_of)
+    if count < least and experts - groups < least:
+        raise ValueError(
+            f"none of the {experts} experts of a layer can be dropped, whatever is asked for: the router needs at "
+            f"least {least} (top_k={layer.top_k}, groups={groups}, groups chosen={layer.topk_group}); dropping "
+            "experts cannot make this model smaller"
+        )
     if count < least:
         raise ValueError(
             f"{asked} would leave {count} of {experts} experts, but this model needs at least {least} "

@@ -208,6 +208,19 @@ def test_inspect_refuses_what_compress_refuses(capsys, checkpoint, arguments, ma
     assert match in error_of(capsys, "inspect", checkpoint, *arguments)
 
 
+@pytest.mark.parametrize("amount", [(), ("--num-experts", "1")])
+def test_two_experts_of_which_a_token_uses_two(tmp_path, capsys, text, amount):
+    """Nothing can be dropped, and both commands say so."""
+    make_model("mixtral", num_local_experts=2).save_pretrained(tmp_path / "two")
+    capsys.readouterr()  # of its progress bar
+    jobs = [("inspect", tmp_path / "two"), ("compress", tmp_path / "two", tmp_path / "out", "--dataset", text)]
+    for job in jobs:
+        error = error_of(capsys, *job, *amount)
+        assert "none of the 2 experts of a layer can be dropped, whatever is asked for" in error and "top_k=2" in error
+    assert "nothing to compress" in error_of(capsys, *jobs[1], "--num-experts", "2")
+    assert not (tmp_path / "out").exists()
+
+
 def test_inspect_reads_no_weights(tmp_path, capsys, checkpoint):
     """The config alone is enough."""
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())

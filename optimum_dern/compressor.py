@@ -64,6 +64,7 @@ class DernCompressor:
                 f"compress_model takes a loaded model, not {str(model)!r}; compress_checkpoint(MODEL, OUTPUT) takes a "
                 "folder or Hub id, or load it with AutoModelForCausalLM.from_pretrained first"
             )
+        from .calibration.data import check_masks
         from .calibration.description import describe_calibration
         from .checkpoint.orientation import keep_orientation_
         from .checkpoint.publishing import keep_publishable_
@@ -82,6 +83,7 @@ class DernCompressor:
         before, source = measure_model(model, layers), source_config(model)
         keep_orientation_(model)
         batches = self._load_batches(model, tokenizer, trust_remote_code) if batches is None else batches
+        check_masks(batches)
         reports = []
         if num_experts < before.experts:
             reports = compress_in_memory_(model, layers, batches, self.config, num_experts)

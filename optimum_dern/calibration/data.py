@@ -28,7 +28,15 @@ from .description import describe_dataset
 from .files import FILE_TYPES, data_files, listed, read_rows, read_text
 
 
-__all__ = ["NAMED_DATASETS", "check_source", "holds_text", "load_batches", "load_samples", "read_mapping"]
+__all__ = [
+    "NAMED_DATASETS",
+    "check_masks",
+    "check_source",
+    "holds_text",
+    "load_batches",
+    "load_samples",
+    "read_mapping",
+]
 
 logger = getLogger(__name__)
 NAMED_DATASETS = ("wikitext2", "c4", "c4-new")
@@ -220,7 +228,7 @@ def _sequences(row: Any) -> Iterator[Any]:
         return
     ids = [torch.as_tensor(sequence).flatten() for sequence in tokens["input_ids"]]
     for sequence, mask in zip(ids, tokens.get("attention_mask", map(torch.ones_like, ids)), strict=True):
-        mask = torch.as_tensor(mask).flatten()
+        mask = checked_mask(mask, sequence)
         real = mask.nonzero().flatten().tolist()
         if real:
             part = slice(real[0], real[-1] + 1)
@@ -238,9 +246,45 @@ def _tokens(row: Any, tokenizer: Any, length: int) -> tuple[Tensor, Tensor]:
     if isinstance(row, str):
         row = _required(tokenizer, "text")(row, truncation=True, max_length=length)
     row = row if isinstance(row, Mapping) or hasattr(row, "data") and hasattr(row, "keys") else {"input_ids": row}
-    ids = torch.as_tensor(row["input_ids"]).flatten()[:length].long()
+    ids = torch.as_tensor(row["input_ids"]).flatten().long()
     mask = row["attention_mask"] if "attention_mask" in row else torch.ones_like(ids)
-    return ids, torch.as_tensor(mask).flatten()[:length].long()
+    return ids[:length], checked_mask(mask, ids)[:length].long()
+
+
+def check_masks(batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Raise what `checked_mask` raises for batches that somebody else has made."""
+    for batch in batches:
+        if "attention_mask" in batch:
+            checked_mask(batch["attention_mask"], batch["input_ids"])
+
+
+def checked_mask(mask: Any, ids: Tensor) -> Tensor:
+    """A sequence's mask, one entry a token.
+
+    Args:
+        mask: in any form.
+        ids: its tokens, S in all.
+
+    Returns:
+        (S,) of zeros and ones.
+
+    Raises:
+        ValueError: other numbers, such as those of the samples that are packed into a row, or another shape.
+    """
+    mask = torch.as_tensor(mask)
+    if mask.numel() != ids.numel():
+        raise ValueError(
+            f"an attention_mask of shape {tuple(mask.shape)} stands beside {ids.numel()} tokens; give one number a "
+            "token, 1 for a real one and 0 for padding"
+        )
+    mask = mask.flatten()
+    others = mask[(mask != 0) & (mask != 1)]
+    if len(others):
+        raise ValueError(
+            f"an attention_mask holds {others[0].item()}, but it must hold 1 for real tokens and 0 for padding; where "
+            "its numbers tell packed samples apart, give each sample as a row of its own"
+        )
+    return mask
 
 
 def _draw(rows: list, count: int, seed: int) -> list:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration.data import check_masks
 from ..models.mode import evaluation_mode
 
 
@@ -24,7 +25,11 @@ def batch_logits(model: Any, batches: Sequence[dict], keep: Sequence[int] | None
 
     Yields:
         (batch, positions, vocabulary), on the model's device; all positions, or at least those to keep.
+
+    Raises:
+        ValueError: a mask of other numbers than 0 and 1.
     """
+    check_masks(batches)
     if hasattr(model, "stream_logits"):
         yield from model.stream_logits(batches)
         return

@@ -8,9 +8,11 @@ import numpy
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from tiny import EOS, PAD, padded_batch, random_tokens, sample_texts, tiny_tokenizer
+from tiny import EOS, PAD, make_model, padded_batch, random_tokens, sample_texts, tiny_tokenizer
 
+from optimum_dern import DernCompressor
 from optimum_dern.calibration.data import load_batches, load_samples
+from optimum_dern.evaluation.perplexity import evaluate_loss
 
 
 TOKENIZER = tiny_tokenizer()
@@ -184,6 +186,45 @@ def test_masks_are_kept():
     row = {"input_ids": [5, 6, 7, 8], "attention_mask": [0, 1, 1, 0]}
     (batch,) = load_batches([row, [9, 9]], None, batch_size=2, sequence_length=3)
     assert batch["attention_mask"].tolist() == [[0, 1, 1], [0, 1, 1]]
+
+
+IDS = [1, 2, 3, 4, 5]
+MASKS = {
+    "packed": ([1, 1, 2, 2, 3], "holds 2, but it must hold 1 .* packed samples apart, give each sample as a row"),
+    "additive": ([0.0, 0.0, -1e9, 0.0, 0.0], "holds -1000000000.0, but"),
+    "share": ([0.5, 1, 1, 1, 1], "holds 0.5, but"),
+    "nan": ([float("nan"), 1, 1, 1, 1], "holds nan, but"),
+    "4-D": (torch.ones(1, 1, 5, 5), r"of shape \(1, 1, 5, 5\) stands beside 5 tokens; give one number a token"),
+    "short": ([1, 1, 1], r"of shape \(3,\) stands beside 5 tokens"),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks_of_something_else(kind, rows):
+    """Numbers other than 0 and 1, and other shapes, are refused: they would be summed up as tokens."""
+    mask, match = MASKS[kind]
+    row = {"input_ids": IDS, "attention_mask": mask}
+    if rows == 2:
+        row = {"input_ids": torch.tensor([IDS, IDS]), "attention_mask": torch.stack([torch.as_tensor(mask)] * 2)}
+    with pytest.raises(ValueError, match=match):
+        load_batches([row], None, sequence_length=4)
+
+
+@pytest.mark.parametrize("mask", [[True] * 5, [1.0] * 5, torch.ones(1, 5, dtype=torch.uint8)])
+def test_masks_of_other_dtypes(mask):
+    """Ones are ones."""
+    (batch,) = load_batches([{"input_ids": IDS, "attention_mask": mask}], None)
+    assert batch["attention_mask"].tolist() == [[1] * 5] and batch["attention_mask"].dtype == torch.int64
+
+
+def test_masks_of_batches_made_elsewhere():
+    """`compress_model` and the evaluation look at those that they are given, too."""
+    model, mask = make_model("mixtral"), torch.tensor([MASKS["packed"][0]])
+    batch = {"input_ids": torch.tensor([IDS]), "attention_mask": mask}
+    for job in (DernCompressor(num_experts=4, dataset=[IDS]).compress_model, evaluate_loss):
+        with pytest.raises(ValueError, match="holds 2, but it must"):
+            job(model, batches=[batch])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

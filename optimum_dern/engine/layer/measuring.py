@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ...calibration.recording import RoutingRecord
-from ...core.mixture import Routing
+from ...core.mixture import Activation, Routing
 from ...core.reduction import any_process
+from ...core.segments import Segments
 from ...core.statistics import ExpertStatistics, measure_experts
 from ...models.structure import MoELayer
 from ...models.view import layer_activation, read_layer
@@ -40,12 +41,21 @@ def measure_layer(
         processes: that share the tokens.
 
     Raises:
-        ValueError: no token reached the layer, or something is not finite.
+        ValueError: no token reached the layer, or something is not finite, in the layer's own dtype, too.
     """
-    routing = record.without_padding(masks)
+    routing, weights, overflows = record.without_padding(masks), read_layer(layer), []
+    segments = weights.segments
+    _check_weights(layer, segments)
     _check_inputs(layer, routing, processes)
-    weights = read_layer(layer)
-    statistics, target = measure_experts(weights.segments, routing, layer_activation(layer))
+    activation = layer_activation(layer)
+    if segments.up.dtype == torch.float16:
+        activation = _watched(activation, overflows)
+    statistics, target = measure_experts(segments, routing, activation)
+    statistics = statistics.reduced(processes.reduce)
+    overflow = torch.stack(overflows).any() if overflows else torch.tensor(False, device=target.device)
+    if any_process(overflow, processes.reduce):
+        raise ValueError(_overflow(layer))
+    _check_range(layer, segments, statistics)
     if any_process(~torch.isfinite(target).all(), processes.reduce):
         raise ValueError(f"the outputs of {layer.name} contain NaN or infinity; check the weights and the dtype")
     return MeasuredLayer(
@@ -53,7 +63,7 @@ def measure_layer(
         position=position,
         routing=routing,
         target=target,
-        statistics=statistics.reduced(processes.reduce),
+        statistics=statistics,
         held_out=held_out,
         masks=masks,
         block_calls=tuple(record.block_calls),
@@ -73,12 +83,17 @@ def unseen_layer(
         position: of its decoder layer.
         statistics: of an earlier run; zeros by default.
         processes: that share the work.
+
+    Raises:
+        ValueError: weights or statistics that are not finite.
     """
     weights = read_layer(layer)
     segments = weights.segments
+    _check_weights(layer, segments)
     (experts, _, size), device = segments.down.shape, segments.down.device
     if statistics is None:
         statistics = ExpertStatistics.zeros(experts, size)
+    _check_range(layer, segments, statistics)
     sums = {name: value.to(device) for name, value in vars(statistics).items() if isinstance(value, Tensor)}
     hidden = torch.empty(0, segments.up.shape[-1] - segments.biased, dtype=segments.up.dtype, device=device)
     index = torch.empty(0, layer.top_k, dtype=torch.long, device=device)
@@ -102,3 +117,40 @@ def _check_inputs(layer: MoELayer, routing: Routing, processes: Processes) -> No
         raise ValueError(f"no calibration token reached {layer.name}; give more calibration text")
     if any_process(~torch.isfinite(routing.hidden).all(), processes.reduce):
         raise ValueError(f"the inputs of {layer.name} contain NaN or infinity; try another dtype, such as bfloat16")
+
+
+def _check_weights(layer: MoELayer, segments: Segments) -> None:
+    parts = [part for part in (segments.gate, segments.up, segments.down) if part is not None]
+    finite = torch.stack([torch.isfinite(part[i]).all() for part in parts for i in range(len(part))])
+    broken = (~finite).view(len(parts), -1).any(0).nonzero().flatten().tolist()
+    if broken:
+        raise ValueError(
+            f"the weights of experts {broken} of {layer.name} contain NaN or infinity; where the checkpoint's own are "
+            "finite, they are too large for the dtype: give bfloat16 or float32"
+        )
+
+
+def _check_range(layer: MoELayer, segments: Segments, statistics: ExpertStatistics) -> None:
+    """Refuse statistics that are not finite, or outputs that the layer's dtype does not hold."""
+    sums = [value for value in vars(statistics).values() if isinstance(value, Tensor)]
+    if not all(bool(torch.isfinite(value).all()) for value in sums):
+        raise ValueError(f"the outputs of {layer.name} contain NaN or infinity; check the weights and the dtype")
+    if statistics.output_max.max() > torch.finfo(segments.up.dtype).max:
+        raise ValueError(_overflow(layer))
+
+
+def _watched(activation: Activation, overflows: list[Tensor]) -> Activation:
+    """The activation, which notes whether float16, in which the model computes it, gives something not finite."""
+
+    def watched(gate: Tensor | None, up: Tensor) -> Tensor:
+        overflows.append(~torch.isfinite(activation(gate if gate is None else gate.half(), up.half())).all())
+        return activation(gate, up)
+
+    return watched
+
+
+def _overflow(layer: MoELayer) -> str:
+    return (
+        f"experts of {layer.name} overflow float16 (65504) on the calibration tokens: the model itself computes "
+        "infinities there; load or compress it in bfloat16 or float32 (dtype='bfloat16', --dtype bfloat16)"
+    )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .adapter_folder import ADAPTER_NAME, check_whole_model
 from .sidecars import FOLDERS
 from .weight_files import entry_names, weight_names
 
@@ -50,13 +51,13 @@ def resolve_checkpoint(
 
 
 def check_checkpoint(model: str | Path, revision: str | None = None) -> None:
-    """Raise what `resolve_checkpoint` raises for a checkpoint that is not there; no more than its config is fetched.
+    """Raise what `resolve_checkpoint` raises for a checkpoint that is not there; no more than its configs are fetched.
 
     Args:
         model: folder or Hub id.
         revision: branch, tag or commit of a Hub model.
     """
-    _find(model, revision, None, allow_patterns=["config.json"])
+    _find(model, revision, None, allow_patterns=["config.json", ADAPTER_NAME])
 
 
 def fetch_weights(
@@ -125,6 +126,7 @@ def _find(
         commit = folder.name
     folder /= subfolder
     if not (folder / "config.json").is_file():
+        check_whole_model(model, folder)
         where = f"{model}, subfolder {subfolder!r}," if subfolder else model
         raise FileNotFoundError(f"{where} has no config.json; give a checkpoint that transformers loads")
     return folder, commit
@@ -165,6 +167,8 @@ def _check_weights(model: str, commit: str, folder: Path, token: Any, inside: st
     files = [name.removeprefix(inside) for name in files if name.startswith(inside)]
     if any(name in files for name in entries):
         return
+    if not any(name.startswith("pytorch_model") for name in files):
+        check_whole_model(model, folder)
     if any(name.endswith(PICKLED) for name in files):
         raise FileNotFoundError(
             f"{model} holds pickled weights, which can run code when they are loaded; convert them once, with "

@@ -7,6 +7,8 @@ that an index does not name, variants.  Whoever reads, counts or downloads weigh
 import json
 from pathlib import Path
 
+from .adapter_folder import check_whole_model
+
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "entry_names", "has_weights", "weight_files", "weight_names"]
 
@@ -48,6 +50,8 @@ def weight_files(folder: Path) -> list[Path]:
         FileNotFoundError: there are none, or some are missing.
     """
     names = weight_names(folder)
+    if not names and not any(folder.glob("pytorch_model.bin*")):
+        check_whole_model(folder, folder)
     if not names and any(any(folder.glob(pattern)) for pattern in PICKLED):
         raise FileNotFoundError(
             f"{folder} holds pickled weights, which can run code when they are loaded; convert them once, with "

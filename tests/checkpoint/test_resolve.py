@@ -51,6 +51,7 @@ JOBS = {  # name of the job -> model and options
     "gated": ("me/gated", {}),
     "pickled": ("me/pickled", {}),
     "gguf": ("me/gguf", {}),
+    "adapter": ("me/adapter", {}),
     "no config": ("me/empty", {}),
     "shard": ("me/lacking", {}),
     "quantised": ("me/gptq", {}),
@@ -68,6 +69,7 @@ ERRORS = {  # job -> error, and what its message must say
     "gguf": ("FileNotFoundError", "neither model.safetensors nor model.safetensors.index.json"),
     "other subfolder": ("FileNotFoundError", "me/empty, subfolder 'outer', has no config.json"),
     "not here": ("OSError", "could not download me/gguf", "local_files_only"),
+    "adapter": ("FileNotFoundError", "me/adapter is an adapter of me/base", "merge_and_unload()"),
     "no config": ("FileNotFoundError", "me/empty has no config.json"),
     "shard": ("FileNotFoundError", "lacks 1 of its"),
     "quantised": ("ValueError", "quantised (gptq)", "unquantised checkpoint"),
@@ -110,6 +112,8 @@ def fill(hub, folder):
     rest = {name: data for name, data in single.items() if name != "model.safetensors"}
     add(hub, "me/pickled", rest | {"pytorch_model.bin": b"x"})
     add(hub, "me/gguf", rest | {"model.gguf": b"x"})
+    adapter = {"adapter_config.json": b'{"base_model_name_or_path": "me/base"}', "adapter_model.safetensors": b"x"}
+    add(hub, "me/adapter", adapter)
     add(hub, "me/empty", {"model.safetensors": single["model.safetensors"]})
     shard = min(name for name in model if name.endswith(".safetensors"))
     add(hub, "me/lacking", {name: data for name, data in model.items() if name != shard})

@@ -235,8 +235,10 @@ class DernCompressor:
         from .engine.requests import check_data, check_request
         from .models.adapters import check_no_adapter
         from .models.structure import find_moe_layers
+        from .paths import check_utf8
 
         check_no_adapter(model, "compressed")
+        check_utf8(model.config.name_or_path)
         count = check_request(self.config, model, find_moe_layers(model) if layers is None else layers)
         check_data(self.config)
         return count

@@ -200,8 +200,8 @@ class DernOptions:
             return
         accepted, words = KINDS[kind]
         holds, range_words = RANGES.get(option.name, (lambda value: True, ""))
-        of_kind = isinstance(value, bool) == (kind is bool) and isinstance(value, accepted) and _is_finite(value)
-        if not of_kind or not holds(value):
+        of_kind = isinstance(value, bool) == (kind is bool) and isinstance(value, accepted)
+        if not of_kind or (isinstance(value, Real) and not _is_finite(value)) or not holds(value):
             raise ValueError(f"{option.name}={value!r}, but it must be {words} {range_words}".rstrip())
         setattr(self, option.name, kind(value))
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..engine.torch_state import plain_torch
+from ..paths import check_utf8
 from .description import describe_dataset
 from .files import FILE_TYPES, data_files, listed, read_rows, read_text
 
@@ -115,7 +116,9 @@ def check_source(name: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: it does not.
+        ValueError: its name is not UTF-8.
     """
+    check_utf8(name)
     path = Path(name).expanduser()
     if str(name) not in NAMED_DATASETS and not path.exists():
         raise FileNotFoundError(

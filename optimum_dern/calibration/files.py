@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..paths import check_utf8
+
 
 __all__ = ["FILE_TYPES", "data_files", "listed", "parse_json", "read_rows", "read_text", "skipped_names"]
 
@@ -15,12 +17,13 @@ def data_files(folder: Path) -> list[Path]:
     """The files of a folder that are read, in the order of their names.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one whose name is not UTF-8.
     """
     files = sorted(file for file in folder.iterdir() if file.suffix in FILE_TYPES)
     if not files:
         there = listed(skipped_names(folder)) or "nothing"
         raise ValueError(f"the folder {folder} has no data file ({', '.join(FILE_TYPES)}); it holds {there}")
+    check_utf8(*files)  # a text is named after its file
     return files
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..models.adapters import check_no_adapter
 from ..models.structure import find_moe_layers
+from ..paths import check_utf8
 from ..reporting.report import CompressionReport
 from .foreign import check_no_foreign, set_card_aside
 from .publishing import write_sidecars
@@ -45,6 +46,7 @@ def save_checkpoint(
             model that the report is not about, or one with adapters.
     """
     check_no_adapter(model, "saved")
+    check_utf8(output, tokenizer)
     _check_output(output, report)
     _check_model(model, report)
     output.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from typing import NoReturn
 from .. import versions
 from ..errors import describe_error, is_deliberate
 from ..machine.threads import choose_threads
+from ..paths import check_utf8
 from . import compare, compress, evaluate, inspect, report
 
 
@@ -57,6 +58,7 @@ def run_safely(run: Callable[[argparse.Namespace], None], args: argparse.Namespa
     if "torch" not in sys.modules:  # else its threads are there
         choose_threads()
     try:
+        check_utf8(*vars(args).values())
         run(args)
     except KeyboardInterrupt:
         print("optimum-dern: interrupted", file=sys.stderr)

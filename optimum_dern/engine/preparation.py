@@ -18,6 +18,7 @@ from ..checkpoint.tensor_file import dtype_name
 from ..config import DernConfig
 from ..models.dtype import parse_dtype
 from ..models.structure import find_moe_layers, layers_by_position
+from ..paths import check_utf8
 from .cost.memory import plan_memory
 from .distributed import Processes
 from .requests import check_data, check_names, resolve_counts
@@ -59,6 +60,7 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
         FileNotFoundError: weights that are not there, or only pickled ones.
         RuntimeError: another run is at the output folder.
     """
+    check_utf8(request.model, request.output, request.statistics, request.tokenizer)
     shard_size = parse_bytes(request.max_shard_size) if request.max_shard_size else None
     bound = parse_bytes(request.max_memory) if request.max_memory else None
     dtype = parse_dtype(request.dtype)

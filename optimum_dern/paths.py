@@ -1,0 +1,34 @@
+"""Paths that end up in reports and cards, which are UTF-8 text."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+__all__ = ["check_utf8"]
+
+
+def check_utf8(*values: Any) -> None:
+    """Refuse file names that are not UTF-8 before any work: neither JSON, a card nor a tokenizer can hold them.
+
+    Args:
+        *values: names and paths, also inside lists and mappings; anything else passes.
+
+    Raises:
+        ValueError: bytes of a name that have no character.
+    """
+    for value in values:
+        if isinstance(value, str | Path):
+            _check(str(value))
+        elif isinstance(value, Mapping | list | tuple):
+            check_utf8(*value)
+
+
+def _check(name: str) -> None:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"the name {ascii(name)} is not UTF-8 text, so it cannot be written into a report; rename the file or "
+            "folder"
+        ) from None

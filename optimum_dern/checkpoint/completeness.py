@@ -10,6 +10,7 @@ from typing import Any
 from ..models.structure import find_decoder_layers, find_moe_layers
 from .conversion import NameMap
 from .reader import CheckpointReader
+from .wrapped_names import explain_wrapped
 
 
 __all__ = ["check_complete"]
@@ -35,6 +36,8 @@ def check_complete(model: Any, reader: CheckpointReader, names: NameMap) -> None
     for part in _absent_parts(model, names) if missing else ():
         logger.warning("%s has no weights for %s, which text does not go through", reader.folder, part)
         missing = [name for name in missing if not name.startswith(f"{part}.")]
+    if missing and (reason := explain_wrapped(missing[0], reader.infos)):
+        raise ValueError(f"{reader.folder} has no weights for {missing[0]}: {reason}")
     if missing:
         more = f" and {len(missing) - 1} others" if missing[1:] else ""
         head = model.get_output_embeddings()

@@ -15,7 +15,6 @@ from ..models.structure import MoELayer, experts_name, find_decoder_layers
 from .conversion import NameMap
 from .reader import CheckpointReader
 from .shards import OutputTensor
-from .wrapped_names import explain_wrapped
 
 
 __all__ = ["OutputPlan", "layer_parameters", "plan_output"]
@@ -116,8 +115,6 @@ def _shape(stored: Sequence[int], before: Sequence[int], after: Sequence[int]) -
 def _check_stored(reader: CheckpointReader, name: str, tensor: Tensor, layer: MoELayer) -> None:
     found = reader.infos.get(name)
     swapped = (*tensor.shape[:-2], *tensor.shape[:-3:-1])
-    if found is None and (reason := explain_wrapped(name, reader.infos)):
-        raise ValueError(f"{name}, a part of {layer.name}, is missing: {reason}")
     if found is None or found.shape not in (tuple(tensor.shape), swapped):
         what = "is missing" if found is None else f"has the shape {found.shape}, not {tuple(tensor.shape)}"
         raise ValueError(

@@ -202,7 +202,16 @@ def train(kind: str, data: Path, output: Path, steps: int) -> None:
 
     model.config.use_cache = True
     model.to(torch.bfloat16).save_pretrained(output / kind)
+    write_config(model, output / kind / "config.json")
     PreTrainedTokenizerFast.from_pretrained(output / "tokenizer").save_pretrained(output / kind)
+
+
+def write_config(model: torch.nn.Module, path: Path) -> None:
+    """The config that transformers saved, its rotary embedding and expert counts under the names of older readers."""
+    from optimum_dern.checkpoint.config_json import compressed_config
+    from optimum_dern.checkpoint.publishing import write_json
+
+    write_json(path, compressed_config(json.loads(path.read_text("utf-8")), None, model.config))
 
 
 def main() -> None:

@@ -1,22 +1,21 @@
 """Every Mixture-of-Experts family: what is written, and what plain transformers 5 and 4.57 make of it."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from elsewhere import run_elsewhere, transformers_4
 from families import FAMILIES, TRANSFORMERS_4, make_model, model_class, published_config
 from load_families import IMPLEMENTATIONS, observe
 from safetensors.torch import load_file, save_file
 from tiny import EXPERTS, random_tokens
 
 from optimum_dern import DernCompressor
+from optimum_dern.checkpoint.rope_json import ROPE_KEYS
 from optimum_dern.models.structure import COUNT_KEYS, find_moe_layers
 
 
@@ -100,21 +99,11 @@ def require(results, family):
     return results[family]
 
 
-def load_elsewhere(folders, result, paths=()):
-    """What a fresh process sees of checkpoints, in which this package cannot be imported."""
-    script = Path(__file__).with_name("load_families.py")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    if paths:
-        environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
-    subprocess.run([sys.executable, script, result, *folders], check=True, env=environment, cwd=result.parent)
-    return torch.load(result, weights_only=True)
-
-
 @pytest.fixture(scope="module")
 def reloaded(compressed, tmp_path_factory):
     """All compressed checkpoints in one fresh process."""
     folders = [result.folder for result in compressed.values() if isinstance(result, Compressed)]
-    return load_elsewhere(folders, tmp_path_factory.mktemp("reloaded") / "result.pt")
+    return run_elsewhere("load_families.py", tmp_path_factory.mktemp("reloaded") / "result.pt", *folders)
 
 
 @every_family
@@ -174,7 +163,10 @@ def test_disk_to_disk(compressed, family):
 
 @every_family
 def test_config(compressed, family):
-    """Only the expert counts differ from the source's config, under every name that the source uses."""
+    """Only the expert counts differ from the source's config, under every name that the source uses.
+
+    Where the source has no rotary embedding in the older form, that is written beside the newer one.
+    """
     result = require(compressed, family)
     before, after = (
         flat(json.loads((folder / "config.json").read_text("utf-8"))) for folder in (result.source, result.folder)
@@ -182,6 +174,7 @@ def test_config(compressed, family):
     counts = {path: value for path, value in before.items() if path[-1] in COUNT_KEYS and value == EXPERTS}
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
     changed -= {path for path in changed if path[-1] in ("num_nextn_predict_layers", "transformers_version")}
+    changed -= {path for path in after.keys() - before.keys() if ROPE_KEYS & set(path)}
     assert counts
     assert changed >= counts.keys()
     assert {path[-1] for path in changed} <= set(COUNT_KEYS)
@@ -198,12 +191,10 @@ def flat(values, path=()):
 @pytest.fixture(scope="module")
 def reloaded_by_4(compressed, tmp_path_factory):
     """All sources and compressed checkpoints in one fresh process with transformers 4."""
-    path = os.environ.get("DERN_TRANSFORMERS4")
-    if not path:
-        pytest.skip("DERN_TRANSFORMERS4 names no folder with transformers 4")
+    path = transformers_4()
     done = [r for family, r in compressed.items() if isinstance(r, Compressed) and family in TRANSFORMERS_4]
     folders = [folder for result in done for folder in (result.source, result.folder)]
-    results = load_elsewhere(folders, tmp_path_factory.mktemp("by_4") / "result.pt", [path])
+    results = run_elsewhere("load_families.py", tmp_path_factory.mktemp("by_4") / "result.pt", *folders, path=path)
     assert results["version"].startswith("4.57")
     return results
 

@@ -9,6 +9,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from .config_values import config_from_json
+from .rope_json import ROPE_KEYS, complete_rope
+
 
 __all__ = ["compressed_config"]
 
@@ -28,16 +31,18 @@ def compressed_config(saved: Mapping[str, Any], source: Mapping[str, Any] | None
         config: the compressed model's config object.
 
     Returns:
-        The source's JSON with the differences, expert counts under every alias, no quantisation, no MTP layers, no
-        name of a weights' file; the saved JSON with the aliases completed where there is no source of the same type.
+        The source's JSON with the differences, expert counts under every alias, the rotary embedding in the older
+        form, too, no quantisation, no MTP layers, no name of a weights' file; the saved JSON, likewise completed, where
+        there is no source of the same type.
     """
     if source is None or source.get("model_type") != config.model_type:
         result = json.loads(json.dumps(saved))
     else:
         result = json.loads(json.dumps(source))
-        loaded = type(config).from_dict(_with_floats(source)).to_dict()
+        loaded = config_from_json(type(config), source).to_dict()
         _apply_changes(result, loaded, config.to_dict())
     _complete_aliases(result, config)
+    complete_rope(result, config)
     for key in SOURCE_KEYS:
         result.pop(key, None)
     for key in MTP_KEYS:
@@ -53,7 +58,11 @@ def _apply_changes(target: dict[str, Any], before: Mapping[str, Any], after: Map
         if key.startswith("_") or key in IGNORED or value == old:
             continue
         names = _names(key) & target.keys()
-        if isinstance(value, Mapping) and isinstance(old, Mapping):
+        if key == "rope_parameters":  # older files have its parts under names of their own
+            for name in ROPE_KEYS - after.keys():
+                target.pop(name, None)
+            target[key] = value
+        elif isinstance(value, Mapping) and isinstance(old, Mapping):
             if isinstance(target.get(key), dict):
                 _apply_changes(target[key], old, value)
         else:
@@ -67,14 +76,6 @@ def _complete_aliases(target: dict[str, Any], config: Any) -> None:
     for key, value in target.items():
         if isinstance(value, dict) and hasattr(getattr(config, key, None), "attribute_map"):
             _complete_aliases(value, getattr(config, key))
-
-
-def _with_floats(value: Any) -> Any:
-    """JSON values with infinities as numbers: transformers writes them as {"__float__": "Infinity"}."""
-    if isinstance(value, Mapping):
-        number = value.get("__float__")
-        return {k: _with_floats(v) for k, v in value.items()} if number is None else float(number)
-    return [_with_floats(v) for v in value] if isinstance(value, list) else value
 
 
 def _names(key: str) -> set[str]:

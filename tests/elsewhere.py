@@ -1,0 +1,34 @@
+"""Run a script of this folder in a fresh process, with another transformers if need be, and read what it wrote."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def run_elsewhere(script, result, *arguments, path=None):
+    """What `script RESULT ARGUMENT...` writes to the file `result`.
+
+    Args:
+        script: name of a script beside this file.
+        result: file for `torch.save`.
+        *arguments: of the script.
+        path: folder with the packages that come first, such as that of another transformers.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    command = [sys.executable, Path(__file__).with_name(script), result, *arguments]
+    subprocess.run(command, check=True, env=environment, cwd=result.parent)
+    return torch.load(result, weights_only=True)
+
+
+def transformers_4():
+    """The folder with transformers 4; the test is skipped where there is none."""
+    path = os.environ.get("DERN_TRANSFORMERS4")
+    if not path:
+        pytest.skip("DERN_TRANSFORMERS4 names no folder with transformers 4")
+    return path

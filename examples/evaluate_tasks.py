@@ -1,6 +1,6 @@
 """Score a model on tasks with the package's own scorer and with lm-eval, and compare the two item by item.
 
-pip install 'optimum-dern[eval]'
+pip install '.[eval]'    # in a clone of the repository
 python examples/evaluate_tasks.py MODEL TASKS_FOLDER [LIMIT]
 """
 

@@ -1,6 +1,6 @@
 """Compress a model, heal it with LoRA on the calibration text, merge and save; measured on other text.
 
-python examples/heal_with_lora.py    # after `pip install "optimum-dern[heal]"`
+python examples/heal_with_lora.py    # after `pip install '.[heal]'` in a clone of the repository
 
 Training on these domains would help the uncompressed model, too: the last line is what a user gets for the time, not
 what compression alone costs.

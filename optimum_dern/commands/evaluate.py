@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..installation import install_hint
 from .arguments import add_model_arguments, check_model_name
 from .tables import print_table
 
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of texts (default: what MODEL, or ORIGINAL, is made for, at most 2048)",
     )
     how.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences (default: %(default)s)")
-    how.add_argument("--lm-eval", action="store_true", help="score tasks with lm-eval (pip install lm-eval)")
+    how.add_argument("--lm-eval", action="store_true", help=f"score tasks with lm-eval ({install_hint('eval')})")
     how.add_argument("--streamed", action="store_true", help="one decoder layer in memory at a time")
     how.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")

@@ -21,6 +21,7 @@ from ..calibration.data import preserved_random_state
 from ..evaluation.accuracy import Outcome, TaskResult
 from ..evaluation.estimate import mean_estimate, perplexity_estimate
 from ..evaluation.tasks import Task
+from ..installation import install_hint
 from .lm_eval_rows import DEFINITIONS, plain_definition, plain_row
 
 
@@ -179,4 +180,4 @@ def _lm_eval(module: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError("lm-eval is not installed; run pip install 'optimum-dern[eval]'") from error
+        raise ImportError(f"lm-eval is not installed; run {install_hint('eval')}") from error

@@ -4,6 +4,7 @@ import os
 from importlib.resources import files
 from typing import Any
 
+from ..installation import install_hint, project_link
 from .licence import source_licence
 from .plots import image_description
 from .report import CompressionReport
@@ -51,6 +52,8 @@ def model_card(report: CompressionReport, image: str | None = None) -> Any:
         image_text=image and image_description(report),
         licence=licence.get("license_name") or licence.get("license"),
         source=f"[{source}](https://huggingface.co/{source})" if is_hub_id else f"`{name}`",
+        tool=project_link(),
+        install=install_hint(),
         before=report.before,
         after=report.after,
         sizes=_size_rows(report),

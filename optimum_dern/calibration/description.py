@@ -7,14 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
+from ..reporting.public_names import public_paths
+
 
 __all__ = ["describe_calibration", "describe_dataset", "fingerprint", "recordable_dataset"]
 
 
 def describe_calibration(dataset: Any, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Description, digest, and numbers of sequences and real tokens, JSON-able."""
+    """Description, digest, and numbers of sequences and real tokens, JSON-able; it is published."""
     return {
-        "dataset": describe_dataset(dataset),
+        "dataset": describe_dataset(_without_folders(dataset)),
         "sha256": fingerprint(batches),
         "sequences": sum(len(batch["input_ids"]) for batch in batches),
         "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
@@ -22,12 +24,14 @@ def describe_calibration(dataset: Any, batches: Sequence[Mapping[str, Tensor]]) 
 
 
 def recordable_dataset(dataset: Any) -> Any:
-    """The dataset where it is a name, a path or a mix of them, so that a run can be repeated; else its description."""
+    """The dataset where it is a name, a file or a mix of them, so that a run can be repeated; else its description.
+
+    It is published: of a path that leads out of the working folder, only the name is recorded.
+    """
     if dataset is None:
         return None
-    if isinstance(dataset, Mapping):
-        return {str(name): weight for name, weight in dataset.items()}
-    return describe_dataset(dataset)
+    dataset = _without_folders(dataset)
+    return dataset if isinstance(dataset, Mapping) else describe_dataset(dataset)
 
 
 def describe_dataset(dataset: Any) -> str:
@@ -41,6 +45,15 @@ def describe_dataset(dataset: Any) -> str:
     kind = type(dataset[0]).__name__ if isinstance(dataset, Sequence) and len(dataset) else "row"
     size = len(dataset) if hasattr(dataset, "__len__") else "unknown number"
     return f"{size} {kind}s in memory ({type(dataset).__name__})"
+
+
+def _without_folders(dataset: Any) -> Any:
+    if isinstance(dataset, str | Path):
+        return public_paths([str(dataset)])[str(dataset)]
+    if isinstance(dataset, Mapping):
+        names = public_paths(map(str, dataset))
+        return {names[str(name)]: weight for name, weight in dataset.items()}
+    return dataset
 
 
 def fingerprint(batches: Sequence[Mapping[str, Tensor]]) -> str:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..reporting.public_names import public_source
 from .config_values import config_from_json
 from .rope_json import ROPE_KEYS, complete_rope
 
@@ -32,8 +33,8 @@ def compressed_config(saved: Mapping[str, Any], source: Mapping[str, Any] | None
 
     Returns:
         The source's JSON with the differences, expert counts under every alias, the rotary embedding in the older
-        form, too, no quantisation, no MTP layers, no name of a weights' file; the saved JSON, likewise completed, where
-        there is no source of the same type.
+        form, too, no quantisation, no MTP layers, no name of a weights' file; the saved JSON, likewise completed,
+        where there is no source of the same type.
     """
     if source is None or source.get("model_type") != config.model_type:
         result = json.loads(json.dumps(saved))
@@ -43,6 +44,7 @@ def compressed_config(saved: Mapping[str, Any], source: Mapping[str, Any] | None
         _apply_changes(result, loaded, config.to_dict())
     _complete_aliases(result, config)
     complete_rope(result, config)
+    _name_without_folders(result)
     for key in SOURCE_KEYS:
         result.pop(key, None)
     for key in MTP_KEYS:
@@ -76,6 +78,15 @@ def _complete_aliases(target: dict[str, Any], config: Any) -> None:
     for key, value in target.items():
         if isinstance(value, dict) and hasattr(getattr(config, key, None), "attribute_map"):
             _complete_aliases(value, getattr(config, key))
+
+
+def _name_without_folders(target: dict[str, Any]) -> None:
+    """Older releases of transformers wrote the folder that a model was loaded from into its config."""
+    for key, value in target.items():
+        if isinstance(value, dict):
+            _name_without_folders(value)
+        elif key in ("_name_or_path", "name_or_path") and isinstance(value, str):
+            target[key] = public_source(value)
 
 
 def _names(key: str) -> set[str]:

@@ -64,7 +64,7 @@ def save_checkpoint(
 
 def _check_output(output: Path, report: CompressionReport) -> None:
     """Refuse the source's own folder, and one with files of another kind of checkpoint."""
-    if report.source and os.path.isdir(report.source) and output.resolve() == Path(report.source).resolve():
+    if output.resolve() == report.source_folder:
         raise ValueError(
             f"{output} is the folder that the model was loaded from; the original would be lost, choose another one"
         )

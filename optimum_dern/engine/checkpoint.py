@@ -82,6 +82,8 @@ def compress_checkpoint(task: CheckpointTask) -> list[CompressionReport]:
         reports = [
             CompressionReport.from_dict(processes.on_main(lambda r=result: r.manifest.report)) for result in results
         ]
+        for report in reports:
+            report.source_folder = task.reader.folder.resolve()
         processes.on_main(lambda: _publish_all(task, results, reports, work))
     return reports
 

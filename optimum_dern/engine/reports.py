@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..calibration.description import recordable_dataset
 from ..config import DernConfig
+from ..reporting.licence import source_metadata
+from ..reporting.public_names import public_source
 from ..reporting.report import CompressionReport, LayerReport, ModelSize
 from ..versions import tool_versions
 from .progress import peak_memory_bytes
@@ -40,9 +43,11 @@ def make_report(
         device: whose peak memory counts.
         precision: dtypes of the source's tensors, of the computation, and of what is written.
     """
+    name, revision = source
+    folder = None if name is None else Path(name).expanduser()
     return CompressionReport(
-        source=source[0],
-        revision=source[1],
+        source=public_source(name),
+        revision=revision,
         model_type=model_type,
         method=config.method,
         config={**config.to_dict(), "dataset": recordable_dataset(config.dataset)},
@@ -54,4 +59,6 @@ def make_report(
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(device),
         precision=precision,
+        source_card=source_metadata(name, revision),
+        source_folder=folder.resolve() if folder is not None and folder.is_dir() else None,
     )

@@ -11,6 +11,7 @@ from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.recorded import RecordedStatistics, identify_model
 from ..config import DernConfig
 from ..models.structure import MoELayer
+from ..reporting.public_names import public_source
 from ..versions import tool_versions
 from .cost.memory import MemoryPlan
 from .distributed import Processes
@@ -50,10 +51,10 @@ def result_names(counts: Sequence[int]) -> list[str]:
 
 
 def describe_recording(task: CheckpointTask) -> dict[str, Any]:
-    """What recorded statistics belong to, and how their data was drawn."""
+    """What recorded statistics belong to, and how their data was drawn; it is published."""
     options = task.configs[0].to_dict()
     return {
-        "source": task.name,
+        "source": public_source(task.name),
         "revision": task.revision,
         **identify_model(task.reader, task.dtype),
         "calibration data": task.calibration["sha256"],

@@ -1,11 +1,10 @@
 """The model card: what the checkpoint is, what it lost, and how to make it again."""
 
-import os
 from importlib.resources import files
 from typing import Any
 
 from ..installation import install_hint, project_link
-from .licence import source_licence
+from .licence import source_metadata
 from .plots import image_description
 from .report import CompressionReport
 from .reproduction import is_in_memory, reproduction_command
@@ -30,18 +29,17 @@ def model_card(report: CompressionReport, image: str | None = None) -> Any:
     from huggingface_hub import ModelCard, ModelCardData
 
     source = report.source
-    is_hub_id = bool(source) and source.count("/") == 1 and source[0] not in "./~" and not os.path.isdir(source)
+    metadata = source_metadata(source, report.revision) if report.source_card is None else report.source_card
+    is_hub_id = metadata.get("base_model") == [source]
     name = source.rstrip("/").split("/")[-1] if source else report.model_type
     heading = title(report)
-    licence = source_licence(source, report.revision, is_hub_id)
     data = ModelCardData(
-        base_model=[source] if is_hub_id else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=TAGS,
         model_name=heading if report.evaluation else None,
         eval_results=_evaluation_results(report) or None,
-        **licence,
+        **metadata,
     )
     return ModelCard.from_template(
         data,
@@ -50,7 +48,7 @@ def model_card(report: CompressionReport, image: str | None = None) -> Any:
         verdict=verdict(report),
         image=image,
         image_text=image and image_description(report),
-        licence=licence.get("license_name") or licence.get("license"),
+        licence=metadata.get("license_name") or metadata.get("license"),
         source=f"[{source}](https://huggingface.co/{source})" if is_hub_id else f"`{name}`",
         tool=project_link(),
         install=install_hint(),

@@ -1,39 +1,69 @@
-"""The licence of the source model, as its own card names it."""
+"""What the card of the source model says that the compressed model's card has to say, too: licence and origin."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 
-__all__ = ["source_licence"]
+__all__ = ["source_metadata"]
 
 KEYS = ("license", "license_name", "license_link")
 
 
-def source_licence(source: str | None, revision: str | None, is_hub_id: bool) -> dict[str, str]:
-    """What the card of a source model says about its licence, where that card is on this machine.
+def source_metadata(source: str | None, revision: str | None) -> dict[str, Any]:
+    """Licence and origin of a source model, where it or its card tells.
 
     Args:
         source: folder or Hub id.
         revision: of a Hub model.
-        is_hub_id: which of the two it is.
 
     Returns:
-        `license`, `license_name` and `license_link` as far as they are given; nothing is downloaded.
+        `license`, `license_name`, `license_link` and `base_model` as far as they are known, for a card's metadata;
+        nothing is downloaded.
     """
+    if source is None:
+        return {}
+    # The Hub draws a model's tree from `base_model`, the models that it was directly made from, and takes ids alone.
+    # That is the source; of one that has no id, its own base models are the nearest ancestors that the Hub knows.
+    is_hub_id = _is_hub_id(source) and not os.path.isdir(source)
+    card = _card_data(source, revision, is_hub_id)
+    named = card.get("base_model")
+    bases = [source] if is_hub_id else named if isinstance(named, list) else [named]
+    bases = [name for name in bases if _is_hub_id(name)]  # a trainer's card may name a folder
+    return _licence(card, source, revision, is_hub_id) | ({"base_model": bases} if bases else {})
+
+
+def _licence(card: dict[str, Any], source: str, revision: str | None, is_hub_id: bool) -> dict[str, str]:
+    licence = {key: card[key] for key in KEYS if isinstance(card.get(key), str)}
+    if not licence.get("license_link", "https://").startswith(("https://", "http://")):  # a file beside the card
+        link = licence.pop("license_link")
+        if is_hub_id and "://" not in link:
+            licence["license_link"] = f"https://huggingface.co/{source}/blob/{revision or 'main'}/{link}"
+    return licence
+
+
+def _card_data(source: str, revision: str | None, is_hub_id: bool) -> dict[str, Any]:
+    """The metadata of a source's card, where that is on this machine."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
     from yaml import YAMLError
 
-    if source is None:
-        return {}
-    path = try_to_load_from_cache(source, "README.md", revision=revision) if is_hub_id else Path(source, "README.md")
+    folder = Path(source).expanduser()
+    path = try_to_load_from_cache(source, "README.md", revision=revision) if is_hub_id else folder / "README.md"
     if not isinstance(path, str | Path) or not Path(path).is_file():
         return {}
     try:
-        data = ModelCard.load(path, ignore_metadata_errors=True).data
+        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, YAMLError):  # a card that nobody can read says nothing
         return {}
-    licence = {key: data.get(key) for key in KEYS if isinstance(data.get(key), str)}
-    if "://" not in licence.get("license_link", "://"):  # a file of the source repository
-        link = licence.pop("license_link")
-        if is_hub_id:
-            licence["license_link"] = f"https://huggingface.co/{source}/blob/{revision or 'main'}/{link}"
-    return licence
+
+
+def _is_hub_id(name: Any) -> bool:
+    """Whether a name has the form `namespace/name`, which no path of this machine has."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return isinstance(name, str) and "/" in name

@@ -55,7 +55,7 @@ class ModelSize:
 class CompressionReport:
     """The last run of a compressor."""
 
-    source: str | None  # model id or path
+    source: str | None  # Hub id, or name of the folder
     revision: str | None
     model_type: str
     method: str
@@ -70,7 +70,9 @@ class CompressionReport:
     peak_memory_bytes: int = 0  # of the process, or of the GPU where the model is on one
     precision: dict[str, str] = field(default_factory=dict)  # dtypes: stored in the source, computed in, written
     training: str = ""  # of the compressed weights, by whoever trained them
+    source_card: dict[str, Any] | None = None  # licence and base models that the source's card names
     report_version: int = REPORT_VERSION
+    source_folder: Path | None = field(default=None, compare=False)  # on this machine; in memory only
 
     @property
     def ratio(self) -> float:
@@ -106,8 +108,10 @@ class CompressionReport:
         return {name: value for name, value in self.to_dict().items() if name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-able values, `ratio` included."""
-        return {**asdict(self), "ratio": self.ratio}
+        """Everything as JSON-able values, `ratio` included: what is published, so nothing that tells of a machine."""
+        values = asdict(self) | {"ratio": self.ratio}
+        del values["source_folder"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CompressionReport":
@@ -122,6 +126,8 @@ class CompressionReport:
                 f"report version {version!r}; this release reads {' and '.join(map(str, READABLE))}: "
                 "update optimum-dern"
             )
+        if "source_card" not in values:
+            values = _without_folders(values)
         rest = {name: value for name, value in values.items() if name != "ratio"} | {"report_version": REPORT_VERSION}
         rest["layers"] = [LayerReport(**layer) for layer in values["layers"]]
         rest["before"], rest["after"] = ModelSize(**values["before"]), ModelSize(**values["after"])
@@ -138,3 +144,18 @@ class CompressionReport:
     def load(cls, path: str | Path) -> "CompressionReport":
         """Read a report that `save` wrote."""
         return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
+
+
+def _without_folders(values: dict[str, Any]) -> dict[str, Any]:
+    """A report of an earlier release, which recorded whole paths, as this one records it."""
+    from ..calibration.description import describe_dataset, recordable_dataset
+    from .licence import source_metadata
+    from .public_names import public_source
+
+    dataset = recordable_dataset(values["config"]["dataset"])
+    return values | {
+        "source": public_source(values["source"]),
+        "source_card": source_metadata(values["source"], values["revision"]),
+        "config": values["config"] | {"dataset": dataset},
+        "calibration": values["calibration"] | {"dataset": describe_dataset(dataset)},
+    }

@@ -80,7 +80,7 @@ def test_compress_end_to_end(tmp_path, checkpoint, text):
     assert model.config.num_local_experts == 4
     assert AutoTokenizer.from_pretrained(output)("text")["input_ids"] == tiny_tokenizer()("text")["input_ids"]
     report = CompressionReport.load(output / "dern_report.json")
-    assert report.source == str(checkpoint)
+    assert report.source == checkpoint.name
     assert report.evaluation == result["evaluation"]
     same = DernCompressor(num_experts=4, dataset=text, sequence_length=48, batch_size=4)
     again = same.compress_model(AutoModelForCausalLM.from_pretrained(checkpoint), str(checkpoint))
@@ -237,7 +237,7 @@ def test_config_file_and_override(tmp_path, capsys, checkpoint, text):
     main(["compress", str(checkpoint), str(tmp_path / "out"), *options])
     assert json.loads(capsys.readouterr().out)["after"]["experts"] == 5
     report = CompressionReport.load(tmp_path / "out" / "dern_report.json")
-    expected = {**config.to_dict(), "sparsity": None, "num_experts": 5, "num_samples": 6}
+    expected = {**config.to_dict(), "dataset": text.name, "sparsity": None, "num_experts": 5, "num_samples": 6}
     assert report.config == expected
     assert report.calibration["sequences"] == 6
 

@@ -38,16 +38,17 @@ def report_of(output):
     return CompressionReport.load(output / "dern_report.json")
 
 
-def test_a_mix_of_sources(tmp_path, capsys, checkpoint, sources):
-    """`--dataset A=3 B=1` calibrates on three quarters of A and one of B, and the report can be repeated."""
+def test_a_mix_of_sources(tmp_path, capsys, monkeypatch, checkpoint, sources):
+    """`--dataset A=3 B=1` calibrates on three quarters of A and one of B; the report can be repeated beside them."""
     notes, code = map(str, sources)
     data = ["--dataset", f"{notes}=3", f"{code}=1", "--num-samples", "8"]
     main(["compress", str(checkpoint), str(tmp_path / "out"), *QUICK, *data, "--selection", "reap"])
     report = report_of(tmp_path / "out")
-    mix = {notes: 3.0, code: 1.0}
+    monkeypatch.chdir(sources[0].parent)
+    mix = {"notes.txt": 3.0, "code.jsonl": 1.0}
     assert report.config["dataset"] == mix
     assert report.calibration["sequences"] == 8
-    assert report.calibration["dataset"] == f"3 x {notes} + 1 x {code}"
+    assert report.calibration["dataset"] == "3 x notes.txt + 1 x code.jsonl"
     parts = [
         load_batches(name, tiny_tokenizer(), num_samples=count, sequence_length=32)
         for name, count in ((notes, 6), (code, 2))
@@ -60,12 +61,13 @@ def test_a_mix_of_sources(tmp_path, capsys, checkpoint, sources):
 
 
 @pytest.mark.parametrize("selection", ["hope", "easy_ep", "greedy"])
-def test_criteria(tmp_path, capsys, checkpoint, sources, selection):
+def test_criteria(tmp_path, capsys, monkeypatch, checkpoint, sources, selection):
     """`--selection` reaches the report, with the experts that the Python API retains."""
     data = ["--dataset", str(sources[0]), "--num-samples", "6", "--selection", selection]
     main(["compress", str(checkpoint), str(tmp_path / "out"), *QUICK, *data])
     report = report_of(tmp_path / "out")
     assert report.config["selection"] == selection
+    monkeypatch.chdir(sources[0].parent)  # the report has the names of files alone
     same = DernCompressor(**report.config)
     same.compress_model(make_model("mixtral"), tiny_tokenizer())
     assert [layer.retained for layer in report.layers] == [layer.retained for layer in same.report.layers]

@@ -146,10 +146,10 @@ def test_training():
 def test_the_command_makes_the_same_checkpoint(fields):
     """Parsed by the command line's own parser, the command gives an equal config."""
     config = DernConfig(**{"dataset": "notes.txt", **fields})
-    report = make_report(config, source="./my models/olmoe")
+    report = make_report(config, source="my olmoe")
     args, again = parsed(reproduction_command(report))
     assert again.to_dict() == config.to_dict()
-    assert args.model == "./my models/olmoe"
+    assert args.model == "my olmoe"
     assert reproduction_command(report) in model_card(report).text
 
 

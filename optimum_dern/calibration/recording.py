@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from ..core.mixture import Routing
 from ..models.overrides import routing_hook
@@ -18,7 +19,7 @@ from .sharing import SharedTensors
 
 __all__ = ["Call", "RoutingRecord", "record_layer_calls", "record_routing", "replaced_forward", "replay_last_hidden"]
 
-NO_CACHE = {"past_key_values": None}  # a layer runs several times, and must not see its own keys and values again
+CACHES = ("past_key_values", "cache")  # names of the argument before transformers 5.24 and since
 
 
 class Call(NamedTuple):
@@ -34,6 +35,12 @@ class Call(NamedTuple):
             return cls(args[0], args[1:], dict(kwargs))
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         return cls(kwargs["hidden_states"], (), rest)
+
+    def without_cache(self) -> "Call":
+        """The same call for a layer that runs several times, and must not see its own keys and values again."""
+        args = tuple(None if isinstance(value, Cache) else value for value in self.args)
+        found = {name: None for name, value in self.kwargs.items() if name in CACHES or isinstance(value, Cache)}
+        return self._replace(args=args, kwargs=self.kwargs | found)
 
 
 class StopForward(Exception):
@@ -145,7 +152,7 @@ def _record(
 
     def recorder(position: int) -> Callable:
         def forward(*args, **kwargs):
-            call = Call.of(args, kwargs | NO_CACHE if "past_key_values" in kwargs else kwargs)
+            call = Call.of(args, kwargs).without_cache()
             others = {name: shared.share(value) for name, value in call.kwargs.items()}
             hidden = None if position else keep(call.hidden)
             calls[position].append(Call(hidden, shared.share(call.args), others))

@@ -49,16 +49,17 @@ def decode_seconds(model: Any, ids: Tensor, new_tokens: int) -> float:
     """Seconds of greedy decoding, a token of each sequence at a time, the prompt's own forward pass left out.
 
     Args:
-        model: a causal language model that takes and returns `past_key_values`.
+        model: a causal language model that takes and returns a cache of keys and values.
         ids: (batch, prompt).
         new_tokens: steps.
     """
     with evaluation_mode(model):
         output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        cache = "cache" if "cache" in output else "past_key_values"  # its name since transformers 5.24, and before
         started = _now(ids.device)
         for _ in range(new_tokens):
             token = output.logits[:, -1:].argmax(-1)  # (B, 1)
-            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            output = model(input_ids=token, **{cache: output[cache]}, use_cache=True)
         return _now(ids.device) - started
 
 

@@ -1,9 +1,11 @@
 """A tiny model of every Mixture-of-Experts family of transformers that can be compressed."""
 
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from tiny import EOS, EXPERTS, HIDDEN, PAD, TOP_K, VOCABULARY, WIDTH
 
@@ -478,6 +480,16 @@ def model_class(name: str) -> Any:
     import transformers
 
     return getattr(transformers, FAMILIES[name].architecture or "AutoModelForCausalLM")
+
+
+def runnable(names: Iterable[str]) -> list[Any]:
+    """Families as parameters of a test; those that the transformers at hand cannot run are skipped with the reason."""
+    import transformers
+
+    from optimum_dern.models.refusals import BROKEN
+
+    skip = pytest.mark.skip(f"refused with transformers {transformers.__version__}")
+    return [pytest.param(name, marks=[skip] * ((name, transformers.__version__) in BROKEN)) for name in names]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from families import FAMILIES, make_model
+from families import FAMILIES, make_model, runnable
 from tiny import EXPERTS, TOP_K, padded_batch
 
 from optimum_dern.calibration.recording import record_layer_calls, record_routing
@@ -17,7 +17,7 @@ from optimum_dern.models.structure import find_decoder_layers, find_moe_layers, 
 from optimum_dern.models.view import layer_activation, read_layer
 
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", runnable(FAMILIES))
 
 
 @every_family

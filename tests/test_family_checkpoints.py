@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from elsewhere import run_elsewhere, transformers_4
-from families import FAMILIES, TRANSFORMERS_4, make_model, model_class, published_config
+from families import FAMILIES, TRANSFORMERS_4, make_model, model_class, published_config, runnable
 from load_families import IMPLEMENTATIONS, observe
 from safetensors.torch import load_file, save_file
 from tiny import EXPERTS, random_tokens
@@ -22,7 +22,7 @@ from optimum_dern.models.structure import COUNT_KEYS, find_moe_layers
 KEPT = 4
 MAY_CHANGE = re.compile(r"expert|gate|router|moe|e_score_correction_bias")  # in the names of tensors
 IN_MEMORY_ONLY = {"diffusion_gemma": "two stacks share the experts"}
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", runnable(FAMILIES))
 pytestmark = pytest.mark.slow
 
 
@@ -46,7 +46,7 @@ def compressed(request, tmp_path_factory):
     chosen = {
         item.callspec.params["family"]: None
         for item in request.session.items
-        if hasattr(item, "callspec") and item.module is request.module
+        if hasattr(item, "callspec") and item.module is request.module and not item.get_closest_marker("skip")
     }
     results = {}
     for family in chosen:

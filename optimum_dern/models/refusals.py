@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from ..core.selection import retained_count, select_experts
@@ -12,6 +13,7 @@ from .structure import MoELayer
 
 
 __all__ = [
+    "BROKEN",
     "REFUSED",
     "advise_count",
     "check_config",
@@ -36,6 +38,13 @@ REFUSED = {
     "doge": "its experts are product-key embeddings, not feed-forward networks",
     "openai_privacy_filter": "it is a token classifier, not a language model",
 }
+BROKEN = {  # families that a release of transformers cannot run: what happens, and the releases that can
+    ("llama4", "5.24.0"): (
+        "every forward pass of its Llama4ForConditionalGeneration ends in "
+        "\"'MoeCausalLMOutputWithPast' object has no attribute 'image_outputs'\"",
+        "transformers>=5.18,<5.24",
+    ),
+}
 
 
 def check_config(config: Any) -> None:
@@ -45,13 +54,20 @@ def check_config(config: Any) -> None:
         config: of transformers, nested or not; some of these families cannot even be built without weights.
 
     Raises:
-        ValueError: naming the family and the reason.
+        ValueError: naming the family and the reason, and another release of transformers where one can run it.
     """
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{config.model_type} is an encoder-decoder; only decoder language models can be compressed")
     for kind in (config.model_type, config.get_text_config().model_type):
         if kind in REFUSED:
             raise ValueError(f"{kind} models cannot be compressed: {REFUSED[kind]}")
+    release = transformers.__version__
+    if (config.model_type, release) in BROKEN:
+        reason, others = BROKEN[config.model_type, release]
+        raise ValueError(
+            f"{config.model_type} models cannot be compressed with transformers {release}: {reason}; "
+            f"install {others} instead"
+        )
 
 
 def check_model(model: nn.Module, layers: list[MoELayer]) -> None:

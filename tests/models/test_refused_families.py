@@ -1,13 +1,30 @@
 """Every family that cannot be compressed is refused with its reason, by model, skeleton and config alike."""
 
+import families
 import pytest
 import torch
-from tiny import EOS, EXPERTS, HIDDEN, PAD, TOP_K, VOCABULARY, WIDTH, compress, random_tokens, same_state, state_of
+import transformers
+from packaging.specifiers import SpecifierSet
+from tiny import (
+    EOS,
+    EXPERTS,
+    HIDDEN,
+    PAD,
+    TOP_K,
+    VOCABULARY,
+    WIDTH,
+    compress,
+    padded_batch,
+    random_tokens,
+    same_state,
+    state_of,
+)
 
 from optimum_dern import DernCompressor
 from optimum_dern.commands.main import main
 from optimum_dern.models import refusals
-from optimum_dern.models.refusals import REFUSED, check_config
+from optimum_dern.models.refusals import BROKEN, REFUSED, check_config
+from optimum_dern.models.skeleton import build_skeleton
 
 
 TEXT = {
@@ -231,6 +248,34 @@ def test_the_text_config_decides_too():
     config.__dict__["model_type"] = "wrapped"
     with pytest.raises(ValueError, match="inkling_text models cannot be compressed"):
         check_config(config)
+
+
+@pytest.mark.parametrize(("name", "release"), BROKEN)
+def test_releases_that_cannot_run_a_family(name, release, monkeypatch, tmp_path):
+    """With such a release model and checkpoint are refused, naming one that works; with another one they are not."""
+    model, (reason, others) = families.make_model(name), BROKEN[name, release]
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    monkeypatch.setattr(transformers, "__version__", release)
+    for refuse in (DernCompressor(num_experts=4, dataset=[]).prepare, lambda _: build_skeleton(tmp_path)):
+        with pytest.raises(ValueError) as refusal:
+            refuse(model)
+        assert f"{name} models cannot be compressed with transformers {release}: {reason}" in str(refusal.value)
+        assert str(refusal.value).endswith(f"install {others} instead")
+    assert not SpecifierSet(others.removeprefix("transformers")).contains(release)
+    monkeypatch.setattr(transformers, "__version__", "5.18.0")
+    check_config(model.config)
+    assert build_skeleton(tmp_path).config.model_type == name
+
+
+@pytest.mark.parametrize(("name", "release"), BROKEN)
+def test_they_cannot_run_it_indeed(name, release):
+    """A refusal for a release is no longer true than its models fail."""
+    if transformers.__version__ != release:
+        pytest.skip(f"only with transformers {release}")
+    with pytest.raises(Exception) as failure:  # noqa: B017 - the reason says which
+        families.make_model(name)(**padded_batch([5, 9], "right"))
+    assert str(failure.value) in BROKEN[name, release][0]
 
 
 def test_routers_of_another_size(monkeypatch):

@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 # A test process for every core, one thread each; files in the order of tests/conftest.py.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-versions quality style clean
+.PHONY: demo test test-versions constraints quality style clean
 
 demo: $(VENV)/.installed
 	@for model in upcycled scratch; do \
@@ -36,17 +36,27 @@ style: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch's CPU build where there is no NVIDIA GPU: the default one brings several GB of CUDA packages.
-CPU_TORCH = torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu --retries 1
-TORCH = $(if $(shell command -v nvidia-smi),torch,$(CPU_TORCH))
+# Exact versions of everything, so that both commands work on any day.  torch's CPU build comes first and alone where
+# there is no NVIDIA GPU: the default one brings several GB of CUDA packages, and its index is asked for nothing else.
+INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
+CPU_TORCH = --no-deps torch --extra-index-url https://download.pytorch.org/whl/cpu --retries 1
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[tests,quality]'
+	$(if $(shell command -v nvidia-smi),,$(INSTALL) $(CPU_TORCH))
+	$(INSTALL) hatchling editables
+	$(INSTALL) --no-build-isolation --editable '.[tests,quality]'
 	@mkdir -p build
 	@touch $@
+
+# constraints.txt anew: the newest releases, for every platform and Python (torch by hand, a release at a time).
+# hatchling builds the package, editables is what it needs for that.
+constraints:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install --quiet uv
+	printf '%s\n' torch==2.13.0 hatchling editables | build/uv/bin/uv pip compile pyproject.toml - \
+	  --extra tests --extra quality --universal --python-version 3.10 --no-python-downloads --upgrade \
+	  --no-annotate --custom-compile-command 'make constraints' --quiet --output-file constraints.txt
 
 # Other releases of transformers in folders of their own, over the same torch.
 $(VENV)/transformers-oldest: $(VENV)/.installed

@@ -7,7 +7,8 @@ TEXT = examples/tiny_moe/text
 export HF_HUB_OFFLINE ?= 1
 
 # A test process for every core, one thread each; files in the order of tests/conftest.py.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+WORKERS = -n auto --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
 .PHONY: demo test test-versions constraints quality style clean
 
@@ -24,9 +25,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed $(VENV)/transformers-4
 	DERN_TRANSFORMERS4=$(abspath $(VENV)/transformers-4) $(PYTEST)
 
-# The fast tests with the oldest transformers that is supported; `make test` has the newest.
+# The fast tests with the oldest transformers that is supported, and with the newest there is (which fails nothing).
 test-versions: $(VENV)/transformers-oldest
-	PYTHONPATH=$(abspath $<) $(PYTEST) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/versions.py $< $(VENV)/transformers-newest $(WORKERS) -m "not slow"
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -60,9 +61,11 @@ constraints:
 
 # Other releases of transformers in folders of their own, over the same torch.
 $(VENV)/transformers-oldest: $(VENV)/.installed
+	rm -rf $@
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ transformers==5.18.0
 
 $(VENV)/transformers-4: $(VENV)/.installed
+	rm -rf $@
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ \
 	  transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
 

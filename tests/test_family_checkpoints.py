@@ -69,12 +69,12 @@ def compress_family(family, root):
         *(r.tensor for layer in layers for r in layer.routing),
     ]
     removed = sum(tensor.numel() for tensor in counted) * (EXPERTS - KEPT) // EXPERTS
-    compressor = DernCompressor(num_experts=KEPT, dataset=random_tokens(8), batch_size=4)
+    compressor = DernCompressor(num_experts=KEPT, dataset=random_tokens(5), batch_size=4)
     compressor.compress_model(model)
     compressor.save(model, folder)
     streamed = root / "streamed" / family
     try:
-        DernCompressor(num_experts=KEPT, dataset=random_tokens(8), batch_size=4).compress_checkpoint(source, streamed)
+        DernCompressor(num_experts=KEPT, dataset=random_tokens(5), batch_size=4).compress_checkpoint(source, streamed)
     except ValueError as refusal:
         streamed = refusal
     return Compressed(source, before, folder, observe(model), compressor, removed, streamed)

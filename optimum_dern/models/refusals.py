@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from ..core.selection import retained_count, select_experts
@@ -56,6 +55,8 @@ def check_config(config: Any) -> None:
     Raises:
         ValueError: naming the family and the reason, and another release of transformers where one can run it.
     """
+    import transformers  # here: this file may itself be imported while transformers is
+
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{config.model_type} is an encoder-decoder; only decoder language models can be compressed")
     for kind in (config.model_type, config.get_text_config().model_type):

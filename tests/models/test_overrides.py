@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from tiny import (
     COMMON,
     EXPERTS,
@@ -20,6 +21,7 @@ from optimum_dern.calibration.recording import record_routing, run_until_stopped
 from optimum_dern.core.mixture import routed_output
 from optimum_dern.core.segments import ExpertLayout
 from optimum_dern.models.overrides import routing_hook
+from optimum_dern.models.refusals import BROKEN
 from optimum_dern.models.structure import find_moe_layers
 from optimum_dern.models.view import layer_activation, read_layer
 
@@ -190,6 +192,7 @@ def test_the_reported_error_is_the_blocks(top_k):
     assert report.errors[report.winner] == min(report.errors.values()) < report.errors["pruned"] < 1
 
 
+@pytest.mark.skipif(("llama4", transformers.__version__) in BROKEN, reason="refused with this transformers")
 def test_images_stay_possible(tmp_path):
     """A model with a vision tower is compressed by its text, and only its language model changes."""
     from transformers import Llama4ForConditionalGeneration

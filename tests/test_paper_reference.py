@@ -39,9 +39,10 @@ def dern_layer(gate, up, down, score, keep, alpha):
     experts, width, _ = up.shape
     retained = sorted(sorted(range(experts), key=lambda i: (-score[i], i))[:keep])
     received = {r: [] for r in retained}
+    ups, downs = unit(up), unit(down)
     for o in (i for i in range(experts) if i not in retained):
         for j in range(width):
-            best = [np.max((unit(up[r]) @ unit(up[o, j]) + unit(down[r]) @ unit(down[o, j])) / 2) for r in retained]
+            best = [np.max((ups[r] @ ups[o, j] + downs[r] @ downs[o, j]) / 2) for r in retained]
             if max(best) > alpha:
                 received[retained[int(np.argmax(best))]].append((o, j))
     result = []

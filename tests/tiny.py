@@ -102,7 +102,7 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
 
-def random_tokens(n: int = 12, length: int = 24, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+def random_tokens(n: int = 5, length: int = 24, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     """Calibration data as token dicts, without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [{"input_ids": torch.randint(EOS, (length,), generator=generator)} for _ in range(n)]

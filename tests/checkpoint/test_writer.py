@@ -48,7 +48,7 @@ def test_files(tmp_path):
 
 def test_provenance(tmp_path):
     """`dern_config.json` tells how to make the checkpoint again."""
-    compressor, model = compress(dataset=[row["input_ids"].tolist() for row in random_tokens()], seed=3)
+    compressor, model = compress(dataset=[row["input_ids"].tolist() for row in random_tokens(12)], seed=3)
     compressor.save(model, tmp_path)
     stored = json.loads((tmp_path / "dern_config.json").read_text("utf-8"))
     assert stored["config"]["dataset"] == stored["calibration"]["dataset"] == "12 lists in memory (list)"

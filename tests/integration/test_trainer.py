@@ -186,7 +186,8 @@ def test_auxiliary_loss(family, tmp_path):
 
 def test_auxiliary_loss_balances(tmp_path):
     """Trained mostly on the auxiliary loss, the compressed model's routers come to share the load."""
-    model = compressed("mixtral", output_router_logits=True, router_aux_loss_coef=100.0)
+    model = make_model("mixtral", output_router_logits=True, router_aux_loss_coef=100.0)
+    compress(model, dataset=random_tokens(12))
     trainer = make_trainer(model, tmp_path)
     batch = next(iter(trainer.get_eval_dataloader()))
     before = model(**batch).aux_loss.item()

@@ -32,7 +32,7 @@ def test_a_method_of_ones_own(zero_method):
     report = compress(model, method="zero", guard=False, refit=False).report
     for layer, problem in zip(report.layers, zero_method.problems, strict=True):
         assert problem.layer.segments.gate.shape == (EXPERTS, WIDTH, HIDDEN)
-        assert problem.layer.statistics.tokens == 12 * 24
+        assert problem.layer.statistics.tokens == 5 * 24
         assert problem.scores.tolist() == layer.saliency
         assert problem.retained.tolist() == layer.retained
         gate = original.get_submodule(layer.name).gate.weight

@@ -10,7 +10,8 @@ import torch
 from families import FAMILIES, make_model, runnable
 from tiny import EXPERTS, TOP_K, padded_batch
 
-from optimum_dern.calibration.recording import record_layer_calls, record_routing
+from optimum_dern.calibration.calls import record_layer_calls
+from optimum_dern.calibration.recording import record_routing
 from optimum_dern.core.mixture import expert_batches, expert_output, routed_output
 from optimum_dern.engine.walk.stream import HiddenStream
 from optimum_dern.models.structure import find_decoder_layers, find_moe_layers, layers_by_position

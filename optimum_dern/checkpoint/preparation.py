@@ -1,8 +1,7 @@
-"""Before anything long: the source found and checked, the output folder found fit."""
+"""Find a source checkpoint and refuse what is no use before its weights are downloaded."""
 
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,9 @@ import torch
 
 from ..models.dtype import parse_dtype
 from ..models.skeleton import build_skeleton
-from . import WORK_NAME
 from .completeness import check_complete
 from .conversion import NameMap
 from .dequantise import DequantisingReader, open_reader
-from .foreign import check_no_foreign
-from .manifest import only_process
 from .precision import loading_dtype
 from .quantisation import check_quantisation
 from .reader import CheckpointReader
@@ -25,7 +21,7 @@ from .ties import match_ties_
 from .weight_files import has_weights, weight_names
 
 
-__all__ = ["Source", "find_checkpoint", "open_checkpoint", "prepare_output"]
+__all__ = ["Source", "find_checkpoint", "open_checkpoint"]
 
 Reader = CheckpointReader | DequantisingReader
 
@@ -131,34 +127,3 @@ def open_checkpoint(model: str | Path, **options: Any) -> tuple[Reader, Any, str
     """
     source = find_checkpoint(model, **options)
     return source.open_weights(), source.skeleton, source.commit
-
-
-def prepare_output(source: Path, output: Path, restart: bool, overwrite: bool, names: Sequence[str] = (".",)) -> Path:
-    """Check an output folder, and discard an unfinished run in it if asked to.
-
-    Args:
-        source: folder of the checkpoint that is to be compressed.
-        output: folder, which need not exist.
-        restart: discard an unfinished run.
-        overwrite: allow other files in it, but none that would decide what the result loads as.
-        names: of the results' folders in it.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: a file, the source itself, or a folder with other files.
-        RuntimeError: another process is at it.
-    """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file; give a folder for the compressed checkpoint")
-    if output.resolve() == source.resolve():
-        raise ValueError("source and output are the same folder; the source would be lost, choose another output")
-    work = output / WORK_NAME
-    if work.is_dir() and restart:
-        with only_process(work):
-            shutil.rmtree(work)
-    if output.is_dir() and any(output.iterdir()) and not (overwrite or work.is_dir()):
-        raise ValueError(f"{output} is not empty; choose another folder, or allow to overwrite it")
-    check_no_foreign(output / name for name in names)
-    return output

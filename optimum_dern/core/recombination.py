@@ -9,8 +9,8 @@ from torch import Tensor
 from .assignment import assign_segments
 from .clustering import initial_centroids, spherical_kmeans
 from .cost import Cost, LayerShape
+from .routing import dropped_experts
 from .segments import Segments, similarity_vectors
-from .selection import dropped_experts
 
 
 __all__ = ["recombine_layer_cost", "Map", "Recombination", "recombine_layer"]

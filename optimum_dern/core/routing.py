@@ -1,11 +1,17 @@
 """The router of a compressed layer: rows and biases of the retained experts."""
 
+import torch
 from torch import Tensor
 
-from .selection import dropped_experts
+
+__all__ = ["add_moved_rows", "dropped_experts", "retain"]
 
 
-__all__ = ["add_moved_rows", "retain"]
+def dropped_experts(num_experts: int, retained: Tensor) -> Tensor:
+    """Those of E experts that are not among the retained (N,): (E - N,) ascending."""
+    dropped = torch.ones(num_experts, dtype=torch.bool, device=retained.device)
+    dropped[retained] = False
+    return dropped.nonzero().squeeze(1)
 
 
 def retain(tensor: Tensor, retained: Tensor, dim: int = 0) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .selection import dropped_experts
+from .routing import dropped_experts
 
 
 __all__ = ["segment_flow"]

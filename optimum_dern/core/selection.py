@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-__all__ = ["Places", "check_places", "dropped_experts", "retained_count", "select_experts"]
+__all__ = ["Places", "check_places", "retained_count", "select_experts"]
 
 
 class Places(NamedTuple):
@@ -36,13 +36,6 @@ def retained_count(num_experts: int, sparsity: float, num_groups: int = 1, multi
     exact = round(num_experts * (1 - sparsity), 9)  # 10 * (1 - 0.7) is 3.0000000000000004: not 4 experts
     step = math.lcm(num_groups, multiple_of)
     return min(num_experts, max(1, math.ceil(exact / step)) * step)
-
-
-def dropped_experts(num_experts: int, retained: Tensor) -> Tensor:
-    """Those of E experts that are not among the retained (N,): (E - N,) ascending."""
-    dropped = torch.ones(num_experts, dtype=torch.bool, device=retained.device)
-    dropped[retained] = False
-    return dropped.nonzero().squeeze(1)
 
 
 def select_experts(scores: Tensor, count: int, num_groups: int = 1, protected: Collection[int] = ()) -> Tensor:

@@ -76,7 +76,9 @@ def compress_checkpoint(task: CheckpointTask) -> list[CompressionReport]:
         results = _open_results(task, names, work)
         unfinished = [result for result in results if result.manifest.report is None]
         if unfinished:
-            with same_threads(work / "threads"), open_workspace(task.memory, work) as workspace:
+            in_files = work if task.memory.experts_in_file else None
+            workspace = open_workspace(in_files, task.memory.mapped, task.memory.max_elements)
+            with same_threads(work / "threads"), workspace as workspace:
                 layers = [replace(layer, workspace=workspace) for layer in task.layers]
                 _compress(replace(task, layers=layers), names, work, unfinished)
         reports = [

@@ -10,8 +10,9 @@ import torch
 from ..calibration.data import holds_text
 from ..calibration.description import describe_calibration
 from ..calibration.model_batches import load_model_batches
+from ..checkpoint.output_folder import prepare_output
 from ..checkpoint.precision import describe_precision
-from ..checkpoint.preparation import Source, find_checkpoint, prepare_output
+from ..checkpoint.preparation import Source, find_checkpoint
 from ..checkpoint.recorded import RecordedStatistics, identify_model
 from ..checkpoint.shards import parse_bytes
 from ..checkpoint.tensor_file import dtype_name

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..core.workspace import Workspace
-from .cost.memory import MemoryPlan
 
 
 __all__ = ["CopiesInFiles", "Scratch", "open_workspace"]
@@ -139,16 +138,17 @@ def unmap_pages(mapped: mmap.mmap) -> None:
 
 
 @contextmanager
-def open_workspace(plan: MemoryPlan, folder: Path) -> Iterator[Workspace]:
-    """The workspace that a plan asks for, for as long as the context is open.
+def open_workspace(folder: Path | None, resident: int, max_elements: int) -> Iterator[Workspace]:
+    """The workspace of a run, for as long as the context is open.
 
     Args:
-        plan: of the run.
-        folder: for files.
+        folder: for files of what is as large as a layer's experts; None where that stays in memory.
+        resident: bytes of these files' pages that may be in memory at once.
+        max_elements: numbers of each other kind that a step may hold.
     """
-    if not plan.experts_in_file:
-        yield Workspace(max_elements=plan.max_elements)
+    if folder is None:
+        yield Workspace(max_elements=max_elements)
         return
     scratch = Scratch(folder)
-    with scratch.bounded(plan.mapped):
-        yield Workspace(scratch.empty, plan.max_elements)
+    with scratch.bounded(resident):
+        yield Workspace(scratch.empty, max_elements)

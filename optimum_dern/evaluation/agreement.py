@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .estimate import Estimate
+from .estimate import Estimate, mean_and_error
 from .logits import batch_logits
 from .logits_cache import INPUTS, LogitsCache, predicted_positions
-from .metrics import mean_and_error
 
 
 __all__ = ["Agreement", "agreement", "summarise_agreement"]

@@ -4,13 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .metrics import mean_and_error
-
 
 __all__ = [
     "Estimate",
     "error_text",
     "json_error",
+    "mean_and_error",
     "mean_estimate",
     "paired_difference",
     "perplexity_estimate",
@@ -27,6 +26,30 @@ class Estimate:
 
     def to_dict(self) -> dict[str, float]:
         return {"value": self.value, "standard_error": json_error(self.standard_error)}
+
+
+def mean_and_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """Mean over tokens and its standard error, sequences as independent draws, tokens within one as dependent.
+
+    Args:
+        sums: per sequence, over its tokens.
+        counts: tokens of each sequence.
+
+    Returns:
+        The ratio of the totals, and the error of that ratio: nan for a single sequence, which tells nothing of it.
+
+    Raises:
+        ValueError: no token.
+    """
+    tokens = sum(counts)
+    if not tokens:
+        raise ValueError(
+            "there is no token to predict: every label is -100 or the first of its sequence; give labels (a copy of "
+            "input_ids) and sequences of at least two tokens"
+        )
+    mean = sum(sums) / tokens
+    spread = sum((s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True))
+    return mean, math.sqrt(spread * len(sums) / (len(sums) - 1)) / tokens if len(sums) > 1 else math.nan
 
 
 def json_error(error: float) -> float | None:

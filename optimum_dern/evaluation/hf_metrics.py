@@ -18,7 +18,8 @@ import evaluate
 from datasets import Features, Value
 from datasets import Sequence as ListOf
 
-from .metrics import IGNORED_LABEL, mean_and_error, perplexity_of
+from .estimate import mean_and_error
+from .metrics import IGNORED_LABEL, perplexity_of
 
 
 __all__ = ["Perplexity", "TokenAccuracy"]

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from .estimate import mean_and_error
+
 
 __all__ = [
     "IGNORED_LABEL",
     "make_compute_metrics",
-    "mean_and_error",
     "perplexity_of",
     "preprocess_logits_for_metrics",
     "token_losses_and_ranks",
@@ -139,30 +140,6 @@ def make_compute_metrics(top_k: int = 5) -> Callable[..., dict[str, float]]:
         }
 
     return compute_metrics
-
-
-def mean_and_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """Mean over tokens and its standard error, sequences as independent draws, tokens within one as dependent.
-
-    Args:
-        sums: per sequence, over its tokens.
-        counts: tokens of each sequence.
-
-    Returns:
-        The ratio of the totals, and the error of that ratio: nan for a single sequence, which tells nothing of it.
-
-    Raises:
-        ValueError: no token.
-    """
-    tokens = sum(counts)
-    if not tokens:
-        raise ValueError(
-            f"there is no token to predict: every label is {IGNORED_LABEL} or the first of its sequence; give labels "
-            "(a copy of input_ids) and sequences of at least two tokens"
-        )
-    mean = sum(sums) / tokens
-    spread = sum((s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True))
-    return mean, math.sqrt(spread * len(sums) / (len(sums) - 1)) / tokens if len(sums) > 1 else math.nan
 
 
 def perplexity_of(loss: float) -> float:

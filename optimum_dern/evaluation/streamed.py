@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.recording import record_layer_calls, replay_last_hidden
+from ..calibration.calls import record_layer_calls, replay_last_hidden
 from ..checkpoint.conversion import NameMap
 from ..checkpoint.loader import PartLoader
 from ..checkpoint.preparation import open_checkpoint

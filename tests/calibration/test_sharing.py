@@ -5,7 +5,7 @@ from families import make_model as make_family
 from tiny import padded_batch, random_tokens
 
 from optimum_dern.calibration import sharing
-from optimum_dern.calibration.recording import record_layer_calls
+from optimum_dern.calibration.calls import record_layer_calls
 from optimum_dern.calibration.sharing import SharedTensors
 from optimum_dern.models.structure import find_decoder_layers, find_moe_layers
 

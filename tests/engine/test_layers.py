@@ -5,8 +5,9 @@ import torch
 from tiny import EXPERTS, FAMILIES, FIRST_MOE, make_model, padded_batch, random_tokens
 
 from optimum_dern import DernCompressor
+from optimum_dern.calibration.calls import Call, record_layer_calls
 from optimum_dern.calibration.data import load_batches
-from optimum_dern.calibration.recording import Call, record_layer_calls, record_routing
+from optimum_dern.calibration.recording import record_routing
 from optimum_dern.core.statistics import measure_experts
 from optimum_dern.engine.walk import walks
 from optimum_dern.engine.walk.decoder import held_out_tokens

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...calibration.recording import record_layer_calls
+from ...calibration.calls import record_layer_calls
 from ...core.statistics import ExpertStatistics
 from ...models.structure import MoELayer, find_decoder_layers, layers_by_position
 from ...reporting.report import LayerReport

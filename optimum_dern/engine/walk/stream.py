@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...calibration.recording import Call, LayerState, StopForward
+from ...calibration.calls import Call, LayerState
+from ...calibration.recording import StopForward
 from ..scratch import CopiesInFiles
 
 

@@ -14,7 +14,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from ...calibration.recording import Call, record_routing
+from ...calibration.calls import Call
+from ...calibration.recording import record_routing
 from ...calibration.residual import record_residual
 from ...core.criteria import CRITERIA
 from ...core.statistics import ExpertStatistics

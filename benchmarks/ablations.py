@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from optimum_dern import DernCompressor, DernConfig, __version__
-from optimum_dern.evaluation.perplexity import evaluate_texts, load_texts
+from optimum_dern.evaluation.loss.perplexity import evaluate_texts, load_texts
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 
 from optimum_dern import DernConfig
-from optimum_dern.core.hope import hope
-from optimum_dern.core.selection import Places
+from optimum_dern.core.criteria.hope import hope
+from optimum_dern.core.criteria.selection import Places
 from optimum_dern.methods import Candidate, LayerProblem, register_method
 
 

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from optimum_dern.engine.walk.recipe import InPlace
-from optimum_dern.models.structure import MoELayer, layers_by_position
-from optimum_dern.models.view import LayerWeights, read_layer, write_counts_, write_layer_
-from optimum_dern.reporting.report import LayerReport
+from optimum_dern.models.moe.structure import MoELayer, layers_by_position
+from optimum_dern.models.moe.view import LayerWeights, read_layer, write_counts_, write_layer_
+from optimum_dern.results.report import LayerReport
 
 
 class LayersAside(InPlace):

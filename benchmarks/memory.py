@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from optimum_dern.checkpoint.shards import OutputTensor, ShardWriter, parse_bytes, plan_shards
+from optimum_dern.checkpoint.output.shards import OutputTensor, ShardWriter, parse_bytes, plan_shards
 
 
 CHILD = """
@@ -33,11 +33,11 @@ resource.setrlimit(kind, (limit, limit))
 import torch
 torch.set_num_threads(threads)
 from optimum_dern import DernCompressor
-from optimum_dern.checkpoint.reader import CheckpointReader
+from optimum_dern.checkpoint.format.reader import CheckpointReader
 readers, init = [], CheckpointReader.__init__
 CheckpointReader.__init__ = lambda self, folder: (init(self, folder), readers.append(self))[0]
 tokens = torch.randint(1000, (options.pop("sequences"), options["sequence_length"]), generator=torch.manual_seed(0))
-import transformers, optimum_dern.engine.checkpoint, optimum_dern.engine.preparation as preparation
+import transformers, optimum_dern.engine.run.checkpoint, optimum_dern.engine.run.prepare as preparation
 plans, plan = [], preparation.plan_memory
 preparation.plan_memory = lambda *args: (plans.append(plan(*args)), plans[-1])[1]
 peaks = {"RssAnon": 0, "RssFile": 0, "VmRSS": 0}
@@ -50,7 +50,7 @@ def sample():
                 peaks[name] = max(peaks[name], int(value.split()[0]) * 1024)
         time.sleep(0.02)
 
-from optimum_dern.engine.allocator import return_large_blocks
+from optimum_dern.machine.allocator import return_large_blocks
 return_large_blocks()  # as the command line does with --max-memory
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 started = time.perf_counter()

@@ -39,17 +39,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from optimum_dern import DernConfig, __version__
-from optimum_dern.calibration.data import load_batches
-from optimum_dern.engine.requests import check_request
+from optimum_dern.data.batches import load_batches
+from optimum_dern.engine.run.checks import check_request
 from optimum_dern.engine.walk.decoder import compress_layers_
 from optimum_dern.engine.walk.recipe import Recipe
-from optimum_dern.evaluation.accuracy import TaskResult, evaluate_tasks
-from optimum_dern.evaluation.agreement import agreement
-from optimum_dern.evaluation.logits_cache import LogitsCache, cache_logits
-from optimum_dern.evaluation.perplexity import evaluate_texts
-from optimum_dern.evaluation.tasks import load_tasks
+from optimum_dern.evaluation.agreement.logits_cache import LogitsCache, cache_logits
+from optimum_dern.evaluation.agreement.measure import agreement
+from optimum_dern.evaluation.loss.perplexity import evaluate_texts
+from optimum_dern.evaluation.tasks.accuracy import TaskResult, evaluate_tasks
+from optimum_dern.evaluation.tasks.load import load_tasks
+from optimum_dern.models.moe.structure import find_moe_layers
 from optimum_dern.models.size import measure_model
-from optimum_dern.models.structure import find_moe_layers
 
 
 ROOT = Path(__file__).resolve().parent.parent

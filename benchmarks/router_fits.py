@@ -13,7 +13,7 @@ the calibration tokens; lambda is relative to the mean diagonal of each system.
 `KL, n steps`         Newton's from R towards argmin over W of sum KL(t | softmax(W x)), each of them D with
                       sum (diag p - p p^T) D x x^T + lambda D = sum (t - p) x^T, halved until KL falls
 `KL of weights`       three such steps where t are the weights that a group's members get, 0 if none is chosen
-`output, n steps`     the package's from R towards the original layer's output (`core.router_refit`), which takes one
+`output, n steps`     the package's from R towards the original layer's output (`core.refits.router`), which takes one
 """
 
 from collections.abc import Callable
@@ -23,14 +23,14 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from optimum_dern.core.conjugate_gradients import conjugate_gradients
-from optimum_dern.core.grouping import Grouping
-from optimum_dern.core.merging import shares
-from optimum_dern.core.mixture import Routing, routed_output
-from optimum_dern.core.observation import ObservedLayer
-from optimum_dern.core.router_refit import refit_router
-from optimum_dern.core.router_rule import RouterRule, weight_shares
-from optimum_dern.core.segments import Segments
+from optimum_dern.core.layer.mixture import Routing, routed_output
+from optimum_dern.core.layer.observation import ObservedLayer
+from optimum_dern.core.layer.segments import Segments
+from optimum_dern.core.merging.averaging import shares
+from optimum_dern.core.merging.grouping import Grouping
+from optimum_dern.core.refits.conjugate_gradients import conjugate_gradients
+from optimum_dern.core.refits.router import refit_router
+from optimum_dern.core.router.rule import RouterRule, weight_shares
 from optimum_dern.engine.layer.objective import relative_error
 from optimum_dern.engine.layer.steps import RIDGE
 

@@ -30,14 +30,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from optimum_dern import DernConfig, __version__
-from optimum_dern.calibration.data import load_batches
-from optimum_dern.core.grouping import Grouping
-from optimum_dern.core.router_rule import recognise_rule
-from optimum_dern.core.segments import Segments
+from optimum_dern.core.layer.segments import Segments
+from optimum_dern.core.merging.grouping import Grouping
+from optimum_dern.core.router.rule import recognise_rule
+from optimum_dern.data.batches import load_batches
 from optimum_dern.engine.layer.steps import RIDGE
-from optimum_dern.evaluation.perplexity import evaluate_texts, load_texts
+from optimum_dern.evaluation.loss.perplexity import evaluate_texts, load_texts
 from optimum_dern.methods import LayerProblem, get_method
-from optimum_dern.models.structure import find_moe_layers
+from optimum_dern.models.moe.structure import find_moe_layers
 
 
 METHODS = tuple(name for name in MERGING if name != "ream")  # which is published with the representative's row

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from optimum_dern import DernConfig
-from optimum_dern.core.all_experts import activation_cosines, sample_tokens
-from optimum_dern.core.clustering import equalised_means
-from optimum_dern.core.mixture import expert_batches
-from optimum_dern.core.observation import ObservedLayer
-from optimum_dern.core.recombination import recombine_layer
-from optimum_dern.core.segments import Segments, similarity_vectors
+from optimum_dern.core.dern.clustering import equalised_means
+from optimum_dern.core.dern.recombination import recombine_layer
+from optimum_dern.core.layer.mixture import expert_batches
+from optimum_dern.core.layer.observation import ObservedLayer
+from optimum_dern.core.layer.segments import Segments, similarity_vectors
+from optimum_dern.core.merging.all_experts import activation_cosines, sample_tokens
 from optimum_dern.methods import Candidate, LayerProblem, register_method
 
 

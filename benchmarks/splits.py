@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from optimum_dern.evaluation.perplexity import load_texts
+from optimum_dern.evaluation.loss.perplexity import load_texts
 
 
 LAYOUTS = ("text/*/{}.txt", "*/{}.txt", "{}.txt")  # the first that a folder has

@@ -34,8 +34,8 @@ from torch.func import functional_call
 from transformers import MixtralForCausalLM
 from upcycling import build_model, load_base
 
-from optimum_dern.calibration.data import load_samples
-from optimum_dern.evaluation.perplexity import evaluate_texts
+from optimum_dern.data.batches import load_samples
+from optimum_dern.evaluation.loss.perplexity import evaluate_texts
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, TrainingArguments
 
 from optimum_dern import DernCompressor
-from optimum_dern.calibration.data import load_batches
-from optimum_dern.evaluation.logits_cache import cache_logits
-from optimum_dern.evaluation.perplexity import load_texts
+from optimum_dern.data.batches import load_batches
+from optimum_dern.evaluation.agreement.logits_cache import cache_logits
+from optimum_dern.evaluation.loss.perplexity import load_texts
 from optimum_dern.integration.router_kd import RouterDistillationTrainer
 from optimum_dern.integration.teacher import cached_rows
 from optimum_dern.integration.trainer import DernEvaluationCallback

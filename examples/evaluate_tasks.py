@@ -9,8 +9,8 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_dern.evaluation.accuracy import evaluate_tasks
-from optimum_dern.evaluation.tasks import load_tasks
+from optimum_dern.evaluation.tasks.accuracy import evaluate_tasks
+from optimum_dern.evaluation.tasks.load import load_tasks
 from optimum_dern.integration.lm_eval import evaluate_with_lm_eval
 
 

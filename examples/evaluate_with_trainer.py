@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from optimum_dern import DernCompressor
-from optimum_dern.calibration.data import load_samples
-from optimum_dern.evaluation.metrics import trainer_metrics
+from optimum_dern.data.batches import load_samples
+from optimum_dern.evaluation.loss.metrics import trainer_metrics
 
 
 folder = Path(__file__).parent / "tiny_moe"

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from optimum_dern import DernCompressor
-from optimum_dern.calibration.data import load_samples
-from optimum_dern.evaluation.perplexity import evaluate_loss, load_texts
+from optimum_dern.data.batches import load_samples
+from optimum_dern.evaluation.loss.perplexity import evaluate_loss, load_texts
 
 
 folder = Path(__file__).parent / "tiny_moe"

@@ -9,20 +9,20 @@ from .versions import __version__
 
 
 if TYPE_CHECKING:
-    from .checkpoint.hub_errors import HubPushError
-    from .checkpoint.loading import load_compressed_model
+    from .checkpoint.hub.errors import HubPushError
+    from .checkpoint.output.loading import load_compressed_model
     from .compressor import DernCompressor
     from .config import DernConfig
     from .integration.transformers import DernModelForCausalLM, patch_transformers, unpatch_transformers
-    from .reporting.report import CompressionReport
+    from .results.report import CompressionReport
 
 _LOCATIONS = {
-    "CompressionReport": ".reporting.report",
+    "CompressionReport": ".results.report",
     "DernCompressor": ".compressor",
     "DernConfig": ".config",
     "DernModelForCausalLM": ".integration.transformers",
-    "HubPushError": ".checkpoint.hub_errors",
-    "load_compressed_model": ".checkpoint.loading",
+    "HubPushError": ".checkpoint.hub.errors",
+    "load_compressed_model": ".checkpoint.output.loading",
     "patch_transformers": ".integration.transformers",
     "unpatch_transformers": ".integration.transformers",
 }

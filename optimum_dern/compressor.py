@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from .config import DernConfig
-from .engine.torch_state import check_device, plain_torch
+from .machine.torch_state import check_device, plain_torch
 from .options import without_retired
-from .reporting.report import CompressionReport
+from .results.report import CompressionReport
 
 
 __all__ = ["DernCompressor"]
@@ -64,16 +64,16 @@ class DernCompressor:
                 f"compress_model takes a loaded model, not {str(model)!r}; compress_checkpoint(MODEL, OUTPUT) takes a "
                 "folder or Hub id, or load it with AutoModelForCausalLM.from_pretrained first"
             )
-        from .calibration.data import check_masks
-        from .calibration.description import describe_calibration
-        from .checkpoint.orientation import keep_orientation_
-        from .checkpoint.publishing import keep_publishable_
-        from .checkpoint.source import model_source, source_config
-        from .engine.in_memory import compress_in_memory_
-        from .engine.reports import make_report
+        from .checkpoint.output.publishing import keep_publishable_
+        from .checkpoint.source.orientation import keep_orientation_
+        from .checkpoint.source.provenance import model_source, source_config
+        from .data.batches import check_masks
+        from .engine.run.in_memory import compress_in_memory_
+        from .engine.run.run_report import make_report
+        from .models.moe.structure import find_moe_layers
         from .models.refusals import check_materialised
         from .models.size import measure_model
-        from .models.structure import find_moe_layers
+        from .results.description import describe_calibration
 
         started = time.perf_counter()
         check_device(model.device)
@@ -167,10 +167,10 @@ class DernCompressor:
             RuntimeError: another run is at the output folder.
             ProcessFailed: another process of this run has ended.
         """
-        from .engine.checkpoint import compress_checkpoint
-        from .engine.distributed import joined_processes
-        from .engine.preparation import CheckpointRequest, prepare_task
-        from .engine.requests import configs_for
+        from .engine.run.checkpoint import compress_checkpoint
+        from .engine.run.checks import configs_for
+        from .engine.run.prepare import CheckpointRequest, prepare_task
+        from .machine.processes import joined_processes
 
         check_device(device)
         request = CheckpointRequest(
@@ -232,9 +232,9 @@ class DernCompressor:
         Raises:
             ValueError: what was found, what is allowed, and the mend.
         """
-        from .engine.requests import check_data, check_request
+        from .engine.run.checks import check_data, check_request
         from .models.adapters import check_no_adapter
-        from .models.structure import find_moe_layers
+        from .models.moe.structure import find_moe_layers
         from .paths import check_utf8
 
         check_no_adapter(model, "compressed")
@@ -258,7 +258,7 @@ class DernCompressor:
             ValueError: nothing has been compressed by this compressor yet, another model, one with adapters that are
                 not merged, or the source's own folder.
         """
-        from .checkpoint.writer import save_checkpoint
+        from .checkpoint.output.writer import save_checkpoint
 
         save_checkpoint(model, Path(output), self._require_report(), tokenizer, max_shard_size)
 
@@ -297,7 +297,7 @@ class DernCompressor:
             ValueError: as in `save`.
             HubPushError: the Hub refused; the message names the folder that holds the checkpoint.
         """
-        from .checkpoint.hub import push_checkpoint
+        from .checkpoint.hub.push import push_checkpoint
         from .models.adapters import check_no_adapter
 
         self._require_report()
@@ -326,7 +326,7 @@ class DernCompressor:
 
     def _load_batches(self, model: Any, tokenizer: Any, trust_remote_code: bool) -> list[dict]:
         """The calibration data; none where no token is needed, and none is given."""
-        from .calibration.model_batches import load_model_batches
+        from .engine.run.model_batches import load_model_batches
 
         if self.config.dataset is None:
             return []

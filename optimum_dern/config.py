@@ -28,7 +28,7 @@ class DernConfig(DernOptions, QuantizationConfigMixin):
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["similarity_weights"] = list(self.similarity_weights)
         if not _is_jsonable_dataset(self.dataset):
-            from .calibration.description import describe_dataset
+            from .results.description import describe_dataset
 
             values["dataset"] = describe_dataset(self.dataset)
         return values

@@ -155,7 +155,7 @@ class DernOptions:
         if isinstance(self.dataset, Path):
             self.dataset = str(self.dataset)
         if isinstance(self.dataset, Mapping):
-            from .calibration.data import read_mapping
+            from .data.batches import read_mapping
 
             self.dataset = read_mapping(self.dataset)
         if self.protect_experts not in (None, "super"):
@@ -240,7 +240,7 @@ class DernOptions:
 
 def _method_defaults(method: str) -> Mapping[str, Any]:
     """What a method's paper fixes; nothing for a method that does not exist, which is refused where it is used."""
-    from .methods import METHODS  # which needs torch
+    from .methods import METHODS
 
     return METHODS[method].defaults if method in METHODS else {}
 

@@ -46,7 +46,7 @@ def push(folder):
 
 def refusals(folder):
     """Push to repositories that refuse; {repository: what came of it} goes to stdout."""
-    from optimum_dern.checkpoint.hub import HubPushError, push_checkpoint
+    from optimum_dern.checkpoint.hub.push import HubPushError, push_checkpoint
 
     def save(target):
         shutil.copytree(folder / "source", target, dirs_exist_ok=True)

@@ -4,9 +4,9 @@ from itertools import combinations
 
 import torch
 
-from optimum_dern.core.routing import retain
-from optimum_dern.models.structure import find_moe_layers
-from optimum_dern.models.view import LayerWeights, read_layer, write_layer_
+from optimum_dern.core.router.rows import retain
+from optimum_dern.models.moe.structure import find_moe_layers
+from optimum_dern.models.moe.view import LayerWeights, read_layer, write_layer_
 
 
 def allowed_sets(experts, count, groups):

@@ -23,7 +23,7 @@ from tiny import (
 )
 
 from optimum_dern import CompressionReport, DernCompressor, DernConfig
-from optimum_dern.models.structure import find_moe_layers
+from optimum_dern.models.moe.structure import find_moe_layers
 
 
 def logits(model):

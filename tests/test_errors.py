@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from optimum_dern import DernCompressor, DernConfig
-from optimum_dern.checkpoint.manifest import only_process
+from optimum_dern.checkpoint.output.manifest import only_process
 from optimum_dern.errors import describe_error, is_deliberate
 
 

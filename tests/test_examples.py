@@ -63,7 +63,7 @@ def test_heal_with_lora(tmp_path):
     pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from optimum_dern.evaluation.perplexity import evaluate_loss, load_texts
+    from optimum_dern.evaluation.loss.perplexity import evaluate_loss, load_texts
 
     table = table_of(run_example("heal_with_lora.py", tmp_path))
     before, compressed, healed = (table[name][0] for name in ("before compression", "compressed", "healed"))

@@ -10,12 +10,12 @@ import torch
 from families import FAMILIES, make_model, runnable
 from tiny import EXPERTS, TOP_K, padded_batch
 
-from optimum_dern.calibration.calls import record_layer_calls
-from optimum_dern.calibration.recording import record_routing
-from optimum_dern.core.mixture import expert_batches, expert_output, routed_output
+from optimum_dern.core.layer.mixture import expert_batches, expert_output, routed_output
+from optimum_dern.engine.layer.recording import record_routing
+from optimum_dern.engine.walk.calls import record_layer_calls
 from optimum_dern.engine.walk.stream import HiddenStream
-from optimum_dern.models.structure import find_decoder_layers, find_moe_layers, layers_by_position
-from optimum_dern.models.view import layer_activation, read_layer
+from optimum_dern.models.moe.structure import find_decoder_layers, find_moe_layers, layers_by_position
+from optimum_dern.models.moe.view import layer_activation, read_layer
 
 
 every_family = pytest.mark.parametrize("family", runnable(FAMILIES))

@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 
 from optimum_dern import DernConfig
-from optimum_dern.checkpoint.manifest import Manifest
+from optimum_dern.checkpoint.output.manifest import Manifest
 from optimum_dern.reporting.presentation import write_presentation
-from optimum_dern.reporting.report import CompressionReport, ModelSize
+from optimum_dern.results.report import CompressionReport, ModelSize
 from optimum_dern.text_files import replace_json, replace_text
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dern import DernCompressor
-from optimum_dern.evaluation.perplexity import evaluate_texts, evaluation_length, load_texts
+from optimum_dern.evaluation.loss.perplexity import evaluate_texts, evaluation_length, load_texts
 
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny_moe"

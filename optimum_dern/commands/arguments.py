@@ -74,7 +74,7 @@ def config_from_arguments(args: argparse.Namespace) -> "DernConfig":
 
 def _read_fields(file: Path) -> dict[str, Any]:
     """The fields in a JSON file: its own, or those of the `config` in a dern_config.json or dern_report.json."""
-    from ..calibration.files import parse_json, read_text
+    from ..data.files import parse_json, read_text
 
     values = parse_json(read_text(file), file)
     if isinstance(values, dict) and isinstance(values.get("config"), dict):

@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> None:
     """Measure and print."""
     _check(args)
 
-    from ..evaluation.compare import compare_models
-    from ..evaluation.speed import SpeedSettings
+    from ..evaluation.compare.models import compare_models
+    from ..evaluation.compare.speed import SpeedSettings
     from ..reporting.comparison import comparison_rows, markdown_table
     from ..text_files import replace_text
 
@@ -93,10 +93,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Whatever can be refused before a model is loaded."""
-    from ..calibration.data import check_source
-    from ..checkpoint.resolve import check_checkpoint
-    from ..engine.torch_state import check_device
-    from ..evaluation.tasks import load_tasks
+    from ..checkpoint.source.resolve import check_checkpoint
+    from ..data.batches import check_source
+    from ..evaluation.tasks.load import load_tasks
+    from ..machine.torch_state import check_device
 
     check_device(args.device)
     for name in (args.original, *args.compressed):

@@ -69,9 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Compress, write and evaluate a layer at a time; prints the before/after table."""
-    from ..engine.allocator import return_large_blocks
-    from ..engine.distributed import joined_processes
-    from ..engine.torch_state import check_device
+    from ..machine.allocator import return_large_blocks
+    from ..machine.processes import joined_processes
+    from ..machine.torch_state import check_device
 
     check_device(args.device)
     if args.max_memory:
@@ -104,7 +104,7 @@ def _compress(args: argparse.Namespace) -> tuple[dict[Path, Any], dict[str, list
         )
 
     from ..compressor import DernCompressor
-    from ..engine.requests import check_names, needs_data
+    from ..engine.run.checks import check_names, needs_data
 
     check_names(config)
     if config.dataset is None and args.statistics is None and needs_data(config):
@@ -135,8 +135,8 @@ def _compress(args: argparse.Namespace) -> tuple[dict[Path, Any], dict[str, list
 def _load_texts(args: argparse.Namespace) -> dict[str, list[dict]]:
     from transformers import AutoConfig, AutoTokenizer
 
-    from ..checkpoint.resolve import check_checkpoint
-    from ..evaluation.perplexity import evaluation_length, load_texts
+    from ..checkpoint.source.resolve import check_checkpoint
+    from ..evaluation.loss.perplexity import evaluation_length, load_texts
 
     check_checkpoint(args.model, args.revision)
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
@@ -146,8 +146,8 @@ def _load_texts(args: argparse.Namespace) -> dict[str, list[dict]]:
 
 def _evaluate(reports: dict[Path, Any], args: argparse.Namespace, texts: dict[str, list[dict]], device: Any) -> None:
     """Measure all checkpoints, and put the losses into the reports and the cards."""
-    from ..checkpoint.publishing import write_report
-    from ..evaluation.streamed import evaluate_checkpoint
+    from ..checkpoint.output.publishing import write_report
+    from ..evaluation.loss.streamed import evaluate_checkpoint
 
     own_code = {"trust_remote_code": args.trust_remote_code}
     before = evaluate_checkpoint(args.model, texts, device, revision=args.revision, **own_code)
@@ -168,7 +168,7 @@ def _check_output(args: argparse.Namespace) -> None:
 
 def _check_sources(*sources: Any) -> None:
     """What is not there is not worth loading a model for."""
-    from ..calibration.data import check_source
+    from ..data.batches import check_source
 
     for source in sources:
         for name in [] if source is None else source if isinstance(source, dict) else [source]:

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure and print."""
     _check(args)
-    from ..evaluation.tasks import load_tasks
+    from ..evaluation.tasks.load import load_tasks
     from ..text_files import replace_json
 
     tasks = load_tasks(args.tasks, args.tasks_folder, args.limit)
@@ -80,9 +80,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Whatever can be refused before anything is loaded."""
-    from ..calibration.data import check_source
-    from ..checkpoint.resolve import check_checkpoint
-    from ..engine.torch_state import check_device
+    from ..checkpoint.source.resolve import check_checkpoint
+    from ..data.batches import check_source
+    from ..machine.torch_state import check_device
 
     check_device(args.device)
     for name in (args.model, *([args.against] if args.against else [])):
@@ -104,7 +104,7 @@ def _check(args: argparse.Namespace) -> None:
 
         check_installed()
     if args.cache is not None:
-        from ..evaluation.logits_cache import check_folder
+        from ..evaluation.agreement.logits_cache import check_folder
 
         check_folder(args.cache, overwrite=True)
     if args.output is not None and not args.output.parent.is_dir():
@@ -120,7 +120,7 @@ def _load_texts(args: argparse.Namespace) -> tuple[Any, dict[str, list[dict]], i
     """The model's tokenizer, batches by name of the text, and how long sequences may be in them."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from ..evaluation.perplexity import evaluation_length, load_texts
+    from ..evaluation.loss.perplexity import evaluation_length, load_texts
 
     source = _source(args)
     own_code = {"trust_remote_code": args.trust_remote_code}
@@ -144,7 +144,7 @@ def _load_model(args: argparse.Namespace, name: str, **source: Any) -> Any:
         return load_model(name, args.device, args.dtype, **source)
     import torch
 
-    from ..evaluation.streamed import StreamedCheckpoint
+    from ..evaluation.loss.streamed import StreamedCheckpoint
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return StreamedCheckpoint(name, device, dtype=args.dtype, **source)
@@ -156,7 +156,7 @@ def _source(args: argparse.Namespace) -> dict[str, Any]:
 
 def _original_predictions(args: argparse.Namespace, texts: dict[str, list[dict]], scratch: Path) -> Any:
     """The original's predictions: those of --cache where they are of these tokens, else written now."""
-    from ..evaluation.logits_cache import CACHE_NAME, LogitsCache, cache_logits
+    from ..evaluation.agreement.logits_cache import CACHE_NAME, LogitsCache, cache_logits
 
     folder, name = args.cache or scratch / "cache", f"{args.against}, {args.dtype or 'dtype as stored'}"
     if (folder / CACHE_NAME).is_file():
@@ -168,9 +168,9 @@ def _original_predictions(args: argparse.Namespace, texts: dict[str, list[dict]]
 
 
 def _measure(args: argparse.Namespace, tokenizer: Any, texts: dict, tasks: list, cache: Any) -> dict[str, Any]:
-    from ..evaluation.accuracy import evaluate_tasks
-    from ..evaluation.agreement import agreement
-    from ..evaluation.perplexity import evaluate_texts
+    from ..evaluation.agreement.measure import agreement
+    from ..evaluation.loss.perplexity import evaluate_texts
+    from ..evaluation.tasks.accuracy import evaluate_tasks
     from ..integration.lm_eval import evaluate_with_lm_eval
     from ..versions import __version__
 
@@ -195,7 +195,7 @@ def _settings(args: argparse.Namespace, sequence_length: int) -> dict[str, Any]:
 
 
 def _print_figures(figures: dict[str, Any]) -> None:
-    from ..evaluation.estimate import plus_minus
+    from ..results.estimate import plus_minus
 
     if figures["texts"]:
         counts = ("tokens", "sequence_length")
@@ -227,6 +227,6 @@ def _print_figures(figures: dict[str, Any]) -> None:
 
 
 def _shown(estimate: dict[str, float] | None) -> str:
-    from ..evaluation.estimate import plus_minus
+    from ..results.estimate import plus_minus
 
     return "" if estimate is None else plus_minus(estimate["value"], estimate["standard_error"])

@@ -35,14 +35,14 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from ..checkpoint.preparation import find_checkpoint
-    from ..checkpoint.shards import parse_bytes
+    from ..checkpoint.output.shards import parse_bytes
+    from ..checkpoint.source.find import find_checkpoint
     from ..engine.cost.duration import measure_rate, predict_seconds
     from ..engine.cost.memory import plan_memory
-    from ..engine.requests import check_names, check_request, needs_data
+    from ..engine.run.checks import check_names, check_request, needs_data
     from ..models.context_length import bounded_length
+    from ..models.moe.structure import find_moe_layers
     from ..models.size import measure_model, predict_size
-    from ..models.structure import find_moe_layers
 
     check_names(config)
     options = {"trust_remote_code": args.trust_remote_code, "need_weights": False}

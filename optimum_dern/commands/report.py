@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _load(path: Path):
     """The report, and the folder that it is in."""
-    from ..checkpoint.publishing import REPORT_NAME
-    from ..reporting.report import CompressionReport
+    from ..checkpoint.output.publishing import REPORT_NAME
+    from ..results.report import CompressionReport
 
     file = path / REPORT_NAME if path.is_dir() else path
     if not file.is_file():

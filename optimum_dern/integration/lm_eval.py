@@ -17,11 +17,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..calibration.data import preserved_random_state
-from ..evaluation.accuracy import Outcome, TaskResult
-from ..evaluation.estimate import mean_estimate, perplexity_estimate
-from ..evaluation.tasks import Task
+from ..data.batches import preserved_random_state
+from ..evaluation.tasks.accuracy import Outcome, TaskResult
+from ..evaluation.tasks.load import Task
 from ..installation import install_hint
+from ..results.estimate import mean_estimate, perplexity_estimate
 from .lm_eval_rows import DEFINITIONS, plain_definition, plain_row
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..evaluation.tasks import Task
+from ..evaluation.tasks.load import Task
 
 
 __all__ = ["DEFINITIONS", "plain_definition", "plain_row"]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ..evaluation.logits_cache import LogitsCache, predicted_positions
-from ..evaluation.metrics import IGNORED_LABEL
-from ..models.structure import find_moe_layers
+from ..evaluation.agreement.logits_cache import LogitsCache, predicted_positions
+from ..evaluation.loss.metrics import IGNORED_LABEL
+from ..models.moe.structure import find_moe_layers
 from .teacher import CachedTeacher, ModelTeacher, Teacher
 
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from ..evaluation.logits_cache import LogitsCache, predicted_positions
+from ..evaluation.agreement.logits_cache import LogitsCache, predicted_positions
 from ..models.mode import evaluation_mode
 
 
@@ -73,7 +73,7 @@ class CachedTeacher:
     """The predictions of a model that is no longer in memory, found by the tokens of a sequence.
 
     Args:
-        cache: of `evaluation.logits_cache.cache_logits`, over the sequences to learn from.
+        cache: of `evaluation.agreement.logits_cache.cache_logits`, over the sequences to learn from.
     """
 
     def __init__(self, cache: LogitsCache) -> None:

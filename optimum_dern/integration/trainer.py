@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from ..evaluation.agreement import Agreement, agreement
-from ..evaluation.logits_cache import LogitsCache
-from ..evaluation.metrics import perplexity_of
+from ..evaluation.agreement.logits_cache import LogitsCache
+from ..evaluation.agreement.measure import Agreement, agreement
+from ..evaluation.loss.metrics import perplexity_of
 
 
 __all__ = ["DernEvaluationCallback"]
@@ -33,7 +33,7 @@ class DernEvaluationCallback(TrainerCallback):
 
     Args:
         trainer: that the callback is added to.
-        cache: the original's predictions, of `evaluation.logits_cache.cache_logits`.
+        cache: the original's predictions, of `evaluation.agreement.logits_cache.cache_logits`.
     """
 
     def __init__(self, trainer: Trainer, cache: LogitsCache) -> None:

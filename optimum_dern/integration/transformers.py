@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from ..checkpoint.source import LOCATING, OWN_CODE, locating_options, location_options
+from ..checkpoint.source.provenance import LOCATING, OWN_CODE, locating_options, location_options
 from ..compressor import DernCompressor
 from ..config import DernConfig
-from ..engine.torch_state import check_precision
+from ..machine.torch_state import check_precision
 
 
 __all__ = ["DernModelForCausalLM", "DernQuantizer", "patch_transformers", "unpatch_transformers"]

@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..core.cost import Cost, LayerShape
-from ..core.greedy import greedy, greedy_cost
-from ..core.recombination import Recombination, recombine_layer, recombine_layer_cost
-from ..core.router_choice import UnknownRouter
-from ..core.routing import add_moved_rows
-from ..core.segment_flow import segment_flow
-from ..core.selection import Places
+from ..core.criteria.greedy import greedy, greedy_cost
+from ..core.criteria.selection import Places
+from ..core.dern.recombination import Recombination, recombine_layer, recombine_layer_cost
+from ..core.layer.cost import Cost, LayerShape
+from ..core.pictures.segment_flow import segment_flow
+from ..core.router.choice import UnknownRouter
+from ..core.router.rows import add_moved_rows
 from .registry import Candidate, LayerProblem, register_method
 
 

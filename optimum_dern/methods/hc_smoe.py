@@ -7,10 +7,10 @@ merge         frequency-weighted average, neurons in the order that they have
 
 from typing import TYPE_CHECKING
 
-from ..core.all_experts import mean_outputs, mean_outputs_cost, sample_cost, sample_tokens
-from ..core.cost import Cost, LayerShape
-from ..core.grouping import link_by_average
-from ..core.merging import average_groups, average_groups_cost
+from ..core.layer.cost import Cost, LayerShape
+from ..core.merging.all_experts import mean_outputs, mean_outputs_cost, sample_cost, sample_tokens
+from ..core.merging.averaging import average_groups, average_groups_cost
+from ..core.merging.grouping import link_by_average
 from .merged import merged_candidates
 from .registry import Candidate, LayerProblem, register_method
 

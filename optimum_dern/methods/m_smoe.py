@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..core.alignment import match_neurons, weight_products
-from ..core.all_experts import logit_cosines, router_logits, sample_cost, sample_tokens, sampled_tokens
-from ..core.cost import Cost, LayerShape
-from ..core.grouping import join_nearest
-from ..core.merging import average_groups, average_groups_cost
+from ..core.layer.cost import Cost, LayerShape
+from ..core.merging.alignment import match_neurons, weight_products
+from ..core.merging.all_experts import logit_cosines, router_logits, sample_cost, sample_tokens, sampled_tokens
+from ..core.merging.averaging import average_groups, average_groups_cost
+from ..core.merging.grouping import join_nearest
 from .merged import merged_candidates
 from .registry import Candidate, LayerProblem, register_method
 

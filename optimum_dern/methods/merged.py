@@ -1,7 +1,7 @@
 """What the methods that merge groups of experts propose."""
 
-from ..core.grouping import Grouping
-from ..core.segments import Segments
+from ..core.layer.segments import Segments
+from ..core.merging.grouping import Grouping
 from .registry import Candidate, LayerProblem
 
 

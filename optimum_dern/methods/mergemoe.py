@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..core.all_experts import sample_cost, sample_tokens, sampled_tokens
-from ..core.cost import Cost, LayerShape
-from ..core.grouping import join_nearest
-from ..core.merging import average_groups, average_groups_cost, fit_group_outputs, fit_group_outputs_cost
-from ..core.segments import Segments
+from ..core.layer.cost import Cost, LayerShape
+from ..core.layer.segments import Segments
+from ..core.merging.all_experts import sample_cost, sample_tokens, sampled_tokens
+from ..core.merging.averaging import average_groups, average_groups_cost, fit_group_outputs, fit_group_outputs_cost
+from ..core.merging.grouping import join_nearest
 from .merged import merged_candidates
 from .registry import Candidate, LayerProblem, register_method
 

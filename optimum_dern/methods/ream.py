@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..core.alignment import match_neurons, unit_distances, weight_cosines
-from ..core.all_experts import (
+from ..core.layer.cost import Cost, LayerShape
+from ..core.layer.observation import ObservedLayer
+from ..core.merging.alignment import match_neurons, unit_distances, weight_cosines
+from ..core.merging.all_experts import (
     activation_cosines,
     activation_cosines_cost,
     logit_cosines,
@@ -26,10 +28,8 @@ from ..core.all_experts import (
     sample_cost,
     sample_tokens,
 )
-from ..core.cost import Cost, LayerShape
-from ..core.grouping import absorb_nearest
-from ..core.merging import average_groups, average_groups_cost
-from ..core.observation import ObservedLayer
+from ..core.merging.averaging import average_groups, average_groups_cost
+from ..core.merging.grouping import absorb_nearest
 from .merged import merged_candidates
 from .registry import Candidate, LayerProblem, register_method
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from ..core.cost import Cost, LayerShape
-from ..core.observation import ObservedLayer
-from ..core.recombination import Map
-from ..core.segments import Segments
+from ..core.dern.recombination import Map
+from ..core.layer.cost import Cost, LayerShape
+from ..core.layer.observation import ObservedLayer
+from ..core.layer.segments import Segments
 
 
 if TYPE_CHECKING:

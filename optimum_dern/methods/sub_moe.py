@@ -10,10 +10,10 @@ average of the W_i.  So no decomposition is computed here; a test carries one ou
 
 from typing import TYPE_CHECKING
 
-from ..core.all_experts import mean_outputs, mean_outputs_cost, sample_cost, sample_tokens
-from ..core.cost import Cost, LayerShape
-from ..core.grouping import cluster_by_cosine
-from ..core.merging import average_groups, average_groups_cost
+from ..core.layer.cost import Cost, LayerShape
+from ..core.merging.all_experts import mean_outputs, mean_outputs_cost, sample_cost, sample_tokens
+from ..core.merging.averaging import average_groups, average_groups_cost
+from ..core.merging.grouping import cluster_by_cosine
 from .merged import merged_candidates
 from .registry import Candidate, LayerProblem, register_method
 

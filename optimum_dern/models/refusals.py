@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.selection import retained_count, select_experts
-from .overrides import routing_hook
-from .structure import MoELayer
+from ..core.criteria.selection import retained_count, select_experts
+from .moe.overrides import routing_hook
+from .moe.structure import MoELayer
 
 
 __all__ = [

@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from ..reporting.report import ModelSize
-from .structure import MoELayer
+from ..results.report import ModelSize
+from .moe.structure import MoELayer
 
 
 __all__ = ["measure_model", "predict_size"]

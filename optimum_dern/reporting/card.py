@@ -4,9 +4,9 @@ from importlib.resources import files
 from typing import Any
 
 from ..installation import install_hint, project_link
-from .licence import source_metadata
+from ..results.licence import source_metadata
+from ..results.report import CompressionReport
 from .plots import image_description
-from .report import CompressionReport
 from .reproduction import is_in_memory, reproduction_command
 from .verdict import mean_losses, title, verdict
 
@@ -99,7 +99,7 @@ def _size_rows(report: CompressionReport) -> list[dict[str, str]]:
 
 
 def _evaluation_rows(report: CompressionReport) -> list[dict[str, str]]:
-    from ..evaluation.estimate import error_text
+    from ..results.estimate import error_text
 
     rows = []
     for name, pair in report.evaluation.items():

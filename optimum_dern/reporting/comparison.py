@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Any
 
-from ..evaluation.estimate import error_text, paired_difference, plus_minus
+from ..results.estimate import error_text, paired_difference, plus_minus
 
 
 __all__ = ["comparison_rows", "markdown_table"]
@@ -16,7 +16,7 @@ def comparison_rows(comparison: Any) -> tuple[list[str], list[list[str]]]:
     """Header and rows, a column for every model and what was not measured left out.
 
     Args:
-        comparison: an `evaluation.compare.Comparison`; every model after the first is set against the first.
+        comparison: an `evaluation.compare.models.Comparison`; every model after the first is set against the first.
     """
     models = comparison.models
     first = models[0]

@@ -11,8 +11,8 @@ import re
 from importlib.resources import files
 from typing import Any
 
+from ..results.report import CompressionReport
 from ..versions import __version__
-from .report import CompressionReport
 from .reproduction import is_in_memory, reproduction_command
 from .verdict import title, verdict
 

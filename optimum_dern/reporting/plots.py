@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .report import CompressionReport
+from ..results.report import CompressionReport
 
 
 __all__ = ["IMAGE_NAME", "image_description", "write_image"]

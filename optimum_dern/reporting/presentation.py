@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from ..results.report import CompressionReport
 from ..text_files import replace_text
 from .card import model_card
 from .page import PAGE_NAME, report_page
 from .plots import IMAGE_NAME, write_image
-from .report import CompressionReport
 
 
 __all__ = ["CARD_NAME", "write_presentation"]

@@ -6,7 +6,7 @@ import re
 import shlex
 from typing import Any
 
-from .report import CompressionReport
+from ..results.report import CompressionReport
 
 
 __all__ = ["is_in_memory", "reproduction_command"]

@@ -3,7 +3,7 @@
 import math
 from fractions import Fraction
 
-from .report import CompressionReport
+from ..results.report import CompressionReport
 
 
 __all__ = ["mean_losses", "title", "verdict"]

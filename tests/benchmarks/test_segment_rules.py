@@ -11,7 +11,7 @@ from reference import reference_neurons, silu
 from samples import PROPERTY, activation, assert_near, make_routing, make_segments, scores_for
 
 from optimum_dern import DernConfig
-from optimum_dern.core.mixture import routed_output
+from optimum_dern.core.layer.mixture import routed_output
 from optimum_dern.methods import LayerProblem, get_method
 
 

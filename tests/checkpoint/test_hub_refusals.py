@@ -10,8 +10,8 @@ import pytest
 from hub import BROKEN, READER, WRITER, LoopbackHub
 from hub.process import content, run
 
-from optimum_dern.checkpoint.hub import HubPushError, push_checkpoint
-from optimum_dern.checkpoint.hub_errors import explained
+from optimum_dern.checkpoint.hub.errors import explained
+from optimum_dern.checkpoint.hub.push import HubPushError, push_checkpoint
 
 
 STAGES = {  # where a push can be refused -> whether the checkpoint is there by then

@@ -15,7 +15,7 @@ from tiny import make_model, sample_texts, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dern import CompressionReport, DernCompressor, DernConfig
-from optimum_dern.checkpoint.manifest import only_process
+from optimum_dern.checkpoint.output.manifest import only_process
 from optimum_dern.commands import compress, inspect
 from optimum_dern.commands.main import main
 

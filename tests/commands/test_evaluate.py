@@ -7,9 +7,9 @@ from task_rows import ROWS, write_tasks
 from tiny import make_model, sample_texts, tiny_tokenizer
 
 from optimum_dern.commands.main import main
-from optimum_dern.evaluation.accuracy import evaluate_tasks
-from optimum_dern.evaluation.perplexity import evaluate_texts, load_texts
-from optimum_dern.evaluation.tasks import load_tasks
+from optimum_dern.evaluation.loss.perplexity import evaluate_texts, load_texts
+from optimum_dern.evaluation.tasks.accuracy import evaluate_tasks
+from optimum_dern.evaluation.tasks.load import load_tasks
 
 
 def save(model, folder):

@@ -6,9 +6,9 @@ import pytest
 from tiny import make_model, sample_texts, tiny_tokenizer
 
 from optimum_dern import CompressionReport, DernCompressor, DernConfig
-from optimum_dern.calibration.data import load_batches
-from optimum_dern.calibration.description import describe_calibration
 from optimum_dern.commands.main import main
+from optimum_dern.data.batches import load_batches
+from optimum_dern.results.description import describe_calibration
 
 
 QUICK = ["--num-experts", "4", "--method", "prune", "--preset", "paper", "--sequence-length", "32"]

@@ -7,9 +7,9 @@ import torch
 from reference import reference_route
 from samples import activation, make_segments
 
-from optimum_dern.core.mixture import Routing
-from optimum_dern.core.observation import ObservedLayer
-from optimum_dern.core.statistics import measure_experts
+from optimum_dern.core.layer.mixture import Routing
+from optimum_dern.core.layer.observation import ObservedLayer
+from optimum_dern.core.layer.statistics import measure_experts
 
 
 def observe(segments, routing, rows=None, held_out=None, **fields):

@@ -4,8 +4,8 @@ import torch
 from hypothesis import settings
 from reference import relu_squared, silu
 
-from optimum_dern.core.mixture import Routing
-from optimum_dern.core.segments import Segments
+from optimum_dern.core.layer.mixture import Routing
+from optimum_dern.core.layer.segments import Segments
 
 
 KINDS = {"gated": (True, False), "plain": (False, False), "biased": (True, True), "plain biased": (False, True)}

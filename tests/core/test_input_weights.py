@@ -27,12 +27,12 @@ from samples import (
     scalar_activation,
 )
 
-from optimum_dern.core.mixture import Routing, expert_batches, routed_output
-from optimum_dern.core.neuron_refit import refit_neurons
-from optimum_dern.core.refit import refit_down
-from optimum_dern.core.router_rule import possible_logits
-from optimum_dern.core.saliency import man, reap, router
-from optimum_dern.core.statistics import measure_experts
+from optimum_dern.core.criteria.saliency import man, reap, router
+from optimum_dern.core.layer.mixture import Routing, expert_batches, routed_output
+from optimum_dern.core.layer.statistics import measure_experts
+from optimum_dern.core.refits.down_projections import refit_down
+from optimum_dern.core.refits.neurons import refit_neurons
+from optimum_dern.core.router.rule import possible_logits
 
 
 def make_weighted(**fields):

@@ -8,10 +8,10 @@ from families import FAMILIES as ALL_FAMILIES
 from families import make_model as make_family
 from tiny import compress, make_model, padded_batch, random_tokens
 
-from optimum_dern.calibration.calls import record_layer_calls
+from optimum_dern.engine.walk.calls import record_layer_calls
 from optimum_dern.engine.walk.drift import measure_drift
 from optimum_dern.engine.walk.stream import HiddenStream
-from optimum_dern.models.structure import find_decoder_layers, find_moe_layers, layers_by_position
+from optimum_dern.models.moe.structure import find_decoder_layers, find_moe_layers, layers_by_position
 
 
 FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v3")  # the last two have shared experts

@@ -8,7 +8,7 @@ from families import make_model as make_family
 from tiny import EXPERTS, FAMILIES, FIRST_MOE, compress, make_model, random_tokens, same_state, state_of
 
 from optimum_dern.engine.layer import steps
-from optimum_dern.models.structure import find_moe_layers
+from optimum_dern.models.moe.structure import find_moe_layers
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,15 +5,15 @@ import torch
 from tiny import EXPERTS, FAMILIES, FIRST_MOE, make_model, padded_batch, random_tokens
 
 from optimum_dern import DernCompressor
-from optimum_dern.calibration.calls import Call, record_layer_calls
-from optimum_dern.calibration.data import load_batches
-from optimum_dern.calibration.recording import record_routing
-from optimum_dern.core.statistics import measure_experts
+from optimum_dern.core.layer.statistics import measure_experts
+from optimum_dern.data.batches import load_batches
+from optimum_dern.engine.layer.recording import record_routing
 from optimum_dern.engine.walk import walks
+from optimum_dern.engine.walk.calls import Call, record_layer_calls
 from optimum_dern.engine.walk.decoder import held_out_tokens
 from optimum_dern.engine.walk.stream import HiddenStream
-from optimum_dern.models.structure import find_decoder_layers, find_moe_layers
-from optimum_dern.models.view import layer_activation, read_layer
+from optimum_dern.models.moe.structure import find_decoder_layers, find_moe_layers
+from optimum_dern.models.moe.view import layer_activation, read_layer
 
 
 LENGTHS = {"left": [5, 12, 9], "right": [5, 12, 9], "none": [11, 11, 11]}

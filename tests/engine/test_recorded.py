@@ -11,9 +11,9 @@ from tiny import EXPERTS, make_model, random_tokens, same_state, state_of
 from transformers import AutoModelForCausalLM
 
 from optimum_dern import CompressionReport, DernCompressor
-from optimum_dern.checkpoint.manifest import Manifest
-from optimum_dern.checkpoint.reader import CheckpointReader
-from optimum_dern.checkpoint.recorded import STATISTICS_NAME, RecordedStatistics
+from optimum_dern.checkpoint.format.reader import CheckpointReader
+from optimum_dern.checkpoint.output.manifest import Manifest
+from optimum_dern.checkpoint.source.recorded import STATISTICS_NAME, RecordedStatistics
 from optimum_dern.engine.walk import decoder as engine
 
 

@@ -8,10 +8,10 @@ from pruned_layers import allowed_sets, pruned_error, recorded_block
 from tiny import EXPERTS, FIRST_MOE, compress, make_model, random_tokens, same_state, state_of
 
 from optimum_dern import DernCompressor, DernConfig
-from optimum_dern.checkpoint.manifest import Manifest
-from optimum_dern.core.criteria import CRITERIA
-from optimum_dern.engine.requests import selection_needs
-from optimum_dern.models.structure import find_moe_layers
+from optimum_dern.checkpoint.output.manifest import Manifest
+from optimum_dern.core.criteria.registry import CRITERIA
+from optimum_dern.engine.run.checks import selection_needs
+from optimum_dern.models.moe.structure import find_moe_layers
 
 
 PRUNE = {"method": "prune", "preset": "paper"}

@@ -13,18 +13,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 from optimum_dern import CompressionReport, DernCompressor, DernConfig
-from optimum_dern.calibration.data import load_batches
-from optimum_dern.checkpoint.manifest import Manifest
-from optimum_dern.checkpoint.reader import CheckpointReader
-from optimum_dern.checkpoint.recorded import STATISTICS_NAME
-from optimum_dern.checkpoint.shards import ShardWriter
+from optimum_dern.checkpoint.format.reader import CheckpointReader
+from optimum_dern.checkpoint.output.manifest import Manifest
+from optimum_dern.checkpoint.output.shards import ShardWriter
+from optimum_dern.checkpoint.source.recorded import STATISTICS_NAME
+from optimum_dern.data.batches import load_batches
 from optimum_dern.engine.cost.memory import plan_memory
 from optimum_dern.engine.layer import compression
 from optimum_dern.engine.walk.decoder import compress_layers_
 from optimum_dern.engine.walk.recipe import Recipe
 from optimum_dern.engine.walk.stream import HiddenStream
+from optimum_dern.models.moe.structure import find_moe_layers
 from optimum_dern.models.skeleton import build_skeleton
-from optimum_dern.models.structure import find_moe_layers
 
 
 QUICK = {"batch_size": 4, "neuron_refit": False, "router_refit": False}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from optimum_dern.engine.distributed import Processes
-from optimum_dern.engine.layer.token_order import enough_tokens, evenly_spaced, token_order
+from optimum_dern.data.token_order import enough_tokens, evenly_spaced, token_order
+from optimum_dern.machine.processes import Processes
 
 
 class Pretended(Processes):

@@ -8,9 +8,9 @@ import torch
 from tiny import VOCABULARY, compress, make_model, random_tokens, same_state, state_of
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from optimum_dern.evaluation.agreement import agreement
-from optimum_dern.evaluation.logits_cache import cache_logits
-from optimum_dern.evaluation.perplexity import evaluate_loss
+from optimum_dern.evaluation.agreement.logits_cache import cache_logits
+from optimum_dern.evaluation.agreement.measure import agreement
+from optimum_dern.evaluation.loss.perplexity import evaluate_loss
 from optimum_dern.integration.trainer import DernEvaluationCallback
 
 

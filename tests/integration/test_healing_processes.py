@@ -18,7 +18,7 @@ import torch
 from distilling import make_trainer, rows, with_noisy_routers
 from tiny import make_model
 from transformers import TrainerCallback
-from optimum_dern.evaluation.logits_cache import cache_logits
+from optimum_dern.evaluation.agreement.logits_cache import cache_logits
 from optimum_dern.integration.router_kd import router_parameters
 from optimum_dern.integration.trainer import DernEvaluationCallback
 

@@ -9,8 +9,8 @@ import torch
 from task_rows import ROWS
 from tiny import make_model, tiny_tokenizer
 
-from optimum_dern.evaluation.accuracy import evaluate_tasks
-from optimum_dern.evaluation.tasks import make_task
+from optimum_dern.evaluation.tasks.accuracy import evaluate_tasks
+from optimum_dern.evaluation.tasks.load import make_task
 from optimum_dern.installation import install_hint
 from optimum_dern.integration.lm_eval import evaluate_with_lm_eval, harness_model, write_lm_eval_tasks
 from optimum_dern.integration.lm_eval_rows import DEFINITIONS

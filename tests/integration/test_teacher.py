@@ -6,7 +6,7 @@ from distilling import collate, make_trainer, rows, with_noisy_routers
 from tiny import VOCABULARY, make_model, padded_batch, random_tokens
 from transformers import DataCollatorForLanguageModeling
 
-from optimum_dern.evaluation.logits_cache import cache_logits, predicted_positions
+from optimum_dern.evaluation.agreement.logits_cache import cache_logits, predicted_positions
 from optimum_dern.integration.teacher import CachedTeacher, ModelTeacher, cached_rows
 
 

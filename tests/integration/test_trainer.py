@@ -20,9 +20,9 @@ from tiny import (
 )
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from optimum_dern.calibration.data import load_batches
-from optimum_dern.evaluation.metrics import trainer_metrics
-from optimum_dern.evaluation.perplexity import evaluate_loss
+from optimum_dern.data.batches import load_batches
+from optimum_dern.evaluation.loss.metrics import trainer_metrics
+from optimum_dern.evaluation.loss.perplexity import evaluate_loss
 
 
 LOAD_PLAINLY = Path(__file__).parent.parent / "load_plainly.py"

@@ -57,7 +57,7 @@ def test_families(method, family, monkeypatch):
 
 def _transposed(model, layer):
     """Whether the experts store their down projections as (E, out, in)."""
-    from optimum_dern.models.structure import find_moe_layers
+    from optimum_dern.models.moe.structure import find_moe_layers
 
     return not next(found for found in find_moe_layers(model) if found.name == layer.name).layout.transposed
 

@@ -10,10 +10,10 @@ from observed import observe
 from samples import activation, assert_near, assert_unchanged, copies, make_routing, make_segments
 
 from optimum_dern import DernConfig
-from optimum_dern.core.criteria import CRITERIA
-from optimum_dern.core.grouping import cluster_by_cosine
-from optimum_dern.core.mixture import routed_output
-from optimum_dern.core.selection import select_experts
+from optimum_dern.core.criteria.registry import CRITERIA
+from optimum_dern.core.criteria.selection import select_experts
+from optimum_dern.core.layer.mixture import routed_output
+from optimum_dern.core.merging.grouping import cluster_by_cosine
 from optimum_dern.methods import LayerProblem, get_method
 
 

@@ -9,8 +9,8 @@ from tiny import random_tokens, same_state, state_of
 
 from optimum_dern import DernCompressor
 from optimum_dern.commands.main import main
-from optimum_dern.models.structure import find_moe_layers
-from optimum_dern.models.view import write_counts_
+from optimum_dern.models.moe.structure import find_moe_layers
+from optimum_dern.models.moe.view import write_counts_
 
 
 FAMILY = "hunyuan_v1_moe"

@@ -3,8 +3,8 @@
 import random
 
 from optimum_dern import DernConfig
-from optimum_dern.evaluation.perplexity import TextLoss
-from optimum_dern.reporting.report import CompressionReport, LayerReport, ModelSize
+from optimum_dern.evaluation.loss.perplexity import TextLoss
+from optimum_dern.results.report import CompressionReport, LayerReport, ModelSize
 
 
 def sample_report(layers=4, experts=8, config=None, evaluated=True, width=64):

@@ -13,13 +13,13 @@ from huggingface_hub import __version__ as HUB_VERSION
 from tiny import random_tokens
 
 from optimum_dern import CompressionReport, DernConfig
-from optimum_dern.calibration.description import describe_dataset, recordable_dataset
 from optimum_dern.commands import compress
 from optimum_dern.commands.arguments import config_from_arguments
-from optimum_dern.evaluation.perplexity import TextLoss
+from optimum_dern.evaluation.loss.perplexity import TextLoss
 from optimum_dern.reporting.card import model_card
-from optimum_dern.reporting.report import ModelSize
 from optimum_dern.reporting.reproduction import reproduction_command
+from optimum_dern.results.description import describe_dataset, recordable_dataset
+from optimum_dern.results.report import ModelSize
 
 
 def make_report(config=None, source="allenai/OLMoE-1B-7B-0924", **fields):

@@ -9,7 +9,7 @@ import pytest
 from hub.card import card_problems
 from sample_reports import sample_report
 
-from optimum_dern.checkpoint.publishing import write_report
+from optimum_dern.checkpoint.output.publishing import write_report
 from optimum_dern.commands.main import main
 from optimum_dern.reporting import plots
 from optimum_dern.reporting.page import PAGE_NAME, report_page

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from ...config import DernConfig
-from ...core.cost import experts_operations
-from ...models.structure import MoELayer
+from ...core.layer.cost import experts_operations
+from ...models.moe.structure import MoELayer
 from .phases import layer_phases, layer_shape
 
 

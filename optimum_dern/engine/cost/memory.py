@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from ...config import DernConfig
-from ...core.workspace import MAX_ELEMENTS
-from ...models.structure import MoELayer, find_decoder_layers
+from ...core.layer.workspace import MAX_ELEMENTS
+from ...models.moe.structure import MoELayer, find_decoder_layers
 from .phases import layer_phases, layer_shape
 
 

@@ -1,20 +1,20 @@
 """The phases of compressing one MoE layer, with what is in memory during each of them and what it computes.
 
-Every step says itself what it costs (`core.cost`); here is only what stays between the steps: the calibration tokens
-as the layer sees them, the candidates, and their fits.
+Every step says itself what it costs (`core.layer.cost`); here is only what stays between the steps: the calibration
+tokens as the layer sees them, the candidates, and their fits.
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from ...config import DernConfig
-from ...core.cost import Cost, LayerShape, experts_operations, held_by_chunk
-from ...core.criteria import CRITERIA
-from ...core.similarity_map import similarity_map_cost
-from ...core.statistics import measure_experts_cost
-from ...core.workspace import MAX_ELEMENTS
+from ...core.criteria.registry import CRITERIA
+from ...core.layer.cost import Cost, LayerShape, experts_operations, held_by_chunk
+from ...core.layer.statistics import measure_experts_cost
+from ...core.layer.workspace import MAX_ELEMENTS
+from ...core.pictures.similarity_map import similarity_map_cost
 from ...methods import get_method
-from ...models.structure import MoELayer
+from ...models.moe.structure import MoELayer
 from ..layer.steps import Scale, first_refit, further_steps, sampled_tokens
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ...config import DernConfig
-from ...core.criteria import select
-from ...core.selection import Places
-from ...core.similarity_map import similarity_map
-from ...core.super_experts import find_super_experts
+from ...core.criteria.registry import select
+from ...core.criteria.selection import Places
+from ...core.criteria.super_experts import find_super_experts
+from ...core.pictures.similarity_map import similarity_map
 from ...methods import Candidate, LayerProblem, get_method
-from ...models.view import release_experts_
-from ...reporting.report import LayerReport
+from ...models.moe.view import release_experts_
+from ...results.report import LayerReport
 from .guard import choose_variant
 from .measured import MeasuredLayer
 from .objective import Objective

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from ...config import DernConfig
-from ...core.router_choice import UnknownRouter
+from ...core.router.choice import UnknownRouter
 from ...methods import Candidate
 from .objective import Objective
 from .steps import RIDGE, Scale, Step, first_refit, further_steps

@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ...calibration.recording import record_routing, run_until_stopped
-from ...core.mixture import Routing
-from ...core.observation import ObservedLayer
-from ...core.routing import retain
-from ...core.statistics import ExpertStatistics
+from ...core.layer.mixture import Routing
+from ...core.layer.observation import ObservedLayer
+from ...core.layer.statistics import ExpertStatistics
+from ...core.router.rows import retain
+from ...machine.processes import Processes
 from ...methods import Candidate
-from ...models.structure import MoELayer
-from ...models.view import LayerWeights, layer_activation, read_layer, write_layer_, write_routing_
-from ..distributed import Processes
+from ...models.moe.structure import MoELayer
+from ...models.moe.view import LayerWeights, layer_activation, read_layer, write_layer_, write_routing_
+from .recording import record_routing, run_until_stopped
 
 
 __all__ = ["Goal", "MeasuredLayer"]

@@ -6,16 +6,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...calibration.recording import RoutingRecord
-from ...core.mixture import Activation, Routing
-from ...core.reduction import any_process
-from ...core.segments import Segments
-from ...core.statistics import ExpertStatistics, measure_experts
-from ...models.structure import MoELayer
-from ...models.view import layer_activation, read_layer
-from ..distributed import ALONE, Processes
+from ...core.layer.mixture import Activation, Routing
+from ...core.layer.reduction import any_process
+from ...core.layer.segments import Segments
+from ...core.layer.statistics import ExpertStatistics, measure_experts
+from ...data.token_order import token_order
+from ...machine.processes import ALONE, Processes
+from ...models.moe.structure import MoELayer
+from ...models.moe.view import layer_activation, read_layer
 from .measured import MeasuredLayer
-from .token_order import token_order
+from .recording import RoutingRecord
 
 
 __all__ = ["measure_layer", "unseen_layer"]

@@ -6,11 +6,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...core.mixture import Activation, Routing, routed_output
-from ...core.reduction import Reduce, alone
-from ...models.view import layer_activation
+from ...core.layer.mixture import Activation, Routing, routed_output
+from ...core.layer.reduction import Reduce, alone
+from ...data.token_order import evenly_spaced
+from ...models.moe.view import layer_activation
 from .measured import MeasuredLayer
-from .token_order import evenly_spaced
 from .variant import Variant
 
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ...config import DernConfig
-from ...core.cost import Cost, LayerShape
-from ...core.neuron_refit import refit_neurons, refit_neurons_cost
-from ...core.output_scale import fit_scales, fit_scales_cost, scale_outputs
-from ...core.refit import refit_down, refit_down_cost
-from ...core.router_choice import UnknownRouter
-from ...core.router_refit import refit_router, refit_router_cost
-from ...core.router_rule import possible_logits, recognise_rule
+from ...core.layer.cost import Cost, LayerShape
+from ...core.refits.down_projections import refit_down, refit_down_cost
+from ...core.refits.neurons import refit_neurons, refit_neurons_cost
+from ...core.refits.output_scale import fit_scales, fit_scales_cost, scale_outputs
+from ...core.refits.router import refit_router, refit_router_cost
+from ...core.router.choice import UnknownRouter
+from ...core.router.rule import possible_logits, recognise_rule
+from ...data.token_order import enough_tokens
 from .objective import Objective
-from .token_order import enough_tokens
 from .variant import Variant
 
 

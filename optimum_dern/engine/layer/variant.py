@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from ...core.mixture import Routing
-from ...core.segments import Segments
+from ...core.layer.mixture import Routing
+from ...core.layer.segments import Segments
 from ...methods import Candidate
 
 

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...calibration.calls import record_layer_calls
-from ...core.statistics import ExpertStatistics
-from ...models.structure import MoELayer, find_decoder_layers, layers_by_position
-from ...reporting.report import LayerReport
-from ..distributed import ALONE, Processes
+from ...core.layer.statistics import ExpertStatistics
+from ...machine.processes import ALONE, Processes
+from ...machine.progress import progress_bar
+from ...machine.scratch import CopiesInFiles
+from ...models.moe.structure import MoELayer, find_decoder_layers, layers_by_position
+from ...results.report import LayerReport
 from ..layer.measuring import unseen_layer
-from ..progress import progress_bar
-from ..scratch import CopiesInFiles
+from .calls import record_layer_calls
 from .recipe import Recipe, keep_originals
 from .walks import LayerProvider, LayersInMemory, Pass, compress_for, open_walks, pass_layer
 

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...core.reduction import any_process
-from ...models.structure import MoELayer
-from ..distributed import ALONE, Processes
+from ...core.layer.reduction import any_process
+from ...machine.processes import ALONE, Processes
+from ...models.moe.structure import MoELayer
 from ..layer.measured import Goal
 from .stream import HiddenStream
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ...config import DernConfig
-from ...reporting.report import LayerReport
+from ...results.report import LayerReport
 
 
 __all__ = ["InPlace", "LayerSink", "Recipe", "keep_originals"]

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...calibration.calls import Call, LayerState
-from ...calibration.recording import StopForward
-from ..scratch import CopiesInFiles
+from ...machine.scratch import CopiesInFiles
+from ..layer.recording import StopForward
+from .calls import Call, LayerState
 
 
 __all__ = ["HiddenStream"]

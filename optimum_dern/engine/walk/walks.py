@@ -14,17 +14,17 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from ...calibration.calls import Call
-from ...calibration.recording import record_routing
-from ...calibration.residual import record_residual
-from ...core.criteria import CRITERIA
-from ...core.statistics import ExpertStatistics
-from ...models.original import original_kept
-from ...models.structure import MoELayer
-from ..distributed import Processes
+from ...core.criteria.registry import CRITERIA
+from ...core.layer.statistics import ExpertStatistics
+from ...machine.processes import Processes
+from ...models.moe.original import original_kept
+from ...models.moe.structure import MoELayer
 from ..layer.compression import compress_layer_
 from ..layer.measured import MeasuredLayer
 from ..layer.measuring import measure_layer
+from ..layer.recording import record_routing
+from ..layer.residual import record_residual
+from .calls import Call
 from .drift import measure_drift
 from .recipe import Recipe
 from .stream import HiddenStream

@@ -7,7 +7,7 @@ from tiny import make_model
 from optimum_dern import DernConfig
 from optimum_dern.engine.cost import duration
 from optimum_dern.engine.cost.duration import measure_rate, predict_seconds
-from optimum_dern.models.structure import find_moe_layers
+from optimum_dern.models.moe.structure import find_moe_layers
 
 
 TOKENS = 600

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 from optimum_dern import DernCompressor, DernConfig
 from optimum_dern.engine.cost.memory import plan_memory
 from optimum_dern.methods import METHODS
+from optimum_dern.models.moe.structure import find_moe_layers
 from optimum_dern.models.skeleton import build_skeleton
-from optimum_dern.models.structure import find_moe_layers
 from optimum_dern.options import PRESETS
 
 

@@ -1,1 +1,0 @@
-"""Calibration: any form of data to token batches, and what the layers see of them."""

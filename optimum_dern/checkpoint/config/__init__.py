@@ -1,0 +1,1 @@
+"""config.json of a compressed checkpoint, in the forms that all readers know."""

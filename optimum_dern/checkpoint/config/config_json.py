@@ -1,0 +1,93 @@
+"""`config.json` of a compressed checkpoint: the source's own file with only what changed written into it.
+
+transformers 5 rewrites a config when it saves it (`rope_theta` moves into `rope_parameters`, `num_experts` of
+Qwen3-MoE becomes `num_local_experts`), and older readers then fall back to defaults without a word.  So the source's
+JSON is kept key by key, and the difference between the config as loaded and as it is now is applied to it.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ...results.public_names import public_source
+from .from_json import config_from_json
+from .rope_json import ROPE_KEYS, complete_rope
+
+
+__all__ = ["compressed_config"]
+
+# One key, several names that readers use.
+ALIASES = ({"num_experts", "num_local_experts"}, {"dtype", "torch_dtype"})
+IGNORED = {"transformers_version", "architectures", "quantization_config", "model_type"}
+SOURCE_KEYS = ("quantization_config", "transformers_weights")  # about the source's files, not the output's
+MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # these layers are not in the saved model
+
+
+def compressed_config(saved: Mapping[str, Any], source: Mapping[str, Any] | None, config: Any) -> dict[str, Any]:
+    """The config.json to publish.
+
+    Args:
+        saved: what transformers would write for the compressed model.
+        source: the source checkpoint's JSON, if there is one.
+        config: the compressed model's config object.
+
+    Returns:
+        The source's JSON with the differences, expert counts under every alias, the rotary embedding in the older
+        form, too, no quantisation, no MTP layers, no name of a weights' file; the saved JSON, likewise completed,
+        where there is no source of the same type.
+    """
+    if source is None or source.get("model_type") != config.model_type:
+        result = json.loads(json.dumps(saved))
+    else:
+        result = json.loads(json.dumps(source))
+        loaded = config_from_json(type(config), source).to_dict()
+        _apply_changes(result, loaded, config.to_dict())
+    _complete_aliases(result, config)
+    complete_rope(result, config)
+    _name_without_folders(result)
+    for key in SOURCE_KEYS:
+        result.pop(key, None)
+    for key in MTP_KEYS:
+        if result.get(key):
+            result[key] = 0
+    return result
+
+
+def _apply_changes(target: dict[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Write into `target` every value that differs between two config dicts, under the names that it already uses."""
+    for key, value in after.items():
+        old = before.get(key)
+        if key.startswith("_") or key in IGNORED or value == old:
+            continue
+        names = _names(key) & target.keys()
+        if key == "rope_parameters":  # older files have its parts under names of their own
+            for name in ROPE_KEYS - after.keys():
+                target.pop(name, None)
+            target[key] = value
+        elif isinstance(value, Mapping) and isinstance(old, Mapping):
+            if isinstance(target.get(key), dict):
+                _apply_changes(target[key], old, value)
+        else:
+            target.update(dict.fromkeys(names or {key}, value))
+
+
+def _complete_aliases(target: dict[str, Any], config: Any) -> None:
+    """Qwen3-MoE and its kin: transformers 4 reads `num_experts`, transformers 5 stores `num_local_experts`."""
+    if config.attribute_map.get("num_experts") == "num_local_experts":
+        target["num_experts"] = target["num_local_experts"] = config.num_local_experts
+    for key, value in target.items():
+        if isinstance(value, dict) and hasattr(getattr(config, key, None), "attribute_map"):
+            _complete_aliases(value, getattr(config, key))
+
+
+def _name_without_folders(target: dict[str, Any]) -> None:
+    """Older releases of transformers wrote the folder that a model was loaded from into its config."""
+    for key, value in target.items():
+        if isinstance(value, dict):
+            _name_without_folders(value)
+        elif key in ("_name_or_path", "name_or_path") and isinstance(value, str):
+            target[key] = public_source(value)
+
+
+def _names(key: str) -> set[str]:
+    return next((aliases for aliases in ALIASES if key in aliases), {key})

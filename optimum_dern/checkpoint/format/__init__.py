@@ -1,0 +1,1 @@
+"""The files of a checkpoint: safetensors, quantised or not, under transformers' names."""

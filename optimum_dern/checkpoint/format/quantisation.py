@@ -1,0 +1,106 @@
+"""Which quantised checkpoints can be read, and how their tensors become plain numbers.
+
+FP8 (DeepSeek-V3 and others): a weight W of 8-bit floats and `W_scale_inv`, one factor for each block of rows and
+columns, or one for all; the last block of a row or column may be cut off.  MXFP4 (gpt-oss): `W_blocks`, two 4-bit
+floats a byte, and `W_scales`, the exponent of two for each block along a row.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.layer.workspace import Empty
+
+
+__all__ = ["check_quantisation", "dequantise_fp8", "dequantise_mxfp4", "without_quantisation"]
+
+KEYS = ("quantization_config", "compression_config")
+
+
+def check_quantisation(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How a checkpoint is quantised.
+
+    Args:
+        config: its config.json.
+
+    Returns:
+        Its `quantization_config`; None where it is not quantised.
+
+    Raises:
+        ValueError: one that is not undone when it is read.
+    """
+    parts = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    found = next((part[key] for part in parts for key in KEYS if part.get(key)), None)
+    if found is None:
+        return None
+    bits = [f"{n} bits" for n in (4, 8) if found.get(f"load_in_{n}bit")]
+    method = found.get("quant_method") or (f"bitsandbytes, {bits[0]}" if bits else "an unnamed method")
+    if method == "mxfp4" and config.get("model_type") != "gpt_oss":
+        method = f"mxfp4 as {config.get('model_type')}"  # whose layout nobody has defined
+    if method not in ("fp8", "mxfp4"):
+        raise ValueError(
+            f"the checkpoint is quantised ({method}), and its experts cannot be merged as they are; only fp8 "
+            "(DeepSeek-V3's and its kin) and mxfp4 (gpt-oss) are dequantised while they are read. Compress the "
+            "unquantised checkpoint that it was made from, then quantise the result"
+        )
+    block = found.get("weight_block_size")
+    if block is not None and (len(block) != 2 or not all(isinstance(size, int) and size > 0 for size in block)):
+        raise ValueError(f"config.json gives weight_block_size {block}; it must be two positive numbers, or null")
+    return dict(found)
+
+
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json as the dequantised checkpoint has it."""
+    return {
+        key: {k: v for k, v in value.items() if k not in KEYS} if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in KEYS
+    }
+
+
+def dequantise_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int], empty: Empty = torch.empty) -> Tensor:
+    """Undo FP8.
+
+    Args:
+        weight: (..., rows, columns), 8-bit floats.
+        scale: (..., row blocks, column blocks), or one number; bytes are exponents of two, plus 127.
+        block: rows and columns of a block.
+        empty: makes a weight of several experts.
+
+    Returns:
+        The weight in bfloat16, rounded once from float32.
+    """
+    if scale.numel() > 1 and weight.dim() > 2:  # fused experts one by one, as float32 takes four times the space
+        result = empty(weight.shape, dtype=torch.bfloat16)
+        for part, (w, s) in enumerate(zip(weight, scale, strict=True)):
+            result[part] = dequantise_fp8(w, s, block)
+        return result
+    factor = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
+    if factor.numel() == 1:
+        return (weight.float() * factor.reshape(())).bfloat16()
+    rows, columns = weight.shape
+    factor = factor.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+    return (weight.float() * factor).bfloat16()
+
+
+def dequantise_mxfp4(blocks: Tensor, scales: Tensor, empty: Empty = torch.empty) -> Tensor:
+    """Undo MXFP4.
+
+    Args:
+        blocks: (experts, out, G, B), two numbers a byte.
+        scales: (experts, out, G), exponents of two, plus 127.
+        empty: makes the weight.
+
+    Returns:
+        (experts, in = 2 G B, out) in bfloat16, as gpt-oss computes with it.
+    """
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    experts, out, groups, width = blocks.shape
+    result = empty((experts, 2 * groups * width, out), dtype=torch.bfloat16)
+    for expert in range(experts):  # its indices take eight times the space of the packed weights
+        one = slice(expert, expert + 1)
+        result[one] = convert_moe_packed_tensors(blocks[one], scales[one], dtype=torch.bfloat16)
+    return result

@@ -1,0 +1,162 @@
+"""Safetensors files read and written at byte offsets: one tensor at a time, without mapping the file into memory.
+
+The safetensors library maps whole files, whose pages then count as used memory, and writes a file from tensors that
+are all in memory at once.  The format is simple: eight bytes with the header's length, a JSON header, the data.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...core.layer.workspace import Empty
+
+
+__all__ = [
+    "DTYPES",
+    "TensorInfo",
+    "create_file",
+    "dtype_name",
+    "equal_values",
+    "read_header",
+    "read_tensor",
+    "write_bytes",
+]
+
+PIECE = 1 << 22  # numbers that are compared at a time
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": getattr(torch, "float8_e8m0fnu", torch.uint8),
+}
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor's bytes are and what they mean."""
+
+    path: Path
+    dtype: str  # name in the format
+    shape: tuple[int, ...]
+    start: int  # in the file
+    size: int  # bytes
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file by name.
+
+    Raises:
+        ValueError: a file that is not safetensors, or shorter than its header says.
+    """
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        offset = 8 + int.from_bytes(file.read(8), "little")
+        if not 8 < offset <= length:
+            raise ValueError(f"{path.name} is not a safetensors file")
+        header = json.loads(file.read(offset - 8))
+    header.pop("__metadata__", None)
+    infos = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        infos[name] = TensorInfo(path, entry["dtype"], tuple(entry["shape"]), offset + start, end - start)
+    if any(info.start + info.size > length for info in infos.values()):
+        raise ValueError(f"{path.name} is {length} bytes long, shorter than its header says; download it again")
+    return infos
+
+
+def read_tensor(info: TensorInfo, file: int, empty: Empty = torch.empty) -> Tensor:
+    """A tensor's own copy of its bytes.
+
+    Args:
+        info: which.
+        file: descriptor of `info.path`.
+        empty: makes the copy; aligned as torch does it, because alignment can change the last bits of sums.
+    """
+    data = empty([info.size], dtype=torch.uint8)
+    view, done = memoryview(data.numpy()), 0
+    while done < info.size:
+        count = os.preadv(file, [view[done:]], info.start + done)
+        if not count:
+            raise OSError(f"{info.path.name} ended in the middle of a tensor; download it again")
+        done += count
+    return data.view(DTYPES[info.dtype]).view(info.shape)
+
+
+def equal_values(first: TensorInfo, second: TensorInfo, dtype: torch.dtype) -> bool:
+    """Whether two stored tensors are equal in some dtype; read a piece at a time, up to the first difference."""
+    if first.shape != second.shape:
+        return False
+    with first.path.open("rb") as one, second.path.open("rb") as other:
+        pieces = zip(_pieces(first, one.fileno()), _pieces(second, other.fileno()), strict=True)
+        return all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in pieces)
+
+
+def _pieces(info: TensorInfo, file: int) -> Iterator[Tensor]:
+    """A tensor's numbers, `PIECE` at a time."""
+    size = DTYPES[info.dtype].itemsize
+    for start in range(0, info.size, PIECE * size):
+        length = min(PIECE * size, info.size - start)
+        yield read_tensor(info._replace(shape=(length // size,), start=info.start + start, size=length), file)
+
+
+def create_file(
+    path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> dict[str, TensorInfo]:
+    """Write a header and reserve the space of its tensors, whose bytes may then come in any order.
+
+    Args:
+        path: of the new file.
+        tensors: name, dtype name and shape of each.
+        metadata: texts for the header.
+
+    Returns:
+        Where each tensor's bytes belong.
+    """
+    header, places, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, {}, 0
+    for name, dtype, shape in sorted(tensors, key=lambda t: (-DTYPES[t[1]].itemsize, t[0])):  # keeps all aligned
+        size = DTYPES[dtype].itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        places[name] = (dtype, shape, offset, size)
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    return {name: TensorInfo(path, d, s, 8 + len(text) + start, size) for name, (d, s, start, size) in places.items()}
+
+
+def write_bytes(info: TensorInfo, file: int, tensor: Tensor) -> memoryview:
+    """Put a tensor's bytes into its place, and return them.
+
+    Args:
+        info: the place; its dtype and shape are those of the tensor.
+        file: descriptor of `info.path`, open for writing.
+        tensor: on the CPU.
+    """
+    if dtype_name(tensor.dtype) != info.dtype or tuple(tensor.shape) != info.shape:
+        raise ValueError(f"a {tensor.dtype} {tuple(tensor.shape)} does not fit the place of {info}")
+    data = memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    done = 0
+    while done < len(data):
+        done += os.pwrite(file, data[done:], info.start + done)
+    return data
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The format's name of a dtype."""
+    return next(name for name, value in DTYPES.items() if value == dtype)

@@ -1,0 +1,1 @@
+"""The checkpoint that is written: planned, filled tensor by tensor, resumed, published."""

@@ -1,0 +1,129 @@
+"""Which tensors the compressed checkpoint will have: the source's own, those of the experts and routers smaller.
+
+Decided from names and shapes alone, before any weight is read.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models.moe.structure import MoELayer, experts_name, find_decoder_layers
+from ..format.conversion import NameMap
+from ..format.reader import CheckpointReader
+from .shards import OutputTensor
+
+
+__all__ = ["OutputPlan", "layer_parameters", "plan_output"]
+
+
+@dataclass
+class OutputPlan:
+    """What is written, and where it comes from."""
+
+    copied: set[str] = field(default_factory=set)  # tensors that pass through as they are
+    rewritten: dict[str, list[str]] = field(default_factory=dict)  # tensors of each MoE layer, by the block's name
+    dropped: list[str] = field(default_factory=list)  # layers for multi-token prediction
+    tensors: list[OutputTensor] = field(default_factory=list)  # everything, layer by layer
+
+
+def plan_output(
+    model: Any,
+    layers: Sequence[MoELayer],
+    reader: CheckpointReader,
+    names: NameMap,
+    num_experts: int,
+    dtype: str | None = None,
+) -> OutputPlan:
+    """Plan the compressed checkpoint.
+
+    Args:
+        model: skeleton with E experts.
+        layers: its MoE layers.
+        reader: the source.
+        names: from the source's tensors to the model's parameters.
+        num_experts: N.
+        dtype: of the tensors that are stored as the experts are, by the format's name; by default as they are.
+
+    Returns:
+        The plan; every tensor of the source is copied, rewritten or dropped in it.
+
+    Raises:
+        ValueError: a source whose experts are stored in a way that this release does not know.
+    """
+    plan = OutputPlan()
+    decoder, decoder_layers = find_decoder_layers(model, layers[0])
+    replaced: dict[str, Tensor] = {}
+    for layer in layers:
+        if layer.twins:
+            raise ValueError(f"two stacks share the experts of {layer.name}; compress this model in memory instead")
+        before = names.original(model, layer_parameters(layer, layer.num_experts))
+        for name, tensor in before.items():
+            _check_stored(reader, name, tensor, layer)
+        replaced |= before
+        plan.rewritten[layer.name] = list(names.original(model, layer_parameters(layer, num_experts)))
+    usual = reader.infos[next(iter(replaced))].dtype
+
+    def stored(name: str) -> str:
+        found = reader.infos[name].dtype
+        return dtype if dtype and found == usual else found
+
+    for layer in layers:
+        after = names.original(model, layer_parameters(layer, num_experts))
+        for name, tensor in after.items():
+            shape = _shape(reader.infos[name].shape, replaced[name].shape, tensor.shape)
+            plan.tensors.append(OutputTensor(name, stored(name), shape))
+    for name, info in reader.infos.items():
+        if name in replaced:
+            continue
+        if name not in names.target and names.is_extra_layer(name, decoder, len(decoder_layers)):
+            plan.dropped.append(name)
+            continue
+        plan.copied.add(name)
+        plan.tensors.append(OutputTensor(name, stored(name), info.shape))
+    plan.tensors.sort(key=lambda tensor: _natural(tensor.name))
+    return plan
+
+
+def layer_parameters(layer: MoELayer, num_experts: int) -> dict[str, Tensor]:
+    """Empty tensors of the shapes that a layer's experts and router have with so many experts, by their full names."""
+    shapes = {
+        f"{experts_name(layer)}.{name}": (num_experts, *parameter.shape[1:])
+        for name, parameter in layer.experts._parameters.items()
+        if parameter is not None
+    }
+    for routing in layer.routing:
+        shape = list(routing.tensor.shape)
+        shape[routing.dim] = num_experts
+        shapes[f"{layer.name}.{routing.path}"] = tuple(shape)
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _shape(stored: Sequence[int], before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:
+    """A stored tensor's shape with N experts, from what transformers would save for E and for N.
+
+    Fused experts may be stored the other way round; the experts are their first dimension all the same.
+    """
+    if len(stored) == 3:
+        return (after[0], *stored[1:])
+    return tuple(s if b == a else a for s, b, a in zip(stored, before, after, strict=True))
+
+
+def _check_stored(reader: CheckpointReader, name: str, tensor: Tensor, layer: MoELayer) -> None:
+    found = reader.infos.get(name)
+    swapped = (*tensor.shape[:-2], *tensor.shape[:-3:-1])
+    if found is None or found.shape not in (tuple(tensor.shape), swapped):
+        what = "is missing" if found is None else f"has the shape {found.shape}, not {tuple(tensor.shape)}"
+        raise ValueError(
+            f"{name}, a part of {layer.name}, {what}; the checkpoint's layout is not one that transformers saves. "
+            "Load it with from_pretrained(..., output_loading_info=True); where that reports no missing keys, save it "
+            "once and compress that, else its weights would be random"
+        )
+
+
+def _natural(name: str) -> list:
+    """Sort key that puts layer 10 after layer 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

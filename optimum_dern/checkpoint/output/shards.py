@@ -1,0 +1,152 @@
+"""The files of a checkpoint that is written tensor by tensor, in any order, over several runs if need be.
+
+Names, shapes and dtypes of all tensors are known before the first is computed, so every shard is laid out at the
+start, and each tensor goes to its place when it is ready.  Shards get their final names once all are complete.
+"""
+
+import hashlib
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...text_files import replace_json
+from ..format.reader import LazyTensor
+from ..format.tensor_file import DTYPES, TensorInfo, create_file, read_header, read_tensor, write_bytes
+from ..format.weight_files import INDEX_NAME, SINGLE_NAME
+
+
+__all__ = ["OutputTensor", "ShardWriter", "parse_bytes", "plan_shards"]
+
+
+class OutputTensor(NamedTuple):
+    """A tensor that the compressed checkpoint will have."""
+
+    name: str
+    dtype: str  # name in the format
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        count = 1
+        for dim in self.shape:
+            count *= dim
+        return count * DTYPES[self.dtype].itemsize
+
+
+def plan_shards(tensors: Sequence[OutputTensor], max_shard_size: int) -> dict[str, list[OutputTensor]]:
+    """Divide tensors over files, in their order, no file larger than asked unless a single tensor is.
+
+    Args:
+        tensors: of the whole checkpoint.
+        max_shard_size: bytes.
+
+    Returns:
+        Tensors by file name.
+    """
+    files: list[list[OutputTensor]] = [[]]
+    room = max_shard_size
+    for tensor in tensors:
+        if files[-1] and tensor.size > room:
+            files.append([])
+            room = max_shard_size
+        files[-1].append(tensor)
+        room -= tensor.size
+    if len(files) == 1:
+        return {SINGLE_NAME: files[0]}
+    return {f"model-{i:05d}-of-{len(files):05d}.safetensors": file for i, file in enumerate(files, 1)}
+
+
+class ShardWriter:
+    """Writes tensors to their places in shards under a working folder.
+
+    Args:
+        folder: working folder; shards that an earlier run left there are used on.
+        plan: tensors by file name.
+        complete: everything is written already, and some files may have their final place.
+    """
+
+    def __init__(self, folder: Path, plan: Mapping[str, Sequence[OutputTensor]], complete: bool = False) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.places: dict[str, TensorInfo] = {}
+        for name, tensors in () if complete else plan.items():
+            path = folder / name
+            if not path.exists():
+                create_file(temporary := folder / f".{name}.tmp", tensors)
+                os.replace(temporary, path)
+            self.places.update(read_header(path))
+        self._files = {path: os.open(path, os.O_RDWR) for path in {info.path for info in self.places.values()}}
+        self.close = weakref.finalize(self, _close_files, self._files)  # once, at the latest when nobody uses it
+
+    def write(self, name: str, tensor: Tensor) -> str:
+        """Write one tensor, on the CPU, in its dtype.
+
+        Returns:
+            SHA-256 of its bytes.
+        """
+        info, digest = self.places[name], hashlib.sha256()
+        one_by_one = tensor.dim() == 3 and not tensor.is_contiguous() and tuple(tensor.shape) == info.shape
+        start = info.start
+        for part in tensor.split(1) if one_by_one else [tensor]:  # experts the other way round are copied
+            place = info._replace(shape=tuple(part.shape), start=start) if one_by_one else info
+            digest.update(write_bytes(place, self._files[info.path], part))
+            start += part.nbytes
+        return digest.hexdigest()
+
+    def lazy(self, name: str) -> LazyTensor:
+        """A tensor that was written, read back once it is used."""
+        info = self.places[name]
+        return LazyTensor(info, lambda empty: read_tensor(info, self._files[info.path], empty))
+
+    def flush(self) -> None:
+        """Wait until everything that was written is on the disk."""
+        for file in self._files.values():
+            os.fsync(file)
+
+    def index(self) -> dict | None:
+        """The index of the shards; None for a single file."""
+        if list(self.plan) == [SINGLE_NAME]:
+            return None
+        total = sum(tensor.size for tensors in self.plan.values() for tensor in tensors)
+        names = {tensor.name: name for name, tensors in self.plan.items() for tensor in tensors}
+        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+
+    def publish(self, output: Path) -> None:
+        """Give finished shards their final place; the index comes last and makes them a checkpoint."""
+        self.close()
+        for name in self.plan:
+            if (self.folder / name).exists():  # else moved before an interruption
+                os.replace(self.folder / name, output / name)
+        index = self.index()
+        if index is not None:
+            replace_json(output / INDEX_NAME, index)
+
+
+def _close_files(files: dict[Path, int]) -> None:
+    for file in files.values():
+        os.close(file)
+    files.clear()
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes from a number or a text such as "5GB" (powers of ten) or "8GiB" (powers of two).
+
+    Raises:
+        ValueError: anything else, or less than one byte.
+    """
+    text = str(size).strip().upper()
+    number, unit = text.rstrip("KMGTIB"), text[len(text.rstrip("KMGTIB")) :].removesuffix("B")
+    factors = {"": 1, **{f"{prefix}": 10 ** (3 * i) for i, prefix in enumerate("KMGT", 1)}}
+    factors |= {f"{prefix}I": 2 ** (10 * i) for i, prefix in enumerate("KMGT", 1)}
+    try:
+        value = int(float(number) * factors[unit])
+    except (KeyError, OverflowError, ValueError):
+        raise ValueError(f'{size!r} is not a size; give bytes, or a text such as "5GB" or "8GiB"') from None
+    if value < 1:
+        raise ValueError(f"{size!r} is not a size; it must be at least one byte")
+    return value

@@ -1,0 +1,132 @@
+"""One compressed checkpoint on its way to the disk: takes finished layers and tensors that pass through."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from ...core.router.rows import retain
+from ...models.moe.original import original_kept
+from ...models.moe.structure import MoELayer, layers_by_position
+from ...models.moe.view import LayerWeights, read_layer, retained_routing, write_layer_
+from ...results.report import LayerReport
+from ..format.tensor_file import DTYPES
+from ..source.loader import PartLoader
+from .manifest import Manifest
+from .plan import OutputPlan, layer_parameters
+from .shards import ShardWriter
+
+
+__all__ = ["CheckpointOutput"]
+
+
+class CheckpointOutput:
+    """Takes the compressed layers of one result.
+
+    Of several processes, the one whose manifest writes does so for all.
+
+    Args:
+        loader: of the source's parts.
+        layers: the model's MoE layers, with E experts.
+        plan: of the output.
+        writer: of the output.
+        manifest: what earlier runs have finished.
+        num_experts: N.
+    """
+
+    in_place = True  # the model is a skeleton, whose layers are loaded once
+
+    def __init__(
+        self,
+        loader: PartLoader,
+        layers: Sequence[MoELayer],
+        plan: OutputPlan,
+        writer: ShardWriter,
+        manifest: Manifest,
+        num_experts: int,
+    ) -> None:
+        self.loader, self.plan, self.writer, self.manifest = loader, plan, writer, manifest
+        self.model, self.reader, self.names = loader.model, loader.reader, loader.names
+        self.num_experts = num_experts
+        self.positions = layers_by_position(self.model, layers)
+        self.finished = {position: note and LayerReport(**note) for position, note in manifest.layers.items()}
+
+    @contextmanager
+    def loaded(self, position: int) -> Iterator[None]:
+        """One decoder layer as an earlier run has written it, for as long as the context is open."""
+        layer = self.positions[position]
+        replaced = self.names.original(self.model, layer_parameters(layer, layer.num_experts))
+        tensors = {n: tensor for n, tensor in self.loader.tensors(position).items() if n not in replaced}
+        tensors |= {name: self.writer.lazy(name) for name in self.plan.rewritten[layer.name]}
+        with original_kept(layer):
+            _shrink_(layer, self.num_experts)
+            with self.loader.loaded(position, tensors):
+                yield
+
+    def finish(self, position: int, report: LayerReport | None) -> None:
+        """Write a layer's experts and router, and note that it is done."""
+        self.finished[position] = report
+        if not self.manifest.writes:
+            return
+        if report is not None:
+            self._write_experts(self.positions[position], report.retained)
+        self.writer.flush()
+        self.manifest.finish_layer(position, report and asdict(report))
+
+    def copy(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor of the source, if it passes through and is not there yet."""
+        if self.manifest.writes and name in self.plan.copied and name not in self.manifest.tensors:
+            self.manifest.tensors[name] = self.writer.write(name, tensor.to(self._dtype(name)))
+
+    def missing(self) -> set[str]:
+        """Tensors that pass through and are still to be written."""
+        return self.plan.copied - self.manifest.tensors.keys() if self.manifest.writes else set()
+
+    def save(self) -> None:
+        """Have everything so far on the disk, and close the files."""
+        self.writer.flush()
+        self.manifest.save()
+        self.writer.close()
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self.writer.places[name].dtype]
+
+    def _write_experts(self, layer: MoELayer, retained: list[int]) -> None:
+        state = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        current = {name: state[name].detach() for name in layer_parameters(layer, self.num_experts)}
+        for parameter, value in current.items():
+            groups = self.names.by_expert(self.model, parameter, value.shape)
+            if groups is None:
+                self._write(self.names.original(self.model, {parameter: value}), retained)
+            for expert, group in enumerate(groups or []):  # one by one: their pieces are copies
+                pieces = self.names.original(self.model, {parameter: value[expert : expert + 1]}).values()
+                self._write(dict(zip(group, pieces, strict=True)), retained)
+
+    def _write(self, tensors: Mapping[str, Tensor], retained: list[int]) -> None:
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != self.writer.places[name].shape:  # fused, and stored the other way round
+                tensor = tensor.transpose(-1, -2)
+            tensor = self._in_stored_dtype(name, tensor.cpu(), retained)
+            self.manifest.tensors[name] = self.writer.write(name, tensor)
+
+    def _in_stored_dtype(self, name: str, tensor: Tensor, retained: list[int]) -> Tensor:
+        """A tensor in the output's dtype; unchanged entries that the source has in a finer one come from there."""
+        dtype = self._dtype(name)
+        if dtype == tensor.dtype:
+            return tensor
+        shape = self.reader.infos[name].shape
+        dims = [dim for dim, (a, b) in enumerate(zip(shape, tensor.shape, strict=True)) if a != b]
+        if len(dims) == 1:  # the expert dimension of a router's tensor; experts stored one by one have none
+            stored = retain(self.reader.read(name), torch.tensor(retained), dims[0])
+            if torch.equal(stored.to(tensor.dtype), tensor):
+                return stored.to(dtype)
+        return tensor.to(dtype)
+
+
+def _shrink_(layer: MoELayer, num_experts: int) -> None:
+    """Give an unloaded layer the shapes that it has with N experts."""
+    weights, first = read_layer(layer), torch.arange(num_experts)
+    routing = retained_routing(layer, weights, first)
+    write_layer_(layer, LayerWeights(weights.segments.select(first), routing))

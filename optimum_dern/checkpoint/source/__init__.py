@@ -1,0 +1,1 @@
+"""The checkpoint that is compressed: found, checked, and loaded part by part."""

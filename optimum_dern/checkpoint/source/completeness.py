@@ -1,0 +1,85 @@
+"""Whether a checkpoint has all weights of its model, from the headers of its files.
+
+transformers initialises anew what is missing, and so would every reader of what is written from such a checkpoint.
+"""
+
+import re
+from logging import getLogger
+from typing import Any
+
+from ...models.moe.structure import find_decoder_layers, find_moe_layers
+from ..format.conversion import NameMap
+from ..format.reader import CheckpointReader
+from .wrapped_names import explain_wrapped
+
+
+__all__ = ["check_complete"]
+
+logger = getLogger(__name__)
+
+
+def check_complete(model: Any, reader: CheckpointReader, names: NameMap) -> None:
+    """Refuse a checkpoint that lacks weights.
+
+    Those may be missing that transformers does not ask for: tied to weights that are stored, or named by the model's
+    class.  A part that text does not go through, such as a vision tower, may be missing as a whole, with a warning.
+
+    Args:
+        model: skeleton, its weights tied as in the checkpoint.
+        reader: of the checkpoint.
+        names: from its tensors to the model's parameters.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    missing = _missing(model, names)
+    for part in _absent_parts(model, names) if missing else ():
+        logger.warning("%s has no weights for %s, which text does not go through", reader.folder, part)
+        missing = [name for name in missing if not name.startswith(f"{part}.")]
+    if missing and (reason := explain_wrapped(missing[0], reader.infos)):
+        raise ValueError(f"{reader.folder} has no weights for {missing[0]}: {reason}")
+    if missing:
+        more = f" and {len(missing) - 1} others" if missing[1:] else ""
+        head = model.get_output_embeddings()
+        is_head = model.get_submodule(missing[0].rpartition(".")[0]) is head
+        mend = "; where the embeddings are its head, set tie_word_embeddings in config.json" if is_head else ""
+        raise ValueError(
+            f"{reader.folder} has no weights for {missing[0]}{more}, which would be initialised anew: the checkpoint "
+            f"is incomplete{_beside(reader)}; download it again, or save its model once more{mend}"
+        )
+
+
+def _missing(model: Any, names: NameMap) -> list[str]:
+    """Parameters that nothing is stored for, under none of the names that they have."""
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    same: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        same.setdefault(id(parameter), []).append(name)
+    return [
+        own[0]
+        for own in same.values()
+        if not names.filled.intersection(own) and not any(p.search(name) for p in ignored for name in own)
+    ]
+
+
+def _absent_parts(model: Any, names: NameMap) -> list[str]:
+    """Outermost modules beside the language model that nothing at all is stored for."""
+    layers = find_moe_layers(model)
+    if not layers or not model.config.sub_configs:
+        return []
+    decoder = find_decoder_layers(model, layers[0])[0].split(".")
+    above = [".".join(decoder[:end]) for end in range(len(decoder))]  # the last one is the language model
+    head, parts = model.get_output_embeddings(), []
+    for name in above[:-1]:
+        for child, module in model.get_submodule(name).named_children():
+            path = f"{name}.{child}" if name else child
+            if path not in above and module is not head and not any(n.startswith(f"{path}.") for n in names.filled):
+                parts.append(path)
+    return parts
+
+
+def _beside(reader: CheckpointReader) -> str:
+    """What lies beside the files that were read, as the middle of a message."""
+    read = {info.path.name for info in reader.stored.values()}
+    others = sorted(path.name for path in reader.folder.glob("*.safetensors") if path.name not in read)
+    return f" (beside it, and no part of it: {', '.join(others)})" if others else ""

@@ -1,0 +1,129 @@
+"""Find a source checkpoint and refuse what is no use before its weights are downloaded."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...models.dtype import parse_dtype
+from ...models.skeleton import build_skeleton
+from ..format.conversion import NameMap
+from ..format.dequantise import DequantisingReader, open_reader
+from ..format.precision import loading_dtype
+from ..format.quantisation import check_quantisation
+from ..format.reader import CheckpointReader
+from ..format.weight_files import has_weights, weight_names
+from .completeness import check_complete
+from .resolve import fetch_weights, remote_dtypes, resolve_checkpoint
+from .ties import match_ties_
+
+
+__all__ = ["Source", "find_checkpoint", "open_checkpoint"]
+
+Reader = CheckpointReader | DequantisingReader
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint whose weights may still be on the Hub."""
+
+    name: str  # as the user gave it
+    folder: Path  # with everything else
+    commit: str | None  # of a Hub model
+    skeleton: Any  # its model, without weights
+    token: Any
+    reader: Reader | None  # of weights that are here
+    download: Mapping[str, Any] = field(default_factory=dict)  # further options of `resolve_checkpoint`
+
+    def open_weights(self) -> Reader:
+        """Its tensors, downloaded where they are not here yet.
+
+        Raises:
+            OSError: the Hub cannot give them.
+            ValueError: weights that are broken or not complete.
+        """
+        if self.reader is not None:
+            return self.reader
+        fetch_weights(self.name, self.commit, self.folder, self.token, **self.download)
+        reader = open_reader(self.folder)
+        _match_(self.skeleton, reader)
+        return reader
+
+
+def find_checkpoint(
+    model: str | Path,
+    revision: str | None = None,
+    token: Any = None,
+    trust_remote_code: bool = False,
+    dtype: str | torch.dtype | None = None,
+    need_weights: bool = True,
+    **download: Any,
+) -> Source:
+    """Find a checkpoint, and refuse what is no use before its weights are downloaded.
+
+    Args:
+        model: folder or Hub id.
+        revision: of a Hub model.
+        token: for a private one.
+        trust_remote_code: run its own modelling code.
+        dtype: to compute in; by default that of its config, or of its tensors where the config has none.
+        need_weights: a folder without weights is an error; else they are looked at where they are.
+        **download: `subfolder`, `cache_dir`, `local_files_only` and `force_download`, as in `resolve_checkpoint`.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none, or none with safetensors.
+        OSError: the Hub cannot give it.
+        ValueError: a dtype that is none, a family or a quantisation that cannot be compressed, or weights that are
+            broken or not complete.
+    """
+    folder, commit = resolve_checkpoint(model, revision, token, **download)
+    reader = open_reader(folder) if (commit is None if need_weights else has_weights(folder)) else None
+    quantised = check_quantisation(json.loads((folder / "config.json").read_text("utf-8"))) is not None
+
+    def stored_dtype() -> torch.dtype | None:
+        return loading_dtype(_first_dtypes(str(model), folder, commit, token, reader, download))
+
+    options = {"trust_remote_code": trust_remote_code, "dequantised": quantised, "stored_dtype": stored_dtype}
+    skeleton = build_skeleton(folder, dtype=parse_dtype(dtype), **options)
+    if reader is not None:
+        _match_(skeleton, reader)
+    return Source(str(model), folder, commit, skeleton, token, reader, download)
+
+
+def _first_dtypes(
+    model: str, folder: Path, commit: str | None, token: Any, reader: Reader | None, download: Mapping[str, Any]
+) -> dict[str, str]:
+    """Names of the dtypes of the tensors in the first file of weights; none where that is nowhere."""
+    if reader is None and has_weights(folder):
+        reader = open_reader(folder)
+    if reader is not None:
+        first = folder / weight_names(folder)[0]
+        return {name: info.dtype for name, info in reader.infos.items() if info.path == first}
+    return {} if commit is None else remote_dtypes(model, commit, folder, token, download.get("subfolder") or "")
+
+
+def _match_(skeleton: Any, reader: Reader) -> None:
+    """Have a model without weights tie what its checkpoint ties, and refuse a checkpoint that lacks weights."""
+    names = NameMap(skeleton, list(reader.infos))
+    match_ties_(skeleton, reader, names)
+    check_complete(skeleton, reader, names)
+
+
+def open_checkpoint(model: str | Path, **options: Any) -> tuple[Reader, Any, str | None]:
+    """Find a checkpoint and open its weights at once.
+
+    Args:
+        model: folder or Hub id.
+        **options: of `find_checkpoint`.
+
+    Returns:
+        Its tensors, its model without weights, and the commit of a Hub model.
+    """
+    source = find_checkpoint(model, **options)
+    return source.open_weights(), source.skeleton, source.commit

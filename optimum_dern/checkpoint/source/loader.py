@@ -1,0 +1,116 @@
+"""Parts of a model loaded from its checkpoint and given back: a decoder layer, or what surrounds them all."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...models.moe.structure import MoELayer, experts_name, find_decoder_layers, layers_by_position
+from ..format.conversion import NameMap, load_tensors_, release_
+from ..format.reader import CheckpointReader, LazyTensor
+
+
+__all__ = ["PartLoader"]
+
+
+class PartLoader:
+    """Loads parts of a skeleton.
+
+    Args:
+        model: skeleton of the whole model.
+        layers: its MoE layers.
+        reader: of its checkpoint.
+        names: from the checkpoint's tensors to the model's parameters.
+        device: where weights are loaded to.
+    """
+
+    def __init__(
+        self, model: Any, layers: Sequence[MoELayer], reader: CheckpointReader, names: NameMap, device: torch.device
+    ) -> None:
+        self.model, self.reader, self.names, self.device = model, reader, names, device
+        self.decoder, self.decoder_layers = find_decoder_layers(model, layers[0])
+        self.positions = layers_by_position(model, layers)
+        self.empty = layers[0].workspace.empty  # makes what is large
+
+    @contextmanager
+    def outside(self, head: bool = False) -> Iterator[None]:
+        """Have what surrounds the decoder layers in memory while the context is open: embeddings, positions.
+
+        Args:
+            head: the output head too.
+        """
+        around, inside = self.decoder.rpartition(".")[0], f"{self.decoder}."
+        prefixes = (f"{around}." if around else "",)
+        if head:
+            output = self.model.get_output_embeddings()
+            prefixes += tuple(f"{name}." for name, module in self.model.named_modules() if module is output)
+        # A tied weight may be stored under another name, outside of what is asked for.
+        stored = {first for name, first in self.model.all_tied_weights_keys.items() if name.startswith(prefixes)}
+        wanted = {
+            name: self.reader.lazy(name)
+            for name, target in self.names.target.items()
+            if (target.startswith(prefixes) or target in stored) and not target.startswith(inside)
+        }
+        self._load(self.model, wanted)
+        self.model.tie_weights(recompute_mapping=False)  # loading has replaced the parameters that were tied
+        try:
+            yield
+        finally:
+            release_(self.model)
+            self.reader.close()
+
+    @contextmanager
+    def loaded(self, position: int, tensors: Mapping[str, LazyTensor] | None = None) -> Iterator[None]:
+        """Have one decoder layer's weights in memory while the context is open.
+
+        Args:
+            position: of the layer.
+            tensors: what to make it from, by name; by default the checkpoint's.
+        """
+        layer = self.decoder_layers[position]
+        tensors = dict(self.tensors(position) if tensors is None else tensors)
+        if position in self.positions:
+            self._load_experts(self.positions[position], tensors)
+        self._load(layer, tensors)
+        empty = [name for name, parameter in layer.named_parameters() if parameter.device.type == "meta"]
+        if empty:
+            raise ValueError(f"{self.reader.folder} has no weights for layer {position}, {empty[0]}; it is incomplete")
+        try:
+            yield
+        finally:
+            release_(layer)
+            self.reader.close()
+
+    def tensors(self, position: int) -> dict[str, LazyTensor]:
+        """The checkpoint's tensors of a decoder layer."""
+        return {name: self.reader.lazy(name) for name in self.names.sources(f"{self.decoder}.{position}.")}
+
+    def _load_experts(self, layer: MoELayer, tensors: dict[str, LazyTensor]) -> None:
+        """Load experts that are stored one by one, each into its place, and take their tensors out of `tensors`.
+
+        Loaded all at once, they would be in memory three times while they are put together.
+        """
+        parameters = layer.experts._parameters
+        for name in [name for name, parameter in parameters.items() if parameter is not None]:
+            shape, dtype = parameters[name].shape, parameters[name].dtype
+            groups = self.names.by_expert(self.model, f"{experts_name(layer)}.{name}", shape)
+            if groups is None:
+                continue
+            missing = [source for group in groups for source in group if source not in tensors]
+            if missing:
+                raise ValueError(f"{self.reader.folder} has no {missing[0]}; it is incomplete")
+            together = self.empty(shape, dtype=dtype, device=self.device)
+            for expert, group in enumerate(groups):
+                parameters[name] = nn.Parameter(torch.empty(1, *shape[1:], dtype=dtype, device="meta"), False)
+                load_tensors_(self.model, {source: tensors.pop(source) for source in group}, self.device)
+                together[expert] = parameters[name].detach()[0]
+            parameters[name] = nn.Parameter(together, False)
+
+    def _load(self, module: nn.Module, tensors: Mapping[str, LazyTensor]) -> None:
+        load_tensors_(self.model, {name: lazy.into(self.empty) for name, lazy in tensors.items()}, self.device)
+        for part in module.modules():  # what no checkpoint stores, such as rotary frequencies, is made on the CPU
+            for name, buffer in part._buffers.items():
+                if buffer is not None and buffer.device.type != "meta":
+                    part._buffers[name] = buffer.to(self.device)

@@ -1,0 +1,161 @@
+"""What one oneshot pass has measured, kept beside its result: `dern_statistics.safetensors`.
+
+The sums per expert of every layer of the original model serve further ratios and methods without another pass.  The
+file's metadata says which model and which calibration data they belong to.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ...core.layer.statistics import ExpertStatistics
+from ...text_files import replace_json
+from ..format.reader import CheckpointReader
+from ..format.tensor_file import TensorInfo, create_file, dtype_name, read_header, read_tensor, write_bytes
+from ..format.weight_files import INDEX_NAME, SINGLE_NAME
+
+
+__all__ = ["STATISTICS_NAME", "RecordedStatistics", "StatisticsWriter", "identify_model", "publish_statistics"]
+
+STATISTICS_NAME, KEY = "dern_statistics.safetensors", "dern_statistics"
+SAMPLE = 64  # bytes of every tensor (of every expert, where one tensor holds them all) that tell models apart
+
+
+class StatisticsWriter:
+    """Writes statistics layer by layer; those that an earlier run has written stay.
+
+    Args:
+        folder: working folder.
+        positions: of all MoE layers.
+        describe: what they belong to, JSON-able; asked when the first layer comes.
+    """
+
+    def __init__(self, folder: Path, positions: Collection[int], describe: Callable[[], Mapping[str, Any]]) -> None:
+        self.path, self.positions, self.describe = folder / STATISTICS_NAME, positions, describe
+        self.places: dict[str, TensorInfo] = {}
+
+    def write(self, position: int, statistics: ExpertStatistics) -> None:
+        """Have the statistics of one layer on the disk."""
+        tensors = {name: torch.as_tensor(value).cpu() for name, value in vars(statistics).items()}
+        if not self.path.exists():
+            self._create(tensors)
+        self.places = self.places or read_header(self.path)
+        file = os.open(self.path, os.O_RDWR)
+        try:
+            for name, tensor in tensors.items():
+                write_bytes(self.places[f"{position}.{name}"], file, tensor)
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def _create(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        places = [
+            (f"{position}.{name}", dtype_name(tensor.dtype), tuple(tensor.shape))
+            for position in self.positions
+            for name, tensor in tensors.items()
+        ]
+        create_file(temporary := self.path.with_suffix(".tmp"), places, {KEY: json.dumps(self.describe())})
+        os.replace(temporary, self.path)
+
+
+class RecordedStatistics:
+    """Statistics of an earlier run.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is something else.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"there is no statistics file {str(path)!r}; give a {STATISTICS_NAME}")
+        try:
+            with safe_open(self.path, "pt") as file:
+                self.description: dict[str, Any] = json.loads((file.metadata() or {})[KEY])
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not a {STATISTICS_NAME} ({error!r})") from error
+        self.places = read_header(self.path)
+
+    def read(self, position: int) -> ExpertStatistics:
+        """The statistics of one layer."""
+        file = os.open(self.path, os.O_RDONLY)
+        try:
+            values = {f.name: read_tensor(self.places[f"{position}.{f.name}"], file) for f in fields(ExpertStatistics)}
+        finally:
+            os.close(file)
+        return ExpertStatistics(**values | {"tokens": int(values["tokens"])})
+
+    def check(self, expected: Mapping[str, Any], positions: Collection[int]) -> None:
+        """Refuse statistics of something else.
+
+        Args:
+            expected: parts of what the statistics were described by when they were written.
+            positions: of the MoE layers that they are needed for.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        different = [name for name, value in expected.items() if self.description.get(name) != value]
+        if different:
+            raise ValueError(
+                f"{self.path} was recorded with another {' and another '.join(different)} "
+                f"(it is of {self.description.get('source')!r}); record it again, or leave statistics out"
+            )
+        missing = [
+            f"{position}.{field.name}"
+            for position in positions
+            for field in fields(ExpertStatistics)
+            if f"{position}.{field.name}" not in self.places
+        ]
+        if missing:
+            raise ValueError(f"{self.path} was written by another release: it has no {missing[0]}; record it again")
+
+
+def identify_model(reader: CheckpointReader, dtype: str | None) -> dict[str, Any]:
+    """What tells a model from others, wherever its files lie: a digest of samples of all weights, its config, dtype.
+
+    Args:
+        reader: of the checkpoint.
+        dtype: that the model is computed in, where it is not the config's.
+    """
+    digest = hashlib.sha256()
+    with ExitStack() as stack:
+        paths = {info.path for info in reader.stored.values()}
+        files = {path: stack.enter_context(path.open("rb")).fileno() for path in paths}
+        for name, info in sorted(reader.stored.items()):
+            digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+            parts = info.shape[0] if len(info.shape) > 2 else 1
+            for part in range(parts):
+                middle = info.size * (2 * part + 1) // (2 * parts)
+                digest.update(os.pread(files[info.path], min(SAMPLE, info.size - middle), info.start + middle))
+    config = hashlib.sha256((reader.folder / "config.json").read_bytes()).hexdigest()
+    return {"model (weights)": digest.hexdigest(), "model config": config, "dtype": dtype}
+
+
+def publish_statistics(work: Path, output: Path) -> None:
+    """Move a finished file beside the checkpoint.
+
+    Args:
+        work: working folder, in which there may be none.
+        output: folder; weights in a single file get an index there, by which readers that would take every
+            safetensors file of a folder for weights (vLLM) leave this one out.
+    """
+    if (work / STATISTICS_NAME).exists():
+        os.replace(work / STATISTICS_NAME, output / STATISTICS_NAME)
+    if (output / STATISTICS_NAME).exists() and (output / SINGLE_NAME).exists():
+        infos = read_header(output / SINGLE_NAME)
+        total = sum(info.size for info in infos.values())
+        names = dict.fromkeys(sorted(infos), SINGLE_NAME)
+        replace_json(output / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": names})

@@ -1,0 +1,224 @@
+"""From a folder or a Hub id to a local folder with everything that compression needs, and nothing else.
+
+Weights are fetched apart from the rest, so that whatever can be refused without them is refused before a download
+that may take hours.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..format.adapter_folder import ADAPTER_NAME, check_whole_model
+from ..format.sidecars import FOLDERS
+from ..format.weight_files import entry_names, weight_names
+
+
+__all__ = ["check_checkpoint", "fetch_weights", "remote_dtypes", "resolve_checkpoint"]
+
+PICKLED = (".bin", ".pt", ".pth")
+LARGE = (*PICKLED, ".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".npz", ".pkl", ".distcp", ".ckpt")
+LOGIN = "log in with `hf auth login`, or give token=..."
+
+
+def resolve_checkpoint(
+    model: str | Path, revision: str | None = None, token: Any = None, subfolder: str = "", **download: Any
+) -> tuple[Path, str | None]:
+    """Find a checkpoint's files, downloading those that are needed and no weights.
+
+    Args:
+        model: folder or Hub id.
+        revision: branch, tag or commit of a Hub model.
+        token: for a private one.
+        subfolder: of the folder or repository, in which the checkpoint is.
+        **download: `cache_dir`, `local_files_only` and `force_download` of `snapshot_download`.
+
+    Returns:
+        The folder, and the commit of a Hub model.
+
+    Raises:
+        FileNotFoundError: a path, repository or revision that does not exist, or one without safetensors.
+        PermissionError: a repository that is not for everyone.
+        OSError: the Hub cannot give the files.
+    """
+    inside = f"{subfolder}/" if subfolder else ""
+    ignored = [*(f"*{kind}" for kind in LARGE), f"{inside}*/*", f"{inside}.*"]
+    wanted = {"allow_patterns": [f"{inside}*"], "ignore_patterns": ignored}
+    folder, commit = _find(model, revision, token, subfolder, **wanted, **download)
+    if commit is not None:
+        _check_weights(model, commit, folder, token, inside, download.get("local_files_only", False))
+    return folder, commit
+
+
+def check_checkpoint(model: str | Path, revision: str | None = None) -> None:
+    """Raise what `resolve_checkpoint` raises for a checkpoint that is not there; no more than its configs are fetched.
+
+    Args:
+        model: folder or Hub id.
+        revision: branch, tag or commit of a Hub model.
+    """
+    _find(model, revision, None, allow_patterns=["config.json", ADAPTER_NAME])
+
+
+def fetch_weights(
+    model: str, commit: str, folder: Path, token: Any = None, subfolder: str = "", **download: Any
+) -> None:
+    """Download a Hub model's weights, and what else lies in folders of its repository and is needed.
+
+    Args:
+        model: Hub id.
+        commit: of it.
+        folder: where `resolve_checkpoint` found the rest; weights that are here already stay.
+        token: for a private repository.
+        subfolder: as in `resolve_checkpoint`.
+        **download: likewise.
+
+    Raises:
+        OSError: the Hub cannot give them.
+    """
+    inside = f"{subfolder}/" if subfolder else ""
+
+    def fetch(names: list[str]) -> None:
+        _fetch(model, commit, token, allow_patterns=[f"{inside}{name}" for name in names], **download)
+
+    # A single file goes before an index: whether shards are needed shows once the repository has been asked for one.
+    fetch([*entry_names(folder), *(f"{name}/*" for name in FOLDERS)])
+    shards = [name for name in weight_names(folder) if not (folder / name).is_file()]
+    if shards:
+        fetch(shards)
+
+
+def remote_dtypes(model: str, commit: str, folder: Path, token: Any = None, subfolder: str = "") -> dict[str, str]:
+    """Names of the dtypes of the tensors in a Hub model's first file of weights, of which the header is downloaded.
+
+    Args:
+        model: Hub id.
+        commit: of it.
+        folder: where `resolve_checkpoint` found the rest.
+        token: for a private repository.
+        subfolder: of the repository.
+
+    Raises:
+        OSError: the Hub cannot give it.
+    """
+    from huggingface_hub import HfApi
+
+    api, entry, inside = HfApi(token=token), entry_names(folder)[0], f"{subfolder}/" if subfolder else ""
+    with _explained(model, commit):
+        single = not entry.endswith(".json") and api.file_exists(model, f"{inside}{entry}", revision=commit)
+        first = entry if single else weight_names(folder)[0]
+        tensors = api.parse_safetensors_file_metadata(model, f"{inside}{first}", revision=commit).tensors
+    return {name: tensor.dtype for name, tensor in tensors.items()}
+
+
+def _find(
+    model: str | Path, revision: str | None, token: Any, subfolder: str = "", **download: Any
+) -> tuple[Path, str | None]:
+    """A checkpoint's folder, which has a config.json; of a Hub model with the files that match, and its commit."""
+    folder, commit = Path(model).expanduser(), None
+    if not folder.is_dir():
+        if isinstance(model, Path) or folder.is_absolute() or folder.exists() or not _is_hub_id(model):
+            what = "is a file, not a folder" if folder.exists() else "does not exist"
+            raise FileNotFoundError(
+                f"{str(model)!r} {what}; give the folder of a checkpoint, or a Hub id (owner/name)"
+            )
+        folder = _fetch(model, revision, token, **download)
+        commit = folder.name
+    folder /= subfolder
+    if not (folder / "config.json").is_file():
+        check_whole_model(model, folder)
+        where = f"{model}, subfolder {subfolder!r}," if subfolder else model
+        raise FileNotFoundError(f"{where} has no config.json; give a checkpoint that transformers loads")
+    return folder, commit
+
+
+def _is_hub_id(model: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _fetch(model: str, revision: str | None, token: Any, **download: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with _explained(model, revision):
+        return Path(snapshot_download(model, revision=revision, token=token, **download))
+
+
+def _check_weights(model: str, commit: str, folder: Path, token: Any, inside: str, local: bool) -> None:
+    """Refuse a Hub model without safetensors, its folder having everything else."""
+    entries = entry_names(folder)
+    if any((folder / name).is_file() for name in entries):
+        return
+    if local:
+        raise FileNotFoundError(
+            f"the weights of {model} are not in the local cache, and local_files_only is set; leave it out, and they "
+            "are downloaded"
+        )
+    from huggingface_hub import HfApi
+
+    with _explained(model, commit):
+        files = HfApi(token=token).list_repo_files(model, revision=commit)
+    files = [name.removeprefix(inside) for name in files if name.startswith(inside)]
+    if any(name in files for name in entries):
+        return
+    if not any(name.startswith("pytorch_model") for name in files):
+        check_whole_model(model, folder)
+    if any(name.endswith(PICKLED) for name in files):
+        raise FileNotFoundError(
+            f"{model} holds pickled weights, which can run code when they are loaded; convert them once, with "
+            f"transformers: AutoModelForCausalLM.from_pretrained({model!r}, revision={commit!r}, dtype='auto')"
+            ".save_pretrained(NEW_FOLDER), and give that folder"
+        )
+    raise FileNotFoundError(f"{model} has neither {' nor '.join(entries)}; give the checkpoint in safetensors")
+
+
+@contextmanager
+def _explained(model: str, revision: str | None) -> Iterator[None]:
+    """Turn whatever the Hub's client raises into one error that says what to do.
+
+    Raises:
+        OSError: instead of any other error.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise _explanation(error, model, revision) from error
+
+
+def _explanation(error: BaseException, model: str, revision: str | None) -> OSError:
+    from huggingface_hub import constants, errors
+
+    answered = error
+    while not hasattr(answered, "response") and answered.__cause__ is not None:
+        answered = answered.__cause__  # "not in the cache" hides why the Hub did not give it
+    error = answered if hasattr(answered, "response") else error
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        url = f"{constants.ENDPOINT}/{model}"
+        return PermissionError(f"{model} is gated: ask for access at {url}, then {LOGIN}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"{model!r} is neither a local folder nor a model on the Hub that you can see; check the name, or, if it "
+            f"is private, {LOGIN}"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return FileNotFoundError(f"{model} has no revision {revision!r}; give one of its branches, tags or commits")
+    if status in (401, 403):
+        return PermissionError(f"the Hub refuses {model} to your token, or without one (HTTP {status}); {LOGIN}")
+    if constants.HF_HUB_OFFLINE:
+        return FileNotFoundError(
+            f"there is no local folder {model!r}, {model} is not wholly in the local cache, and HF_HUB_OFFLINE is "
+            "set; unset it, or give a local folder"
+        )
+    reason = f"HTTP {status}" if status else f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return OSError(
+        f"could not download {model} from {constants.ENDPOINT} ({reason}), and there is no local folder of that name; "
+        "check the connection and the free disk space, then give the same command again: what has been downloaded "
+        "stays"
+    )

@@ -1,0 +1,1 @@
+"""Which experts stay: every selection criterion, and the limits under which it chooses."""

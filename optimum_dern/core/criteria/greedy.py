@@ -1,0 +1,180 @@
+"""The set of experts whose loss changes the layer's output least (NAEE, arXiv 2402.14800).
+
+    min over S  | F(X) - F_S(X) |_F
+
+F is the layer's routed output, F_S the same with the logits of the experts outside S at -inf: the model's own router
+then chooses and weighs among the rest.  Where there are few sets all are tried, as in the paper; where there are many,
+experts are dropped one by one, each time the one without which the error is lowest (backward elimination).
+
+Every expert's output on every token would not fit, so what is kept of them is their Gram matrix G per token, (E, E),
+and their products c with F: a token's |F - F_S|^2 is |F|^2 - 2 w . c + w . G w, with w the chosen experts' weights.
+That bounds how many tokens can be looked at: `MAX_TOKENS`, fewer where experts are many (`MAX_ELEMENTS`), evenly
+spaced among those that may be fitted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layer.cost import Cost, LayerShape, held_by_chunk
+from ..layer.mixture import Routing, expert_batches, expert_output
+from ..layer.observation import ObservedLayer
+from ..router.choice import RouterChoice, choose_experts, recognise_choice
+from ..router.rule import log_masses
+from .expert_sets import MAX_SETS, all_sets, count_sets, free_experts
+from .selection import Places, check_places
+
+
+__all__ = ["greedy_cost", "greedy", "trial_tokens"]
+
+MAX_TOKENS = 2048  # of all processes together
+MAX_ELEMENTS = 1 << 25  # of the Gram matrices of all of them
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What decides the error of a set of experts, for T tokens of this process."""
+
+    logits: Tensor  # (T, E)
+    choice: RouterChoice
+    top_k: int
+    gram: Tensor  # (T, E, E) products of the experts' outputs
+    products: Tensor  # (T, E) of these with the layer's output
+    energy: Tensor  # (T,) of the layer's output
+    layer: ObservedLayer
+
+    @property
+    def independent(self) -> bool:
+        """Whether a token keeps its experts where one goes that it has not chosen."""
+        shifted = self.choice.by == "exp" and self.choice.bias is not None  # softmax moves against the correction
+        return not (shifted or self.choice.topk_group < self.choice.num_groups)
+
+    def losses(self, kept: Sequence[list[int]]) -> Tensor:
+        """|F - F_S| of several sets S, over the tokens of all processes: (sets,) float64."""
+        squares = [self._squares(self._without_others(experts)).sum() for experts in kept]
+        return self.layer.reduce(torch.stack(squares)).clamp(min=0).sqrt()
+
+    def losses_without(self, kept: list[int], candidates: list[int]) -> Tensor:
+        """|F - F_S| for S without one of the candidates each: (candidates,) float64."""
+        if not self.independent:
+            return self.losses([[expert for expert in kept if expert != candidate] for candidate in candidates])
+        logits = self._without_others(kept)
+        index, weight = choose_experts(logits, self.choice, self.top_k)
+        linear, quadratic = self._terms(index, weight)
+        grown = 1.0  # by how much the weights grow where an expert goes that was not chosen
+        if self.choice.rule.over_all:
+            grown = 1 / (1 - log_masses(logits, self.choice.rule.phi).double().softmax(dim=1))  # (T, E)
+        squares = self.energy.unsqueeze(1) - 2 * grown * linear.unsqueeze(1) + grown**2 * quadratic.unsqueeze(1)
+        squares = squares.expand_as(logits).clone()
+        for slot in range(self.top_k):  # tokens that have chosen the expert
+            gone = index[:, slot : slot + 1]
+            squares.scatter_(1, gone, self._squares(logits.scatter(1, gone, -torch.inf)).unsqueeze(1))
+        return self.layer.reduce(squares.sum(0)[candidates]).clamp(min=0).sqrt()
+
+    def _without_others(self, kept: list[int]) -> Tensor:
+        """Logits where only some experts may be chosen."""
+        dropped = torch.ones(self.logits.shape[1], dtype=torch.bool, device=self.logits.device)
+        dropped[kept] = False
+        return self.logits.masked_fill(dropped, -torch.inf)
+
+    def _squares(self, logits: Tensor) -> Tensor:
+        """|F - F_S|^2 of every token (T,) for such logits."""
+        linear, quadratic = self._terms(*choose_experts(logits, self.choice, self.top_k))
+        return self.energy - 2 * linear + quadratic
+
+    def _terms(self, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """w . c and w . G w of every token, (T,) each."""
+        weight, token = weight.to(self.gram), torch.arange(len(index), device=index.device)
+        pairs = self.gram[token[:, None, None], index.unsqueeze(2), index.unsqueeze(1)]  # (T, k, k)
+        quadratic = (weight * (pairs @ weight.unsqueeze(2)).squeeze(2)).sum(1)
+        return (weight * self.products.gather(1, index)).sum(1), quadratic
+
+
+def trial_tokens(num_experts: int) -> int:
+    """About how many tokens are looked at, at most, by all processes together."""
+    return max(1, min(MAX_TOKENS, MAX_ELEMENTS // num_experts**2))
+
+
+@torch.no_grad()
+def greedy(layer: ObservedLayer, places: Places) -> tuple[Tensor, Tensor]:
+    """The experts whose loss changes the layer's output least.
+
+    Args:
+        layer: observed on T tokens.
+        places: how many experts stay, in how many groups, and which in any case.
+
+    Returns:
+        (E,) the error of dropping each expert alone, and (N,) the retained experts, ascending.
+
+    Raises:
+        ValueError: the router follows no rule that is known.
+    """
+    num_experts = len(layer.segments.up)
+    check_places(num_experts, places)
+    trial = _prepare(layer)
+    every = list(range(num_experts))
+    scores = trial.losses_without(every, every)
+    if count_sets(num_experts, places) <= MAX_SETS:
+        sets = all_sets(num_experts, places)
+        kept = sets[int(trial.losses(sets).argmin())]
+    else:
+        kept = _eliminate(trial, num_experts, places)
+    return scores, torch.tensor(kept, device=scores.device)
+
+
+def _eliminate(trial: Trial, num_experts: int, places: Places) -> list[int]:
+    """Drop one expert after another; of equally good ones the last."""
+    kept, free = list(range(num_experts)), free_experts(num_experts, places)
+    size = num_experts // places.num_groups
+    left = [size - places.count // places.num_groups] * places.num_groups  # to be dropped
+    while any(left):
+        candidates = [e for group, members in enumerate(free) if left[group] for e in members if e in kept]
+        candidates.reverse()
+        worst = candidates[int(trial.losses_without(kept, candidates).argmin())]
+        kept.remove(worst)
+        left[worst // size] -= 1
+    return kept
+
+
+def _prepare(layer: ObservedLayer) -> Trial:
+    routing, target = _sample(layer)
+    choice, logits = recognise_choice(layer, routing)
+    segments, num_experts = layer.segments, len(layer.segments.up)
+    dtype = segments.compute_dtype
+    gram = torch.zeros(len(target), num_experts, num_experts, dtype=torch.float64, device=target.device)
+    products = gram.new_zeros(len(target), num_experts)
+    chunk = max(1, segments.workspace.max_elements // (num_experts * target.shape[1]))
+    everyone = torch.arange(num_experts, device=target.device)
+    for start in range(0, len(target), chunk):
+        part = slice(start, start + chunk)
+        hidden = routing.hidden[part]
+        index = everyone.expand(len(hidden), -1)
+        routed = Routing(hidden, index, torch.ones_like(index, dtype=dtype))
+        outputs = target.new_zeros(len(hidden), num_experts, target.shape[1], dtype=dtype)  # (n, E, o)
+        for batch in expert_batches(segments, routed, layer.activation):
+            outputs[batch.token, batch.expert] = expert_output(segments, batch)
+        gram[part] = outputs @ outputs.mT
+        products[part] = (outputs @ target[part].to(dtype).unsqueeze(2)).squeeze(2)
+    energy = target.double().square().sum(1)
+    return Trial(logits, choice, routing.index.shape[1], gram, products, energy, layer)
+
+
+def _sample(layer: ObservedLayer) -> tuple[Routing, Tensor]:
+    """Evenly spaced tokens that may be fitted, the same however many processes share them; the output for them."""
+    fitted = ~layer.held_out
+    order = torch.arange(len(fitted)) if layer.order is None else layer.order
+    step = max(1, -(-int(layer.reduce(fitted.sum())) // trial_tokens(len(layer.segments.up))))
+    chosen = fitted & (order.to(fitted.device) % step == 0)
+    return layer.routing.select(chosen), layer.target[chosen]
+
+
+def greedy_cost(shape: LayerShape) -> Cost:
+    """What `greedy` takes: Gram matrices of every expert's output on a sample of the tokens, in float64."""
+    tokens = min(shape.tokens, trial_tokens(shape.experts))
+    block = min(tokens, max(1, shape.max_elements // (shape.experts * shape.outputs)))
+    outputs = block * shape.experts * (shape.outputs + shape.experts) * shape.number
+    gram = 8 * tokens * shape.experts**2
+    operations = 2.0 * tokens * shape.experts * (shape.expert + shape.experts * shape.outputs)
+    return Cost(gram + outputs + held_by_chunk(shape._replace(tokens=tokens)), 0, operations)

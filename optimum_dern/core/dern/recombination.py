@@ -1,0 +1,127 @@
+"""One layer of DERN: segments of dropped experts move to retained ones, which merge them back to the old width."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layer.cost import Cost, LayerShape
+from ..layer.segments import Segments, similarity_vectors
+from ..router.rows import dropped_experts
+from .assignment import assign_segments
+from .clustering import initial_centroids, spherical_kmeans
+
+
+__all__ = ["recombine_layer_cost", "Map", "Recombination", "recombine_layer"]
+
+Map = Callable[[Callable[[int], tuple[Tensor, ...]], Iterable[int]], Iterable[tuple[Tensor, ...]]]  # as the builtin
+
+
+class Recombination(NamedTuple):
+    """A recombined layer and how it came about; E experts before, N after, f neurons each."""
+
+    segments: Segments  # N experts of width f
+    destination: Tensor  # (E - N, f) position among the retained experts, or -1 for a discarded segment
+    similarity: Tensor  # (E - N, f) best cosine
+
+
+def recombine_layer(
+    segments: Segments,
+    retained: Tensor,
+    saliency: Tensor,
+    *,
+    threshold: float,
+    similarity_weights: Sequence[float] = (0.0, 1.0, 1.0),
+    init: str = "own",
+    iterations: int = 30,
+    tolerance: float = 1e-4,
+    importance_weighting: bool = True,
+    seed: int = 0,
+    map_experts: Map = map,
+) -> Recombination:
+    """Steps 2 and 3 of DERN (arXiv 2509.10377) on one layer.
+
+    Args:
+        segments: E experts.
+        retained: (N,) experts that stay, ascending.
+        saliency: (E,) scores; a segment weighs as much as its source expert.
+        threshold: alpha, see `assign_segments`.
+        similarity_weights: of the gate, up and down projections, see `similarity_vectors`.
+        init: initial centroids, see `initial_centroids`.
+        iterations: k-means iterations.
+        tolerance: k-means stopping rule, see `spherical_kmeans`.
+        importance_weighting: weigh segments by saliency instead of evenly.
+        seed: for random initial centroids.
+        map_experts: calls a function on experts in turn; another one than the builtin may share them among processes.
+
+    Returns:
+        The recombined layer.  An expert that received nothing is returned bit for bit.
+    """
+    dropped = dropped_experts(len(segments.up), retained)
+    destination, similarity = _assign(segments, dropped, retained, similarity_weights, threshold, map_experts)
+
+    importance = saliency.double() if importance_weighting else torch.ones(len(segments.up), dtype=torch.float64)
+    importance = (importance / importance.max().clamp(min=1e-300)).to(
+        segments.up.device, segments.compute_dtype
+    )  # only ratios count: no underflow
+
+    def cluster(position: int) -> tuple[Tensor]:
+        source, neuron = torch.where(destination == position)
+        expert, source = retained[position].item(), dropped[source]
+        pool, response = _pool(segments, expert, source, neuron)
+        width = segments.up.shape[1]
+        weights = torch.cat([importance[expert].expand(width), importance[source]])  # (f + m,)
+        start = initial_centroids(pool, response, width, init, seed + position)
+        return (spherical_kmeans(pool, weights, start, iterations, tolerance, segments.workspace.max_elements)[0],)
+
+    result = segments.select(retained)  # indexing copies: the input stays as it was
+    receiving = destination[destination >= 0].unique().tolist()
+    for position, (centroids,) in zip(receiving, map_experts(cluster, receiving), strict=True):
+        for part, value in zip(result[:3], segments.split(centroids), strict=True):
+            if part is not None:
+                part[position] = value
+    return Recombination(result, destination, similarity)
+
+
+def _assign(
+    segments: Segments, dropped: Tensor, retained: Tensor, weights: Sequence[float], threshold: float, map_experts: Map
+) -> tuple[Tensor, Tensor]:
+    """`assign_segments` one dropped expert at a time: destination and best cosine, (E - N, f) each."""
+
+    def vectors(expert: int) -> Tensor:
+        return similarity_vectors(segments.select(slice(expert, expert + 1)).to(segments.compute_dtype), weights)[0]
+
+    max_elements = segments.workspace.max_elements
+
+    def assign(expert: int) -> tuple[Tensor, Tensor]:
+        return assign_segments(vectors(expert), map(vectors, retained.tolist()), threshold, max_elements)
+
+    nearest = list(map_experts(assign, dropped.tolist()))
+    if not nearest:
+        none = segments.up.new_zeros(0, segments.up.shape[1], dtype=segments.compute_dtype)
+        return none.long(), none
+    destination, similarity = zip(*nearest, strict=True)
+    return torch.stack(destination), torch.stack(similarity)
+
+
+def _pool(segments: Segments, expert: int, source: Tensor, neuron: Tensor) -> tuple[Tensor, Tensor]:
+    """The expert's own segments followed by the received ones: (f + m, D), and their largest |gate| (f + m,)."""
+    parts = [part for part in segments[:3] if part is not None]
+    rows = [torch.cat([part[expert], part[source, neuron]]).to(segments.compute_dtype) for part in parts]
+    pool = torch.cat(rows, dim=1)  # (f + m, D)
+    first = parts[0].shape[-1]  # the gate, or the up projection where there is none
+    return pool, pool[:, :first].abs().amax(dim=1)
+
+
+def recombine_layer_cost(shape: LayerShape, iterations: int) -> Cost:
+    """What `recombine_layer` takes where every retained expert receives the same and a third of the iterations run."""
+    pool = shape.width * shape.experts // shape.retained  # segments of an expert and those that it receives
+    segment = shape.expert // shape.width
+    similarities = min(shape.max_elements, pool * shape.width)
+    held = 4 * pool * segment + 3 * shape.expert + similarities
+    dropped = shape.experts - shape.retained
+    compared = segment - shape.inputs * (shape.projections > 2)  # by default gates are not
+    assigned = 2.0 * dropped * shape.width * shape.retained * shape.width * compared
+    clustered = 2.0 * shape.retained * pool * shape.width * segment * iterations / 3
+    return Cost(shape.number * held, shape.retained * shape.expert * shape.itemsize, assigned + clustered)

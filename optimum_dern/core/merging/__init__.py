@@ -1,0 +1,1 @@
+"""What methods that merge groups of experts share: compare, group, align, average."""

@@ -1,0 +1,1 @@
+"""Pictures of a layer for the report; nothing here decides anything."""

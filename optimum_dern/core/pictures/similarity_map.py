@@ -1,0 +1,119 @@
+"""How alike the experts of a layer are, as wholes and neuron by neuron: a picture for the report.
+
+The observation that DERN (arXiv 2509.10377) starts from: two experts whose weights are alike as wholes may have
+neurons that match one another well, badly, or not at all.  Nothing here decides anything, so the work is bounded:
+large layers are sampled, with a random generator of their own.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..layer.cost import Cost, LayerShape
+from ..layer.segments import Segments, similarity_vectors
+
+
+__all__ = ["similarity_map", "similarity_map_cost"]
+
+MAX_EXPERTS = 64  # in the map; of more, as many are drawn
+MAX_ELEMENTS = 1 << 27  # weights that the experts' cosines are computed from
+MAX_PRODUCTS = 1 << 34  # multiplications of the neurons' cosines: seconds on a core
+MAX_NEURONS = 256  # per expert whose best match is looked for
+BLOCK = 1 << 20  # numbers of one kind in memory at once, in float32
+BINS = 20  # of the histogram, from 0 to 1
+RANKS = (0.1, 0.5, 0.9)  # quantiles of an expert's best matches
+
+
+def similarity_map(segments: Segments, weights: Sequence[float], seed: int = 0) -> dict[str, object] | None:
+    """Cosines between experts, and between the neurons of every expert and those of the expert most like it.
+
+    Args:
+        segments: E experts.
+        weights: of the projections in the cosine of two neurons, see `similarity_vectors`.
+        seed: of the sample.
+
+    Returns:
+        `experts` (indices; at most 64), `cosines` between them (the pairs (0, 1), (0, 2), ... (1, 2), ...), `nearest`
+        (per expert: the one most like it, their cosine, and the 10, 50 and 90 % quantiles of its neurons' best cosine
+        there), `histogram` (of these best cosines, 20 bins from 0 to 1; negative ones are in the first), and `neurons`
+        (how many of each expert were looked at).  Cosines are in whole percent.  None where there is a single expert.
+    """
+    count, width, _ = segments.up.shape
+    if count < 2:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    experts = _sample(count, MAX_EXPERTS, generator)
+    size = sum(part.shape[-1] for part in segments[:3] if part is not None)  # numbers in a segment
+    rows = _sample(width, MAX_ELEMENTS // (len(experts) * size), generator)
+    cosines = _expert_cosines(segments, experts, rows)
+    nearest = (cosines - 2 * torch.eye(len(experts), dtype=cosines.dtype)).argmax(dim=1)  # nobody is nearest to itself
+    neurons = _sample(width, min(MAX_NEURONS, MAX_PRODUCTS // (len(experts) * width * size)), generator)
+    best = torch.stack(
+        [
+            _best_matches(segments, experts[i].item(), neurons, experts[j].item(), weights)
+            for i, j in enumerate(nearest.tolist())
+        ]
+    )  # (experts, neurons)
+    ranks = [round(rank * (len(neurons) - 1)) for rank in RANKS]
+    quantiles = best.sort(dim=1).values[:, ranks]
+    pairs = torch.triu_indices(len(experts), len(experts), offset=1)
+    return {
+        "experts": experts.tolist(),
+        "cosines": _percent(cosines[pairs[0], pairs[1]]),
+        "nearest": [
+            [experts[j].item(), *_percent(cosines[i, j].reshape(1)), *_percent(quantiles[i])]
+            for i, j in enumerate(nearest.tolist())
+        ],
+        "histogram": torch.histc(best.clamp(0, 1).double(), BINS, 0, 1).long().tolist(),
+        "neurons": len(neurons),
+    }
+
+
+def similarity_map_cost(shape: LayerShape) -> Cost:
+    """What `similarity_map` takes: blocks of weights on their way, and their products."""
+    block = min(BLOCK, shape.experts * shape.width * shape.inputs)
+    sampled = min(shape.width, MAX_NEURONS) * min(shape.experts, MAX_EXPERTS)
+    return Cost(3 * shape.number * block, 0, 2.0 * sampled * shape.expert)
+
+
+def _sample(count: int, limit: int, generator: torch.Generator) -> Tensor:
+    """All of `count`, or `limit` of them (at least one), ascending."""
+    if count <= limit:
+        return torch.arange(count)
+    return torch.randperm(count, generator=generator)[: max(1, limit)].sort().values
+
+
+def _expert_cosines(segments: Segments, experts: Tensor, rows: Tensor) -> Tensor:
+    """Cosines of the experts' weights, taken together, in float64 on the CPU: (experts, experts)."""
+    gram = torch.zeros(len(experts), len(experts), dtype=torch.float64)
+    for part in segments[:3]:
+        if part is None:
+            continue
+        step = max(1, BLOCK // (len(experts) * part.shape[-1]))
+        for block in rows.split(step):
+            values = torch.stack([part[expert, block.to(part.device)] for expert in experts.tolist()])
+            values = values.to(segments.compute_dtype).flatten(1)  # (experts, step x width of the part)
+            gram += (values @ values.T).cpu()
+    norms = gram.diagonal().sqrt().clamp(min=1e-300)
+    return (gram / norms / norms[:, None]).nan_to_num(0).clamp(-1, 1)
+
+
+def _best_matches(segments: Segments, expert: int, neurons: Tensor, other: int, weights: Sequence[float]) -> Tensor:
+    """Best cosine of some neurons of an expert with any neuron of another, on the CPU: (neurons,)."""
+
+    def vectors(index: int, rows: Tensor) -> Tensor:
+        parts = (part if part is None else part[index, rows.to(part.device)][None] for part in segments[:3])
+        return similarity_vectors(Segments(*parts).to(segments.compute_dtype), weights)[0]
+
+    own = vectors(expert, neurons)  # (neurons, D)
+    best = own.new_full((len(own),), -torch.inf)
+    every = torch.arange(segments.up.shape[1])
+    for block in every.split(max(1, BLOCK // own.shape[1])):
+        best = torch.maximum(best, (own @ vectors(other, block).T).amax(dim=1))
+    return best.nan_to_num(0).cpu()
+
+
+def _percent(values: Tensor) -> list[int]:
+    return [math.floor(100 * value + 0.5) for value in values.tolist()]

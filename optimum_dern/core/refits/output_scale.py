@@ -1,0 +1,81 @@
+"""How much each retained expert should count: one factor an expert, in closed form.
+
+Where a router does not renormalise its weights over the chosen experts (`norm_topk_prob=False`), dropping some takes
+their share out of the softmax, so that all survivors' weights grow, and with them the layer's output.  With C_i(x) the
+contribution of expert i, its weight included, and y the original layer's routed output, solve
+
+    min  sum_x | y(x) - sum_i c_i C_i(x) |^2  +  lambda |c - 1|^2,        lambda = ridge * tr(A) / N
+
+with A_ij = sum_x C_i . C_j, and multiply what expert i writes by c_i.
+"""
+
+import torch
+from torch import Tensor
+
+from ..layer.cost import Cost, LayerShape, experts_operations, held_by_chunk
+from ..layer.mixture import Activation, Routing, expert_batches, expert_output
+from ..layer.reduction import Reduce, alone
+from ..layer.segments import Segments
+
+
+__all__ = ["fit_scales_cost", "fit_scales", "scale_outputs"]
+
+
+def fit_scales(
+    segments: Segments,
+    routing: Routing,
+    target: Tensor,
+    activation: Activation,
+    reduce: Reduce = alone,
+    ridge: float = 1e-3,
+) -> Tensor:
+    """The factors c of one layer.
+
+    Args:
+        segments: N experts.
+        routing: T tokens.
+        target: (T, o) output to reproduce.
+        activation: the model's rule from pre-activations to neurons.
+        reduce: over the processes that share the tokens.
+        ridge: relative to the mean eigenvalue of A.
+
+    Returns:
+        (N,) float64, 1 for an expert without tokens.
+    """
+    count, top_k = len(segments.up), routing.index.shape[1]
+    gram = torch.zeros(count * count, dtype=torch.float64, device=target.device)
+    right = gram.new_zeros(count)
+    chunk = 2 * segments.workspace.chunk_tokens
+    for start in range(0, len(target), chunk):
+        part = routing.select(slice(start, start + chunk))
+        outputs = target.new_zeros(len(part.index), top_k, target.shape[1])  # (n, k, o)
+        for batch in expert_batches(segments, part, activation):
+            outputs[batch.token, batch.slot] = (batch.weight * expert_output(segments, batch)).to(outputs)
+        residual = target[start : start + chunk] - outputs.sum(1)
+        pairs = part.index.unsqueeze(2) * count + part.index.unsqueeze(1)  # (n, k, k)
+        gram.index_add_(0, pairs.flatten(), (outputs @ outputs.mT).double().flatten())
+        right.index_add_(0, part.index.flatten(), (outputs @ residual.unsqueeze(2)).double().flatten())
+    gram, right = reduce(gram).view(count, count), reduce(right)
+    penalty = ridge * gram.trace() / count
+    if not penalty > 0:
+        return torch.ones_like(right)
+    gram.diagonal().add_(penalty)
+    return 1 + torch.linalg.solve(gram, right)
+
+
+def scale_outputs(segments: Segments, scales: Tensor) -> Segments:
+    """Segments whose experts return scales (N,) times what they returned."""
+    down = segments.workspace.copy(segments.down)
+    for expert, scale in enumerate(scales.tolist()):
+        down[expert] *= scale
+    bias = segments.output_bias
+    return segments._replace(down=down, output_bias=None if bias is None else bias * scales.to(bias).unsqueeze(1))
+
+
+def fit_scales_cost(shape: LayerShape) -> Cost:
+    """What `fit_scales` and `scale_outputs` take."""
+    tokens = min(2 * shape.chunk_tokens, shape.tokens)
+    outputs = tokens * (shape.top_k + 3) * shape.outputs + 6 * tokens * shape.top_k**2
+    copies = shape.retained * shape.down * shape.itemsize
+    operations = experts_operations(shape) + 2.0 * shape.tokens * shape.top_k * (shape.top_k + 1) * shape.outputs
+    return Cost(shape.number * outputs + held_by_chunk(shape), copies, operations)

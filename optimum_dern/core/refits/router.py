@@ -1,0 +1,118 @@
+"""Closed-form refit of the router of the retained experts.
+
+Dropping experts sends their tokens elsewhere, by a router that was never asked to rank the remaining experts for them.
+One Gauss-Newton step moves the rows of the retained experts so that the routed output comes closer to the original
+layer's, with the experts themselves fixed:
+
+    min  sum_x | y(x) - y'(x) - J(x) dW x |^2  +  lambda |dW|^2
+
+J is the derivative of the routed output y' by the router's logits z.  For a router whose rule is known
+(`router_rule`), with pi = g / scale and u = phi'/phi,
+
+    dy' = sum over chosen s of g_s u_s dz_s e_s(x)  -  y'(x) sum over R of pi_r u_r dz_r
+
+The normal equations are solved by conjugate gradients; per token they need only the (k + 1) x (k + 1) Gram matrix of
+the chosen experts' outputs and y', so nothing larger than tokens x experts is ever held.
+"""
+
+import torch
+from torch import Tensor
+
+from ..layer.cost import Cost, LayerShape, experts_operations, held_by_chunk
+from ..layer.mixture import Activation, Routing, expert_batches, expert_output
+from ..layer.reduction import Reduce, alone
+from ..layer.segments import Segments
+from ..router.rule import RouterRule, weight_shares
+from .conjugate_gradients import conjugate_gradients
+
+
+__all__ = ["refit_router_cost", "refit_router"]
+
+
+def refit_router(
+    rows: Tensor,
+    segments: Segments,
+    routing: Routing,
+    target: Tensor,
+    activation: Activation,
+    rule: RouterRule,
+    ridge: float,
+    iterations: int = 50,
+    tolerance: float = 1e-4,
+    bias: Tensor | None = None,
+    reduce: Reduce = alone,
+) -> Tensor:
+    """One Gauss-Newton step of the router towards a target output.
+
+    Args:
+        rows: (N, d) router weight.
+        segments: N experts.
+        routing: T tokens as this router sends them.
+        target: (T, o) output to reproduce.
+        activation: the model's rule from pre-activations to neurons.
+        rule: the router's.
+        ridge: relative to the mean diagonal of the normal equations.
+        iterations: of conjugate gradients, at most.
+        tolerance: relative residual that ends them.
+        bias: (N,) of the logits, where the router has one; it stays.
+        reduce: over the processes that share the tokens.
+
+    Returns:
+        (N, d) new rows in the dtype of `rows`.
+    """
+    hidden = routing.hidden.to(target.dtype)
+    logits = torch.nn.functional.linear(hidden, rows.to(hidden), None if bias is None else bias.to(hidden))  # (T, N)
+    share = weight_shares(logits, routing.index, rule.phi, rule.over_all)  # (T, N)
+    slope = 1 - logits.sigmoid() if rule.phi == "sigmoid" else torch.ones_like(logits)  # d log phi / dz
+    share = share * slope
+    weight = routing.weight.to(hidden) * slope.gather(1, routing.index)  # (T, k)
+    gram, residual = _token_grams(segments, routing, target, activation)  # (T, k + 1, k + 1), (T, k + 1)
+
+    def transposed(moments: Tensor) -> Tensor:
+        """J^T of per-token moments (T, k + 1): (N, d)."""
+        by_logit = torch.zeros_like(share).scatter_(1, routing.index, weight * moments[:, :-1])
+        return reduce((by_logit - share * moments[:, -1:]).T @ hidden)
+
+    def normal(step: Tensor) -> Tensor:
+        """J^T J of a step (N, d)."""
+        change = hidden @ step.T  # (T, N)
+        chosen = weight * change.gather(1, routing.index)  # (T, k)
+        moments = torch.cat([chosen, -(share * change).sum(1, keepdim=True)], dim=1)  # (T, k + 1)
+        return transposed((gram @ moments.unsqueeze(-1)).squeeze(-1))
+
+    by_logit = torch.zeros_like(share).scatter_(1, routing.index, weight**2 * gram.diagonal(dim1=1, dim2=2)[:, :-1])
+    trace = (by_logit.sum(1) * hidden.square().sum(1)).sum()  # of J^T J, its cross terms with y' left out
+    penalty = ridge * reduce(trace) / rows.numel()
+    if not penalty > 0:
+        return rows
+    right = transposed(residual)
+    step = conjugate_gradients(lambda v: normal(v) + penalty * v, right, iterations, tolerance, reduce)
+    return (rows.to(step) + step).to(rows.dtype)
+
+
+def _token_grams(
+    segments: Segments, routing: Routing, target: Tensor, activation: Activation
+) -> tuple[Tensor, Tensor]:
+    """Gram matrices of [e_1 .. e_k, y'] per token, and their products with the residual y - y'."""
+    top_k, grams, products = routing.index.shape[1], [], []
+    chunk = 2 * segments.workspace.chunk_tokens
+    for start in range(0, max(1, len(target)), chunk):  # a process may have no tokens to fit
+        part = routing.select(slice(start, start + chunk))
+        outputs = target.new_zeros(len(part.index), top_k + 1, target.shape[1])  # (n, k + 1, o)
+        for batch in expert_batches(segments, part, activation):
+            outputs[batch.token, batch.slot] = expert_output(segments, batch)
+        outputs[:, -1] = (part.weight.to(outputs).unsqueeze(1) @ outputs[:, :-1]).squeeze(1)
+        residual = target[start : start + chunk] - outputs[:, -1]
+        grams.append(outputs @ outputs.mT)
+        products.append((outputs @ residual.unsqueeze(-1)).squeeze(-1))
+    return torch.cat(grams), torch.cat(products)
+
+
+def refit_router_cost(shape: LayerShape, iterations: int = 50) -> Cost:
+    """What recognising a router's rule and `refit_router` take on the tokens of a shape."""
+    tokens, slots = min(2 * shape.chunk_tokens, shape.tokens), shape.top_k + 1
+    held = shape.tokens * (4 * shape.retained + 2 * slots**2) + tokens * (slots + 2) * shape.outputs
+    held += shape.tokens * shape.inputs * (shape.itemsize < shape.number)
+    products = 4.0 * shape.tokens * shape.retained * shape.inputs * (iterations + 1)
+    operations = experts_operations(shape) + 2.0 * shape.tokens * slots**2 * shape.outputs + products
+    return Cost(shape.number * held + held_by_chunk(shape), 0, operations)

@@ -1,0 +1,125 @@
+"""How a router chooses and weighs its experts, recognised from what it does, to tell what it would do without some.
+
+With logits z, every router whose weights follow a known rule (`router_rule.recognise_rule`) chooses the k experts of
+the largest
+
+    z,    softmax(z) + b    or    sigmoid(z) + b
+
+with b a correction that only the choice sees, among all experts or among those of the best groups; a group is as good
+as its two best experts together, or as its best.  Which of these a router does is found by trying them on the
+calibration tokens.  A dropped expert is one with the logit -inf.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layer.mixture import Routing
+from ..layer.observation import ObservedLayer
+from ..layer.reduction import Reduce
+from .rule import AGREEMENT, RouterRule, log_masses, possible_logits, recognise_rule, share_of_tokens
+
+
+__all__ = ["RouterChoice", "UnknownRouter", "choose_experts", "recognise_choice"]
+
+COMPARED = {"logit": lambda z: z, "exp": lambda z: z.softmax(dim=1), "sigmoid": torch.sigmoid}
+
+
+class UnknownRouter(ValueError):
+    """A router that follows no rule that is known."""
+
+
+class RouterChoice(NamedTuple):
+    """A router's rules, enough to route tokens by their logits."""
+
+    rule: RouterRule  # of the weights
+    by: str = "logit"  # what is compared: "logit", or the "exp" (softmax) or "sigmoid" of it
+    bias: Tensor | None = None  # (E,) added to that
+    num_groups: int = 1
+    topk_group: int = 1
+    best_of_group: int = 2  # how many experts a group is judged by
+
+
+def choose_experts(logits: Tensor, choice: RouterChoice, top_k: int) -> tuple[Tensor, Tensor]:
+    """Route tokens by their logits.
+
+    Args:
+        logits: (T, E), -inf for experts that may not be chosen.
+        choice: of the router.
+        top_k: k.
+
+    Returns:
+        (T, k) indices, and (T, k) weights; where fewer than k experts may be chosen, the rest weigh 0.
+    """
+    value = COMPARED[choice.by](logits)
+    value = value if choice.bias is None else value + choice.bias.to(value)
+    value = value.masked_fill(logits == -torch.inf, -torch.inf)
+    if choice.topk_group < choice.num_groups:
+        groups = value.view(len(value), choice.num_groups, -1)  # (T, groups, E / groups)
+        best = groups.topk(min(choice.best_of_group, groups.shape[2]), dim=2).values
+        judged = best.masked_fill(best == -torch.inf, 0.0).sum(2)  # a group may have lost all but one
+        judged = judged.masked_fill(best[..., 0] == -torch.inf, -torch.inf)  # (T, groups)
+        closed = torch.ones_like(judged, dtype=torch.bool).scatter_(1, judged.topk(choice.topk_group).indices, False)
+        value = groups.masked_fill(closed.unsqueeze(2), -torch.inf).flatten(1)
+    index = value.topk(top_k, dim=1).indices
+    log = log_masses(logits, choice.rule.phi)
+    if choice.rule.over_all:
+        return index, choice.rule.scale * log.softmax(dim=1).gather(1, index)
+    return index, choice.rule.scale * log.gather(1, index).softmax(dim=1)
+
+
+def recognise_choice(layer: ObservedLayer, routing: Routing) -> tuple[RouterChoice, Tensor]:
+    """Find the rules by which a layer's router works.
+
+    Args:
+        layer: its router's tensors and groups.
+        routing: T tokens of this process, as the router sends them.
+
+    Returns:
+        The rules, and the router's logits (T, E) for the tokens.
+
+    Raises:
+        UnknownRouter: the router is of another kind; the message says why.
+    """
+    rows = layer.router_rows
+    ways = [] if rows is None else list(possible_logits(rows, layer.router_bias, routing))
+    if not ways:
+        raise _unknown("it is no matrix that reads what the experts read, and weighs what they return")
+    found = [
+        (_agreement(choice, logits, routing.index, layer.reduce), choice, logits)
+        for logits in ways
+        for choice in _choices(layer, logits, routing)
+    ]
+    if not found:
+        raise _unknown("its weights are neither softmax nor normalised sigmoid of its logits")
+    share, choice, logits = max(found, key=lambda entry: entry[0])  # the first of equals
+    if share < AGREEMENT:
+        raise _unknown("it does not choose the experts of the largest logits")
+    return choice, logits
+
+
+def _choices(layer: ObservedLayer, logits: Tensor, routing: Routing) -> Iterator[RouterChoice]:
+    """What a router whose logits these are may do."""
+    rule = recognise_rule(logits, routing, reduce=layer.reduce)
+    if rule is None:
+        return
+    corrections = (None,) if layer.choice_bias is None else (None, layer.choice_bias)
+    judged = (2, 1) if layer.topk_group < layer.num_groups else (2,)
+    for bias, best, by in product(corrections, judged, COMPARED):
+        yield RouterChoice(rule, by, bias, layer.num_groups, layer.topk_group, best)
+
+
+def _agreement(choice: RouterChoice, logits: Tensor, index: Tensor, reduce: Reduce) -> float:
+    """Share of the tokens that get the very experts that they have."""
+    chosen, _ = choose_experts(logits, choice, index.shape[1])
+    return share_of_tokens((chosen.sort(dim=1).values == index.sort(dim=1).values).all(1), reduce)
+
+
+def _unknown(reason: str) -> UnknownRouter:
+    return UnknownRouter(
+        "selection='greedy' tries the layer without experts, and so has to know how its router works, but it follows "
+        f"no known rule: {reason}; choose another selection, such as 'reap' or 'hope'"
+    )

@@ -1,0 +1,1 @@
+"""Calibration data: from whatever the user has to batches of tokens."""

@@ -1,0 +1,78 @@
+"""The residual stream before the experts of a layer, for the criterion that asks how far the experts turn it.
+
+Nothing tells it outright: a MoE block gets the stream normalised.  But what the experts receive is the very tensor
+that one of the decoder layer's parts has just returned, their norm, and what that part was given is the stream.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ...core.layer.mixture import Routing
+from ...models.moe.overrides import routing_hook
+from ...models.moe.structure import MoELayer
+
+
+__all__ = ["ResidualRecord", "record_residual"]
+
+
+class ResidualRecord:
+    """Per micro-batch, the residual stream before the experts."""
+
+    def __init__(self) -> None:
+        self.streams: list[Tensor] = []
+
+    def without_padding(self, masks: Sequence[Tensor]) -> Tensor:
+        """All micro-batches together, real tokens only: (T, d).
+
+        Args:
+            masks: per micro-batch, (batch, sequence) bool, True for a real token.
+        """
+        pairs = zip(self.streams, masks, strict=True)
+        return torch.cat([stream[mask.flatten().to(stream.device)] for stream, mask in pairs])
+
+
+@contextmanager
+def record_residual(decoder_layer: nn.Module, layer: MoELayer) -> Iterator[ResidualRecord]:
+    """Record the residual stream of every call of a decoder layer while the context is open.
+
+    Where something else ends the pass at the experts, open this first.
+
+    Args:
+        decoder_layer: around the MoE layer.
+        layer: its MoE layer.
+
+    Raises:
+        ValueError: the experts do not receive what a part of the decoder layer has returned.
+    """
+    record = ResidualRecord()
+    norms: list[tuple[Tensor, Tensor]] = []  # of this call; held, so that no address is used twice
+
+    def begin(module: nn.Module, args: tuple) -> None:
+        norms.clear()
+
+    def after_part(module: nn.Module, args: tuple, output: object) -> None:
+        if len(args) == 1 and all(isinstance(value, Tensor) for value in (args[0], output)):
+            norms.append((args[0], output))
+
+    def receive(routing: Routing) -> None:
+        for before, after in reversed(norms):
+            if after.data_ptr() == routing.hidden.data_ptr() and before.numel() == routing.hidden.numel():
+                record.streams.append(before.detach().flatten(0, -2).clone())
+                norms.clear()
+                return
+        raise ValueError(
+            f"selection='easy_ep' needs the residual stream before the experts, but those of {layer.name} do not "
+            "receive what a norm of their decoder layer returns; choose another selection, such as 'reap'"
+        )
+
+    handles = [decoder_layer.register_forward_pre_hook(begin)]
+    handles += [part.register_forward_hook(after_part) for part in decoder_layer.children()]
+    handles += [routing_hook(layer.experts)(layer.block, layer.experts, receive)]
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()

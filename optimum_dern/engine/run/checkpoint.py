@@ -1,0 +1,221 @@
+"""Compress a checkpoint on disk into others, a decoder layer in memory at a time, with resume."""
+
+import copy
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint import WORK_NAME
+from ...checkpoint.format.conversion import NameMap
+from ...checkpoint.format.sidecars import companions, copy_companions, left_out, remove_stale
+from ...checkpoint.output.copied_layers import CheckpointLayers
+from ...checkpoint.output.foreign import set_card_aside
+from ...checkpoint.output.manifest import Manifest, only_process
+from ...checkpoint.output.plan import OutputPlan, plan_output
+from ...checkpoint.output.publishing import MANIFEST_NAME, write_report, write_sidecars
+from ...checkpoint.output.shards import OutputTensor, ShardWriter, plan_shards
+from ...checkpoint.output.tensors import CheckpointOutput
+from ...checkpoint.source.loader import PartLoader
+from ...checkpoint.source.recorded import StatisticsWriter, publish_statistics
+from ...config import DernConfig
+from ...data.files import listed
+from ...machine.processes import Processes
+from ...machine.scratch import open_workspace
+from ...machine.threads import same_threads
+from ...models.moe.structure import layers_by_position
+from ...models.moe.view import write_counts_
+from ...models.size import measure_model, predict_size
+from ...results.report import CompressionReport
+from ...text_files import replace_json
+from ..walk.decoder import compress_layers_, compress_unseen_layers_
+from ..walk.recipe import Recipe
+from .checkpoint_run import CheckpointTask, describe_recording, fingerprint, result_names
+from .run_report import make_report
+
+
+__all__ = ["compress_checkpoint"]
+
+logger = getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One of the checkpoints that a task makes."""
+
+    config: DernConfig
+    num_experts: int
+    folder: Path
+    plan: OutputPlan
+    shards: dict[str, list[OutputTensor]]
+    manifest: Manifest
+
+
+def compress_checkpoint(task: CheckpointTask) -> list[CompressionReport]:
+    """Compress, write, and publish into the output folder.
+
+    Args:
+        task: checked.
+
+    Returns:
+        The report of each result, layers of earlier, interrupted runs included.
+
+    Raises:
+        ValueError: an unfinished run in the output folder that differs.
+        RuntimeError: another run is at the output folder.
+        ProcessFailed: another process of this run has ended.
+    """
+    processes = task.processes
+    names = NameMap(task.model, list(task.reader.infos))
+    with _working_folder(task.output, processes) as work:
+        results = _open_results(task, names, work)
+        unfinished = [result for result in results if result.manifest.report is None]
+        if unfinished:
+            in_files = work if task.memory.experts_in_file else None
+            workspace = open_workspace(in_files, task.memory.mapped, task.memory.max_elements)
+            with same_threads(work / "threads"), workspace as workspace:
+                layers = [replace(layer, workspace=workspace) for layer in task.layers]
+                _compress(replace(task, layers=layers), names, work, unfinished)
+        reports = [
+            CompressionReport.from_dict(processes.on_main(lambda r=result: r.manifest.report)) for result in results
+        ]
+        for report in reports:
+            report.source_folder = task.reader.folder.resolve()
+        processes.on_main(lambda: _publish_all(task, results, reports, work))
+    return reports
+
+
+def _open_results(task: CheckpointTask, names: NameMap, work: Path) -> list[Result]:
+    """The results of a task, as far as an earlier run has come with them."""
+    processes, several = task.processes, len(task.counts) > 1
+    if several:  # the run as a whole; each result has a manifest of its own
+        processes.on_main(lambda: Manifest(work, fingerprint(task, task.configs, list(task.counts))).save())
+    results = []
+    for config, count, name in zip(task.configs, task.counts, result_names(task.counts), strict=True):
+        manifest = processes.on_main(
+            lambda c=config, n=count, f=work / name: _open_manifest(f, fingerprint(task, [c], n))
+        )
+        manifest.writes = processes.is_main
+        plan = plan_output(task.model, task.layers, task.reader, names, count, task.dtype)
+        shards = plan_shards(plan.tensors, task.max_shard_size)
+        results.append(Result(config, count, task.output / name, plan, shards, manifest))
+    return results
+
+
+def _open_manifest(folder: Path, fingerprint: dict[str, Any]) -> Manifest:
+    folder.mkdir(exist_ok=True)
+    manifest = Manifest(folder, fingerprint)
+    manifest.save()
+    return manifest
+
+
+def _compress(task: CheckpointTask, names: NameMap, work: Path, results: Sequence[Result]) -> None:
+    """Everything up to the moment when all tensors of these results are on the disk."""
+    started, model, layers, processes = time.perf_counter(), task.model, task.layers, task.processes
+    before = measure_model(model, layers)
+    after = [predict_size(model, layers, result.num_experts) for result in results]
+    loader = PartLoader(model, layers, task.reader, names, processes.device)
+    outputs = [_open_output(task, loader, result) for result in results]
+    recipes = [Recipe(r.config, r.num_experts, output) for r, output in zip(results, outputs, strict=True)]
+    provider = CheckpointLayers(loader, outputs)
+    if task.batches:
+        writer = StatisticsWriter(work, layers_by_position(model, layers), lambda: describe_recording(task))
+        keep = writer.write if processes.is_main else None
+        spill = work if task.memory.spilled else None
+        reports = compress_layers_(model, layers, task.batches, recipes, provider, spill, processes, keep)
+    else:
+        recorded = task.recorded and task.recorded.read
+        reports = compress_unseen_layers_(model, layers, recipes, recorded, provider, processes)
+    provider.copy_rest()
+    for result, size, layer_reports in zip(results, after, reports, strict=True):
+        report = make_report(
+            result.config,
+            model.config.model_type,
+            (task.name, task.revision),
+            (before, size),
+            layer_reports,
+            task.calibration,
+            started,
+            processes.device,
+            task.precision,
+        )
+        result.manifest.complete(report.to_dict())
+
+
+def _open_output(task: CheckpointTask, loader: PartLoader, result: Result) -> CheckpointOutput:
+    _check_shared(result.manifest)
+    writer = task.processes.main_first(lambda: ShardWriter(result.manifest.path.parent, result.shards))
+    return CheckpointOutput(loader, task.layers, result.plan, writer, result.manifest, result.num_experts)
+
+
+@contextmanager
+def _working_folder(output: Path, processes: Processes) -> Iterator[Path]:
+    """The working folder inside an output folder, kept from other runs; removed when the work is done."""
+    with ExitStack() as stack:
+        yield processes.on_main(lambda: stack.enter_context(_locked(output / WORK_NAME)))
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[Path]:
+    work.mkdir(parents=True, exist_ok=True)
+    with only_process(work):
+        if not _is_begun(work):
+            _empty(work)
+        yield work
+        shutil.rmtree(work)
+
+
+def _is_begun(work: Path) -> bool:
+    """Whether an earlier run has finished a MoE layer: less is not worth going on with, and blocks no other run."""
+    states = [json.loads(file.read_text("utf-8")) for file in work.rglob("manifest.json")]
+    return any(report is not None for state in states for report in state["layers"].values())
+
+
+def _empty(work: Path) -> None:
+    for entry in work.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != "lock":
+            entry.unlink()
+
+
+def _check_shared(manifest: Manifest) -> None:
+    """Layers of an earlier run are read back by every process."""
+    if not manifest.path.exists():
+        raise FileNotFoundError(
+            f"a process of this run does not find {manifest.path}; machines need an output folder that they share"
+        )
+
+
+def _publish_all(
+    task: CheckpointTask, results: Sequence[Result], reports: Sequence[CompressionReport], work: Path
+) -> None:
+    for result, report in zip(results, reports, strict=True):
+        result.folder.mkdir(exist_ok=True)
+        _publish(task, result, report)
+    publish_statistics(work, task.output)
+    if others := left_out(task.reader.folder):
+        logger.warning("not copied, because not known to belong to a model: %s", listed(others, 20))
+
+
+def _publish(task: CheckpointTask, result: Result, report: CompressionReport) -> None:
+    """Everything into its final place; what makes the folder a checkpoint comes last."""
+    output, manifest = result.folder, result.manifest
+    writer = ShardWriter(manifest.path.parent, result.shards, complete=True)
+    model, layers = copy.deepcopy((task.model, list(task.layers)))  # other results count from the original
+    write_counts_(model, layers, result.num_experts)
+    stale = {*output.glob("model*.safetensors"), *output.glob("model*.index.json")}
+    set_card_aside(output)
+    copy_companions(task.reader.folder, output)
+    remove_stale(output, companions(task.reader.folder))
+    replace_json(output / MANIFEST_NAME, {"tensors": dict(sorted(manifest.tensors.items()))})
+    write_sidecars(model, output, report, task.reader.config)
+    write_report(output, report)  # the card, too, where an earlier checkpoint has left one
+    for file in stale - {output / name for name in writer.plan}:
+        file.unlink()
+    writer.publish(output)

@@ -1,0 +1,154 @@
+"""What is asked for, checked before any long work: names, counts, and where the numbers come from."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ...config import DernConfig
+from ...core.criteria.registry import CRITERIA, NEEDS, check_criterion
+from ...methods import get_method
+from ...models.moe.structure import MoELayer, layers_by_position
+from ...models.refusals import advise_count, check_model, check_protection, check_router_logits, resolve_count
+
+
+__all__ = [
+    "check_data",
+    "check_names",
+    "check_request",
+    "configs_for",
+    "needs_data",
+    "resolve_counts",
+    "selection_needs",
+    "why_tokens",
+]
+
+NO_TOKENS = "leave the refits and the guard out, and choose a method and a criterion of statistics or weights alone"
+
+
+def check_names(config: DernConfig) -> None:
+    """Refuse an unknown method or selection criterion; needs no model.
+
+    Raises:
+        ValueError: naming those that exist.
+    """
+    get_method(config.method)
+    check_criterion(config.selection)
+
+
+def check_request(config: DernConfig, model: Any, layers: list[MoELayer]) -> int:
+    """Refuse whatever cannot work on a model, whose weights need not be there yet.
+
+    Args:
+        config: what is asked for.
+        model: to be compressed.
+        layers: its MoE layers.
+
+    Returns:
+        How many experts every layer would keep.
+
+    Raises:
+        ValueError: what was found, what is allowed, and the mend.
+    """
+    check_names(config)
+    check_model(model, layers)
+    if getattr(get_method(config.method), "needs_router_logits", False):
+        check_router_logits(config.method, layers)
+    count = resolve_count(layers[0], config.sparsity, config.num_experts, config.experts_multiple_of)
+    check_protection(layers_by_position(model, layers), config.protect_experts or {}, count)
+    return count
+
+
+def check_data(config: DernConfig, statistics: Any = None) -> None:
+    """Refuse a config without the data that it needs.
+
+    Args:
+        config: what is asked for.
+        statistics: path of recorded statistics, if any are given.
+
+    Raises:
+        ValueError: telling what to give.
+    """
+    reason = why_tokens(config)
+    if statistics is not None:
+        if reason is not None:
+            raise ValueError(f"recorded statistics are not enough: {reason}; {NO_TOKENS}, or leave statistics out")
+        if config.calibration_order != "oneshot" and selection_needs(config) == "statistics":
+            raise ValueError(
+                "recorded statistics are those of the original model, but calibration_order='sequential' lets later "
+                "layers see compressed ones; give calibration_order='oneshot', or leave statistics out"
+            )
+    elif config.dataset is None and needs_data(config):
+        raise ValueError("no calibration data: give dataset=..., for example a list of texts, a file, or 'c4'")
+
+
+def needs_data(config: DernConfig) -> bool:
+    """Whether a config cannot do without calibration data, or what was recorded of some."""
+    return why_tokens(config) is not None or selection_needs(config) == "statistics"
+
+
+def selection_needs(config: DernConfig) -> str:
+    """What it takes to say which experts stay, one of `core.criteria.registry.NEEDS`."""
+    protection = "statistics" if config.protect_experts == "super" else "nothing"
+    return max(CRITERIA[config.selection].needs, protection, key=NEEDS.index)
+
+
+def why_tokens(config: DernConfig) -> str | None:
+    """What of a config works on the calibration tokens themselves; None where statistics or weights are enough."""
+    if config.guard:
+        return "guard judges candidates on held-out tokens"
+    if config.refit:
+        return "refit fits experts to tokens"
+    if getattr(get_method(config.method), "needs_tokens", True):
+        return f"method={config.method!r} works on tokens"
+    if selection_needs(config) in ("tokens", "residual"):
+        return f"selection={config.selection!r} works on tokens"
+    return None
+
+
+def configs_for(
+    config: DernConfig,
+    num_experts: int | Sequence[int] | None = None,
+    sparsity: float | Sequence[float] | None = None,
+) -> list[DernConfig]:
+    """The config once for every amount asked for.
+
+    Args:
+        config: what they have in common; its own amount counts where none is given here.
+        num_experts: one or several.
+        sparsity: one or several, instead of `num_experts`.
+
+    Raises:
+        ValueError: both kinds of amounts, none at all, or one outside its range.
+    """
+    if num_experts is not None and sparsity is not None:
+        raise ValueError(f"both sparsity={sparsity} and num_experts={num_experts} are given; give one of them")
+    if num_experts is None and sparsity is None:
+        return [config]
+    name, amounts = ("num_experts", num_experts) if sparsity is None else ("sparsity", sparsity)
+    amounts = list(amounts) if isinstance(amounts, Sequence) else [amounts]
+    if not amounts:
+        raise ValueError(f"{name} is an empty list; give at least one")
+    return [replace(config, **{"num_experts": None, "sparsity": None, name: amount}) for amount in amounts]
+
+
+def resolve_counts(configs: Sequence[DernConfig], model: Any, layers: list[MoELayer]) -> list[int]:
+    """How many experts every layer keeps in each result.
+
+    Args:
+        configs: of the results.
+        model: to be compressed.
+        layers: its MoE layers.
+
+    Raises:
+        ValueError: a count that cannot work, that leaves nothing to do, or that comes twice.
+    """
+    counts = [check_request(config, model, layers) for config in configs]
+    if layers[0].num_experts in counts:
+        raise ValueError(
+            f"nothing to compress: every layer would keep all of its {layers[0].num_experts} experts; "
+            f"{advise_count(layers[0])}"
+        )
+    twice = [count for count in dict.fromkeys(counts) if counts.count(count) > 1]
+    if twice:
+        raise ValueError(f"two results would keep the same {twice[0]} experts a layer; ask for each count once")
+    return counts

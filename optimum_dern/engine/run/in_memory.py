@@ -1,0 +1,40 @@
+"""Compress a model that is in memory as a whole, in place."""
+
+from typing import Any
+
+from ...config import DernConfig
+from ...models.mode import evaluation_mode
+from ...models.moe.original import restored_on_error
+from ...models.moe.structure import MoELayer
+from ...models.moe.view import write_counts_
+from ...results.report import LayerReport
+from ..walk.decoder import compress_layers_, compress_unseen_layers_
+from ..walk.recipe import Recipe
+
+
+__all__ = ["compress_in_memory_"]
+
+
+def compress_in_memory_(
+    model: Any, layers: list[MoELayer], batches: list[dict], config: DernConfig, num_experts: int
+) -> list[LayerReport]:
+    """Compress a checked model; an error or interrupt puts it back as it was.
+
+    Args:
+        model: a causal language model.
+        layers: its MoE layers.
+        batches: calibration data; none where no token is needed.
+        config: what to do.
+        num_experts: N.
+
+    Returns:
+        One report a layer.
+    """
+    with evaluation_mode(model), restored_on_error(layers):
+        recipes = [Recipe(config, num_experts)]
+        if batches:
+            (reports,) = compress_layers_(model, layers, batches, recipes)
+        else:
+            (reports,) = compress_unseen_layers_(model, layers, recipes)
+    write_counts_(model, layers, num_experts)
+    return reports

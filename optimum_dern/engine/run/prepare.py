@@ -1,0 +1,120 @@
+"""From a request to a checked task: source found, amounts resolved, data loaded, memory planned, nothing written."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...checkpoint.format.precision import describe_precision
+from ...checkpoint.format.tensor_file import dtype_name
+from ...checkpoint.output.prepare import prepare_output
+from ...checkpoint.output.shards import parse_bytes
+from ...checkpoint.source.find import Source, find_checkpoint
+from ...checkpoint.source.recorded import RecordedStatistics, identify_model
+from ...config import DernConfig
+from ...data.batches import holds_text
+from ...machine.processes import Processes
+from ...models.dtype import parse_dtype
+from ...models.moe.structure import find_moe_layers, layers_by_position
+from ...paths import check_utf8
+from ...results.description import describe_calibration
+from ..cost.memory import plan_memory
+from .checkpoint_run import CheckpointTask, result_names
+from .checks import check_data, check_names, resolve_counts
+from .model_batches import load_model_batches
+
+
+__all__ = ["CheckpointRequest", "prepare_task"]
+
+
+@dataclass(frozen=True)
+class CheckpointRequest:
+    """What `DernCompressor.compress_checkpoint` was asked for, as the user gave it."""
+
+    model: str | Path
+    output: str | Path
+    configs: Sequence[DernConfig]  # one for each result
+    tokenizer: Any = None
+    revision: str | None = None
+    token: str | bool | None = None
+    trust_remote_code: bool = False
+    dtype: str | torch.dtype | None = None
+    max_shard_size: str | int | None = None
+    max_memory: str | int | None = None
+    statistics: str | Path | None = None
+    restart: bool = False
+    overwrite: bool = False
+    download: Mapping[str, Any] = field(default_factory=dict)  # where a Hub model is looked for
+
+
+def prepare_task(request: CheckpointRequest, processes: Processes) -> CheckpointTask:
+    """Refuse whatever cannot work, and gather what the work needs.
+
+    Args:
+        request: as the user gave it.
+        processes: that share the work.
+
+    Raises:
+        ValueError: a checkpoint, count, dataset, statistics file or output folder that cannot work.
+        FileNotFoundError: weights that are not there, or only pickled ones.
+        RuntimeError: another run is at the output folder.
+    """
+    check_utf8(request.model, request.output, request.statistics, request.tokenizer)
+    shard_size = parse_bytes(request.max_shard_size) if request.max_shard_size else None
+    bound = parse_bytes(request.max_memory) if request.max_memory else None
+    dtype = parse_dtype(request.dtype)
+    check_names(request.configs[0])
+    check_data(request.configs[0], request.statistics)
+    recorded = RecordedStatistics(request.statistics) if request.statistics else None
+    source = processes.main_first(
+        lambda: find_checkpoint(
+            request.model, request.revision, request.token, request.trust_remote_code, dtype, **request.download
+        )
+    )
+    skeleton = source.skeleton
+    layers = find_moe_layers(skeleton)
+    counts = resolve_counts(request.configs, skeleton, layers)
+    output = processes.on_main(
+        lambda: prepare_output(
+            source.folder, Path(request.output), request.restart, request.overwrite, result_names(counts)
+        )
+    )
+    batches = processes.on_main(lambda: _load_batches(request, source))
+    configs, calibration = request.configs, describe_calibration(request.configs[0].dataset, batches)
+    tokens = sum(batch["input_ids"].numel() for batch in processes.share(batches)) if batches and not recorded else 0
+    memory = plan_memory(skeleton, layers, tokens, configs[0], counts, bound)
+    reader = processes.main_first(source.open_weights)
+    dtype = dtype and dtype_name(dtype)
+    if recorded is not None:
+        data = {"calibration data": calibration["sha256"]} if batches else {}
+        recorded.check(identify_model(reader, dtype) | data, layers_by_position(skeleton, layers))
+        configs = [replace(config, **recorded.description["options"]) for config in configs]
+        batches, calibration = [], recorded.description["calibration"]
+    return CheckpointTask(
+        model=skeleton,
+        layers=layers,
+        reader=reader,
+        name=str(request.model),
+        revision=source.commit,
+        batches=batches,
+        calibration=calibration,
+        configs=configs,
+        counts=counts,
+        output=output,
+        max_shard_size=shard_size or reader.largest_file,
+        memory=memory,
+        dtype=dtype,
+        precision=describe_precision(skeleton, reader, dtype),
+        processes=processes,
+        recorded=recorded,
+    )
+
+
+def _load_batches(request: CheckpointRequest, source: Source) -> list[dict]:
+    config = request.configs[0]  # they differ in their amounts alone
+    if config.dataset is None:
+        return []
+    tokenizer = source.folder if request.tokenizer is None and holds_text(config.dataset) else request.tokenizer
+    return load_model_batches(config, source.skeleton, tokenizer, request.trust_remote_code)

@@ -1,0 +1,64 @@
+"""The report of a run, from what every kind of run knows at its end."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...config import DernConfig
+from ...machine.progress import peak_memory_bytes
+from ...results.description import recordable_dataset
+from ...results.licence import source_metadata
+from ...results.public_names import public_source
+from ...results.report import CompressionReport, LayerReport, ModelSize
+from ...versions import tool_versions
+
+
+__all__ = ["make_report"]
+
+
+def make_report(
+    config: DernConfig,
+    model_type: str,
+    source: tuple[str | None, str | None],
+    sizes: tuple[ModelSize, ModelSize],
+    layers: Sequence[LayerReport],
+    calibration: dict[str, Any],
+    started: float,
+    device: torch.device,
+    precision: dict[str, str],
+) -> CompressionReport:
+    """What was done, with what, to what.
+
+    Args:
+        config: of the run.
+        model_type: the family.
+        source: name and revision of the original, where they are known.
+        sizes: before and after.
+        layers: one report each.
+        calibration: of `describe_calibration`.
+        started: by `time.perf_counter`.
+        device: whose peak memory counts.
+        precision: dtypes of the source's tensors, of the computation, and of what is written.
+    """
+    name, revision = source
+    folder = None if name is None else Path(name).expanduser()
+    return CompressionReport(
+        source=public_source(name),
+        revision=revision,
+        model_type=model_type,
+        method=config.method,
+        config={**config.to_dict(), "dataset": recordable_dataset(config.dataset)},
+        calibration=calibration,
+        before=sizes[0],
+        after=sizes[1],
+        layers=list(layers),
+        versions=tool_versions(),
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory_bytes(device),
+        precision=precision,
+        source_card=source_metadata(name, revision),
+        source_folder=folder.resolve() if folder is not None and folder.is_dir() else None,
+    )

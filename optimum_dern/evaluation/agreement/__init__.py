@@ -1,0 +1,1 @@
+"""Agreement with the original model, whose predictions are kept on disk."""

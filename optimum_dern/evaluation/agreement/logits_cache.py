@@ -1,0 +1,194 @@
+"""What a model predicts, kept on disk for a comparison with another one: its most probable tokens at every position.
+
+A cache is a folder: `cache.json`, and one safetensors file a batch with the tokens and, per predicted position
+(sequence by sequence, padding left out),
+
+    best              (positions,)    the most probable token, of equal ones that with the lowest id
+    ids               (positions, k)  the k most probable tokens
+    log_probs         (positions, k)  their log-probabilities
+    tail              (positions,)    log of the probability of all other tokens together
+    sample_ids        (positions, 16) draws from the other tokens, by their probability
+    sample_log_probs  (positions, 16) log-probabilities of those
+    losses            (positions,)    -log p of the token that follows
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..loss.logits import batch_logits
+
+
+__all__ = ["CACHE_NAME", "INPUTS", "LogitsCache", "cache_logits", "check_folder", "predicted_positions"]
+
+CACHE_NAME = "cache.json"
+FORMAT = 1
+INPUTS = ("input_ids", "attention_mask")
+SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class LogitsCache:
+    """A cache on disk; nothing of it is in memory."""
+
+    folder: Path
+    top_k: int
+    vocabulary: int
+    texts: dict[str, int]  # batches by name of the text
+    model: str  # whose predictions they are
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "LogitsCache":
+        """Open a cache.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: one of another format.
+        """
+        file = Path(folder) / CACHE_NAME
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} holds no cache of predictions; write one with cache_logits")
+        facts = json.loads(file.read_text("utf-8"))
+        if facts.get("format") != FORMAT:
+            raise ValueError(
+                f"{folder} has format {facts.get('format')!r}, this version reads {FORMAT}; write it again"
+            )
+        return cls(Path(folder), facts["top_k"], facts["vocabulary"], facts["texts"], facts["model"])
+
+    def batches(self, text: str) -> Iterator[dict[str, Tensor]]:
+        """The tensors of one text, batch by batch."""
+        position = list(self.texts).index(text)
+        for batch in range(self.texts[text]):
+            yield load_file(_batch_file(self.folder, position, batch))
+
+    def inputs(self, text: str) -> Iterator[dict[str, Tensor]]:
+        """`input_ids` and `attention_mask` of one text, batch by batch."""
+        position = list(self.texts).index(text)
+        for batch in range(self.texts[text]):
+            with safe_open(_batch_file(self.folder, position, batch), "pt") as file:
+                yield {name: file.get_tensor(name) for name in INPUTS}
+
+    def holds(self, texts: Mapping[str, Sequence[dict]]) -> bool:
+        """Whether the cache is of exactly these tokens."""
+        if {name: len(batches) for name, batches in texts.items()} != self.texts:
+            return False
+        pairs = ((own, batch) for name in texts for own, batch in zip(self.inputs(name), texts[name], strict=True))
+        return all(torch.equal(own[key], batch[key]) for own, batch in pairs for key in INPUTS)
+
+
+def cache_logits(
+    model: Any,
+    texts: Mapping[str, Sequence[dict]],
+    folder: str | Path,
+    top_k: int = 64,
+    overwrite: bool = False,
+    name: str | None = None,
+) -> LogitsCache:
+    """Write a model's predictions to disk, a batch in memory at a time.
+
+    Args:
+        model: a causal language model, or a `StreamedCheckpoint`.
+        texts: token batches by name, as `load_texts` gives them.
+        folder: where to write; 8 bytes for each of the `top_k` tokens of a position.
+        top_k: most probable tokens to keep; the vocabulary's size makes the comparison exact.
+        overwrite: replace a cache that is there.
+        name: of the model, to be kept; by default what it was loaded from.
+
+    Returns:
+        The cache.
+
+    Raises:
+        ValueError: `top_k` below 1, no text, or a folder that is not empty.
+    """
+    folder = Path(folder)
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; give at least 1")
+    if not texts:
+        raise ValueError("there is no text to predict; give at least one")
+    check_folder(folder, overwrite)
+    work = folder.with_name(f"{folder.name}.partial")
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    try:
+        vocabulary = _write_batches(model, texts, work, top_k)
+        facts = {"format": FORMAT, "model": name or _name_of(model), "vocabulary": vocabulary}
+        facts |= {"top_k": min(top_k, vocabulary), "texts": {text: len(batches) for text, batches in texts.items()}}
+        (work / CACHE_NAME).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return LogitsCache.load(folder)
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Raise ValueError where a cache cannot be written: files are there, other than a cache that may go."""
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        if not (overwrite and (folder / CACHE_NAME).is_file()):
+            raise ValueError(f"{folder} is not an empty folder; choose another one or, if it is a cache, overwrite it")
+
+
+def predicted_positions(mask: Tensor) -> Tensor:
+    """Which positions predict a token: they and the next one are no padding.
+
+    Args:
+        mask: (batch, sequence).
+
+    Returns:
+        (batch, sequence - 1), boolean.
+    """
+    return (mask[:, :-1] * mask[:, 1:]).bool()
+
+
+@torch.no_grad()
+def _write_batches(model: Any, texts: Mapping[str, Sequence[dict]], folder: Path, top_k: int) -> int:
+    places = [(text, i, batch) for text, batches in enumerate(texts.values()) for i, batch in enumerate(batches)]
+    vocabulary = 0
+    for (text, i, batch), logits in zip(places, batch_logits(model, [place[2] for place in places]), strict=True):
+        vocabulary = logits.shape[-1]
+        generator = torch.Generator(logits.device).manual_seed(i)
+        sequences = zip(logits, batch["input_ids"], batch["attention_mask"], strict=True)
+        rows = [_summary(*sequence, top_k, generator) for sequence in sequences]
+        tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        save_file({key: batch[key].contiguous() for key in INPUTS} | tensors, _batch_file(folder, text, i))
+    return vocabulary
+
+
+def _summary(logits: Tensor, ids: Tensor, mask: Tensor, top_k: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """What is kept of one sequence: (S, V) logits, (S,) tokens and mask."""
+    predicts = predicted_positions(mask.unsqueeze(0))[0].to(logits.device)
+    logs = logits[:-1][predicts].float().log_softmax(-1)  # (T, V)
+    targets = ids[1:].to(logits.device)[predicts]
+    top, chosen = logs.topk(min(top_k, logs.shape[1]), dim=1)
+    rest = logs.scatter(1, chosen, -torch.inf)
+    tail = rest.logsumexp(1)
+    weights = torch.where(tail.isinf().unsqueeze(1), 1.0, (rest - tail.unsqueeze(1)).exp())  # any, where there is none
+    drawn = weights.multinomial(SAMPLES, replacement=True, generator=generator) if len(logs) else chosen[:, :0]
+    kept = {
+        "best": logs.argmax(1).int(),
+        "ids": chosen.int(),
+        "log_probs": top,
+        "tail": tail,
+        "sample_ids": drawn.int(),
+        "sample_log_probs": logs.gather(1, drawn),
+        "losses": -logs.gather(1, targets.unsqueeze(1)).squeeze(1),
+    }
+    return {name: value.cpu().contiguous() for name, value in kept.items()}
+
+
+def _batch_file(folder: Path, text: int, batch: int) -> Path:
+    return folder / f"text-{text:03d}-batch-{batch:05d}.safetensors"
+
+
+def _name_of(model: Any) -> str:
+    return str(getattr(model.config, "name_or_path", "") or type(model).__name__)

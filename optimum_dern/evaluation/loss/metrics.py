@@ -1,0 +1,158 @@
+"""Causal language model metrics for `transformers.Trainer`, weighted by tokens.
+
+    Trainer(model, args, eval_dataset=rows, data_collator=collator, **trainer_metrics())
+
+Per predicted token two numbers are enough: its loss, -log p(token), and its rank, how many tokens the model prefers to
+it.  They are taken where the logits are, one sequence at a time, so that an evaluation keeps 12 bytes a token instead
+of the logits.  Loss and perplexity are those of `perplexity.evaluate_loss` on the same sequences.  Trainer's own
+`eval_loss` can differ: it is a mean of batch means, with the router's auxiliary loss where the model adds it.
+
+Pad on the right: with padding on the left the first token of a text counts as predicted from padding, as it does in
+the loss of transformers.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ...results.estimate import mean_and_error
+
+
+__all__ = [
+    "IGNORED_LABEL",
+    "make_compute_metrics",
+    "perplexity_of",
+    "preprocess_logits_for_metrics",
+    "token_losses_and_ranks",
+    "trainer_metrics",
+]
+
+IGNORED_LABEL = -100  # of padding and prompts; Trainer pads predictions with it too
+
+
+def trainer_metrics(top_k: int = 5) -> dict[str, Callable]:
+    """The two arguments of `Trainer` that belong together.
+
+    Args:
+        top_k: also count tokens among this many most probable ones.
+
+    Returns:
+        `compute_metrics` and `preprocess_logits_for_metrics`.
+
+    Raises:
+        ValueError: `top_k` below 1.
+    """
+    return {
+        "compute_metrics": make_compute_metrics(top_k),
+        "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+    }
+
+
+@torch.no_grad()
+def preprocess_logits_for_metrics(logits: Tensor | Sequence, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Reduce the model's output to what the metrics need.
+
+    Args:
+        logits: (batch, sequence, vocabulary), or all outputs of a model that gives more (router logits, losses).
+        labels: (batch, sequence), not shifted.
+
+    Returns:
+        `token_losses_and_ranks`.
+
+    Raises:
+        ValueError: no output has the shape of logits for these labels.
+    """
+    outputs = [logits] if isinstance(logits, Tensor) else list(logits)
+    for output in outputs:
+        if isinstance(output, Tensor) and output.dim() == 3 and output.shape[:2] == labels.shape:
+            return token_losses_and_ranks(output, labels)
+    shapes = [tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__ for output in outputs]
+    raise ValueError(
+        f"no output of the model is logits of shape (batch, sequence, vocabulary) for labels of shape "
+        f"{tuple(labels.shape)}, only {shapes}; these metrics are for causal language models"
+    )
+
+
+def token_losses_and_ranks(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and rank of every predicted token.
+
+    Args:
+        logits: (batch, sequence, vocabulary).
+        labels: (batch, sequence), not shifted; position t of the logits predicts label t + 1.
+
+    Returns:
+        Losses in nats (float32) and ranks (int64), each (batch, sequence - 1).  Rank 0 is the argmax.  Positions
+        whose label is ignored have loss 0 and a rank without meaning.
+    """
+    losses, ranks = [], []
+    for row, targets in zip(logits[:, :-1], labels[:, 1:], strict=True):  # one at a time: float32 copies are large
+        row = row.float()  # (S - 1, V)
+        losses.append(cross_entropy(row, targets, ignore_index=IGNORED_LABEL, reduction="none"))
+        index = targets.clamp(min=0).unsqueeze(1)
+        own = row.gather(1, index)
+        before = torch.arange(row.shape[1], device=row.device) < index  # ties go to the lower id, as in argmax
+        ranks.append((~(row <= own) | (row == own) & before).sum(1))  # NaN counts as preferred, never as a hit
+    return torch.stack(losses), torch.stack(ranks)
+
+
+def make_compute_metrics(top_k: int = 5) -> Callable[..., dict[str, float]]:
+    """A `compute_metrics` for predictions of `preprocess_logits_for_metrics`.
+
+    It also serves `TrainingArguments(batch_eval_metrics=True)`; after an evaluation that was interrupted in that mode,
+    make a new one.
+
+    Args:
+        top_k: also count tokens among this many most probable ones.
+
+    Returns:
+        A function of an `EvalPrediction` that gives `token_loss` in nats with `token_loss_stderr`, `perplexity`,
+        `token_accuracy`, `top5_accuracy` (named after `top_k`) and `tokens`, how many were predicted.
+
+    Raises:
+        ValueError: `top_k` below 1.
+    """
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; give at least 1")
+    rows: list[tuple[float, int, int, int]] = []  # per sequence: sum of losses, tokens, hits, hits among the top k
+
+    def compute_metrics(prediction: Any, compute_result: bool = True) -> dict[str, float]:
+        predictions, labels = prediction.predictions, prediction.label_ids
+        listed = isinstance(labels, list)  # eval_do_concat_batches=False
+        for (losses, ranks), targets in zip(predictions, labels, strict=True) if listed else [(predictions, labels)]:
+            rows.extend(_sums(torch.as_tensor(losses), torch.as_tensor(ranks), torch.as_tensor(targets), top_k))
+        if not compute_result:
+            return {}
+        sums, counts, hits, top = zip(*rows, strict=True) if rows else ((), (), (), ())
+        rows.clear()
+        loss, error = mean_and_error(sums, counts)
+        tokens = sum(counts)
+        return {
+            "token_loss": loss,
+            "token_loss_stderr": error,
+            "perplexity": perplexity_of(loss),
+            "token_accuracy": sum(hits) / tokens,
+            f"top{top_k}_accuracy": sum(top) / tokens,
+            "tokens": tokens,
+        }
+
+    return compute_metrics
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss), infinite where a float cannot hold it."""
+    return math.inf if loss > 709 else math.exp(loss)
+
+
+def _sums(losses: Tensor, ranks: Tensor, labels: Tensor, top_k: int) -> list[tuple[float, int, int, int]]:
+    predicted = labels[:, 1:] != IGNORED_LABEL
+    columns = (
+        torch.where(predicted, losses.double(), 0).sum(1),
+        predicted.sum(1),
+        (predicted & (ranks == 0)).sum(1),
+        (predicted & (ranks < top_k)).sum(1),
+    )
+    return list(zip(*(column.tolist() for column in columns), strict=True))

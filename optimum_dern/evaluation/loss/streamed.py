@@ -1,0 +1,69 @@
+"""A checkpoint that need not fit into memory, evaluated one decoder layer at a time, all batches at once."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.format.conversion import NameMap
+from ...checkpoint.source.find import open_checkpoint
+from ...checkpoint.source.loader import PartLoader
+from ...engine.walk.calls import record_layer_calls, replay_last_hidden
+from ...engine.walk.stream import HiddenStream
+from ...machine.progress import progress_bar
+from ...models.moe.structure import find_moe_layers
+from .perplexity import TextLoss, evaluate_texts
+
+
+__all__ = ["StreamedCheckpoint", "evaluate_checkpoint"]
+
+
+class StreamedCheckpoint:
+    """Stands for the loaded model wherever logits are evaluated; each evaluation reads the checkpoint once.
+
+    Hidden states of all batches are in memory, and one decoder layer.
+
+    Args:
+        model: folder or Hub id.
+        device: where layers are computed.
+        **source: `revision`, `token`, `trust_remote_code` and `dtype`.
+    """
+
+    def __init__(self, model: str | Path, device: torch.device, **source: Any) -> None:
+        reader, self.skeleton, _ = open_checkpoint(model, **source)
+        self.config = self.skeleton.config
+        names = NameMap(self.skeleton, list(reader.infos))
+        self.loader = PartLoader(self.skeleton, find_moe_layers(self.skeleton), reader, names, device)
+
+    @torch.no_grad()
+    def stream_logits(self, batches: Sequence[dict]) -> Iterator[Tensor]:
+        """Logits of every batch, (batch, sequence, vocabulary), one batch at a time."""
+        loader, decoder_layers = self.loader, self.loader.decoder_layers
+        with loader.outside():
+            stream = HiddenStream(record_layer_calls(self.skeleton, decoder_layers, batches))
+        for position in progress_bar(range(len(decoder_layers)), "Evaluating layers"):
+            with loader.loaded(position):
+                stream.step(position, decoder_layers[position])
+        with loader.outside(head=True):
+            for batch, hidden in zip(batches, stream.hidden, strict=True):
+                inputs = {name: value.to(loader.device) for name, value in batch.items()}
+                yield replay_last_hidden(self.skeleton, decoder_layers, inputs, hidden)
+
+
+def evaluate_checkpoint(
+    model: str | Path, texts: Mapping[str, list[dict]], device: torch.device, **source: Any
+) -> dict[str, TextLoss]:
+    """Next-token loss of a checkpoint on some texts, its layers loaded one after the other.
+
+    Args:
+        model: folder or Hub id.
+        texts: token batches by name, as `load_texts` gives them.
+        device: where layers are computed.
+        **source: `revision`, `token`, `trust_remote_code` and `dtype`.
+
+    Returns:
+        What `evaluate_texts` gives for the loaded model.
+    """
+    return evaluate_texts(StreamedCheckpoint(model, device, **source), texts)

@@ -1,0 +1,155 @@
+"""Log-likelihoods of continuations, sorted by length so that batches hold little padding.
+
+Tokens are split as lm-eval does: context and continuation are encoded together, and the continuation is what follows
+the context's own tokens; spaces at the end of a context belong to the continuation.  Requests that differ in their
+last token only (letters, yes and no) share one pass through the model.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models.context_length import context_length
+from ..loss.logits import batch_logits
+from .items import Request
+
+
+__all__ = ["BATCH_TOKENS", "Score", "encode_requests", "score_requests"]
+
+BATCH_TOKENS = 4096  # of a batch, padding included
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a continuation is."""
+
+    log_likelihood: float  # nats, summed over its tokens
+    greedy: bool  # each of its tokens is the most probable one
+    tokens: int
+
+
+def score_requests(
+    model: Any, tokenizer: Any, requests: Sequence[Request], batch_tokens: int = BATCH_TOKENS
+) -> list[Score]:
+    """Score continuations.
+
+    Args:
+        model: a causal language model, or a `StreamedCheckpoint`.
+        tokenizer: of the model.
+        requests: contexts and continuations; what is too long loses the beginning of its context.
+        batch_tokens: of a batch, padding included; a longer sequence is a batch of its own.
+
+    Returns:
+        One score per request, in their order.
+
+    Raises:
+        ValueError: a continuation without a token, or longer than the model reads.
+    """
+    encoded = encode_requests(requests, tokenizer, context_length(model.config))
+    sharing: dict[tuple[int, ...], list[int]] = {}
+    for position, (ids, _) in enumerate(encoded):
+        sharing.setdefault(tuple(ids[:-1]), []).append(position)
+    batches = list(_batches(sorted(sharing, key=len, reverse=True), batch_tokens))
+    inputs = [_padded(batch) for batch in batches]
+    keep = [max(_wanted(encoded, sharing, row, len(batch[0])) for row in batch) for batch in batches]
+    scores: dict[int, Score] = {}
+    for batch, logits in zip(batches, batch_logits(model, inputs, keep), strict=True):
+        left_out = len(batch[0]) - logits.shape[1]
+        for row, row_logits in zip(batch, logits, strict=True):
+            for position in sharing[row]:
+                ids, count = encoded[position]
+                end = len(row) - left_out
+                scores[position] = _score(row_logits[end - count : end], ids[-count:])
+    return [scores[position] for position in range(len(requests))]
+
+
+def encode_requests(
+    requests: Sequence[Request], tokenizer: Any, max_length: int | None = None
+) -> list[tuple[list[int], int]]:
+    """Tokens of context and continuation, and how many of them are the continuation's.
+
+    Args:
+        requests: what to encode.
+        tokenizer: special tokens that it puts in front by itself stay.
+        max_length: the longest input; the last token is predicted and never read, so there may be one more.
+
+    Raises:
+        ValueError: a continuation without a token, or longer than `max_length`.
+    """
+    contexts, wholes = [], []
+    for request in requests:
+        context = request.context.rstrip()
+        contexts.append(context)
+        wholes.append(_whole(request))
+    distinct = list(dict.fromkeys(context for context in contexts if context))
+    of_context = dict(zip(distinct, _encode(distinct, tokenizer), strict=True))
+    encoded = []
+    for request, context, whole in zip(requests, contexts, _encode(wholes, tokenizer), strict=True):
+        if context:
+            start = len(of_context[context])
+        else:
+            whole, start = _after_prefix(_whole(request), tokenizer), 1
+        count = len(whole) - start
+        if count < 1:
+            raise ValueError(f"the continuation {request.continuation!r:.60} has no token of its own")
+        if max_length is not None and count > max_length:
+            raise ValueError(
+                f"the continuation {request.continuation!r:.60} has {count} tokens, but the model reads {max_length}"
+            )
+        encoded.append((whole if max_length is None else whole[-(max_length + 1) :], count))
+    return encoded
+
+
+def _whole(request: Request) -> str:
+    """Context and continuation as one text."""
+    return request.context + request.continuation
+
+
+def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    return tokenizer(texts, verbose=False)["input_ids"] if texts else []
+
+
+def _after_prefix(text: str, tokenizer: Any) -> list[int]:
+    """A text without context, after the token that begins a document."""
+    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if prefix is None:
+        raise ValueError("the tokenizer has neither a BOS nor an EOS token to begin a text without context with")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids if ids[:1] == [prefix] else [prefix, *ids]
+
+
+def _batches(rows: list[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
+    """Rows from long to short, as many in a batch as fit."""
+    start = 0
+    while start < len(rows):
+        count = max(1, batch_tokens // len(rows[start]))
+        yield rows[start : start + count]
+        start += count
+
+
+def _padded(rows: list[tuple[int, ...]]) -> dict[str, Tensor]:
+    """A batch padded on the right, where causal models of every kind do not see it."""
+    ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _wanted(encoded: list, sharing: dict, row: tuple[int, ...], width: int) -> int:
+    """How many last positions of a padded row are needed."""
+    return width - len(row) + max(encoded[position][1] for position in sharing[row])
+
+
+def _score(logits: Tensor, targets: list[int]) -> Score:
+    logs = logits.float().log_softmax(-1)  # (continuation, V); one continuation at a time
+    index = torch.tensor(targets, device=logs.device)
+    own = logs.gather(1, index.unsqueeze(1)).double().sum().item()
+    if math.isnan(own):
+        raise ValueError("the model gives NaN; load it in float32 or bfloat16, and check its weights")
+    return Score(own, bool((logits.argmax(-1) == index).all()), len(targets))

@@ -1,0 +1,66 @@
+"""Where a layer's routing can be read: the one place with knowledge of single families.
+
+Nearly every experts module is called with what it mixes its experts by (hidden states, indices, weights).  Those that
+are not have a hook of their own here, by the name of their experts' class.
+"""
+
+import inspect
+from collections.abc import Callable
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ...core.layer.mixture import Routing
+
+
+__all__ = ["RoutingHook", "routing_hook"]
+
+RoutingHook = Callable[[nn.Module, nn.Module, Callable[[Routing], None]], RemovableHandle]
+
+
+def routing_hook(experts: nn.Module) -> RoutingHook | None:
+    """The function that watches a layer's routing.
+
+    Args:
+        experts: of the layer.
+
+    Returns:
+        `hook(block, experts, receive)`, which calls `receive` with the `Routing` of every forward pass, before the
+        experts have run, until its handle is removed; None where nobody knows how these experts are told theirs.
+    """
+    if type(experts).__name__ in HOOKS:
+        return HOOKS[type(experts).__name__]
+    return hook_experts if _takes_routing(experts) else None
+
+
+def hook_experts(block: nn.Module, experts: nn.Module, receive: Callable[[Routing], None]) -> RemovableHandle:
+    """The usual case: hidden states (..., d), indices (T, k) and weights (T, k) are the experts' arguments."""
+
+    def before_experts(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        hidden, index, weight = [*args, *kwargs.values()][:3]
+        receive(Routing(hidden.detach().flatten(0, -2), index.detach(), weight.detach()))
+
+    return experts.register_forward_pre_hook(before_experts, with_kwargs=True)
+
+
+def hook_llama4(block: nn.Module, experts: nn.Module, receive: Callable[[Routing], None]) -> RemovableHandle:
+    """Llama 4: its experts get one input per expert and token, scaled by sigmoid scores (0 where not chosen)."""
+
+    def after_router(router: nn.Module, args: tuple, output: tuple) -> None:
+        scores, _ = output  # (T, E)
+        weight, index = scores.detach().topk(router.top_k, dim=1)  # (T, k)
+        receive(Routing(args[0].detach(), index, weight, weighs_input=True))
+
+    return block.router.register_forward_hook(after_router)
+
+
+HOOKS: dict[str, RoutingHook] = {"Llama4TextExperts": hook_llama4}
+
+
+def _takes_routing(experts: nn.Module) -> bool:
+    """Whether the module can be called as (hidden, indices, weights)."""
+    try:
+        inspect.signature(experts.forward).bind(None, None, None)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""What a run reports, as plain data."""

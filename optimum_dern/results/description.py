@@ -1,0 +1,66 @@
+"""What calibration data was, for reports and provenance: a line, a digest, and counts."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .public_names import public_paths
+
+
+__all__ = ["describe_calibration", "describe_dataset", "fingerprint", "recordable_dataset"]
+
+
+def describe_calibration(dataset: Any, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Description, digest, and numbers of sequences and real tokens, JSON-able; it is published."""
+    return {
+        "dataset": describe_dataset(_without_folders(dataset)),
+        "sha256": fingerprint(batches),
+        "sequences": sum(len(batch["input_ids"]) for batch in batches),
+        "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
+    }
+
+
+def recordable_dataset(dataset: Any) -> Any:
+    """The dataset where it is a name, a file or a mix of them, so that a run can be repeated; else its description.
+
+    It is published: of a path that leads out of the working folder, only the name is recorded.
+    """
+    if dataset is None:
+        return None
+    dataset = _without_folders(dataset)
+    return dataset if isinstance(dataset, Mapping) else describe_dataset(dataset)
+
+
+def describe_dataset(dataset: Any) -> str:
+    """A line for reports: the name or path, or the kind and size of an object."""
+    if dataset is None:
+        return "none"
+    if isinstance(dataset, str | Path):
+        return str(dataset)
+    if isinstance(dataset, Mapping):
+        return " + ".join(f"{weight:g} x {name}" for name, weight in dataset.items())
+    kind = type(dataset[0]).__name__ if isinstance(dataset, Sequence) and len(dataset) else "row"
+    size = len(dataset) if hasattr(dataset, "__len__") else "unknown number"
+    return f"{size} {kind}s in memory ({type(dataset).__name__})"
+
+
+def _without_folders(dataset: Any) -> Any:
+    if isinstance(dataset, str | Path):
+        return public_paths([str(dataset)])[str(dataset)]
+    if isinstance(dataset, Mapping):
+        names = public_paths(map(str, dataset))
+        return {names[str(name)]: weight for name, weight in dataset.items()}
+    return dataset
+
+
+def fingerprint(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    """SHA-256 of the token ids and masks: the same data in the same batches gives the same digest."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in ("input_ids", "attention_mask"):
+            digest.update(str(tuple(batch[name].shape)).encode())
+            digest.update(batch[name].cpu().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

@@ -1,23 +1,32 @@
 """The examples run as they stand, on the trained models of the repository."""
 
 import math
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 ROOT = Path(__file__).parent.parent
 EVALUATION = ROOT / "examples" / "tiny_moe" / "text" / "evaluation"
 
 
-def run_example(name, folder, *arguments):
-    """What a script prints, run in a folder of its own."""
-    command = [sys.executable, ROOT / "examples" / name, *arguments]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+@pytest.fixture
+def run_example(tmp_path, monkeypatch, capsys):
+    """What a script prints, run in a folder of its own; in this process, which has imported the large packages."""
+
+    def run(name, *arguments):
+        script = str(ROOT / "examples" / name)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        capsys.readouterr()
+        with torch.random.fork_rng(devices=[]):
+            runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 def table_of(text):
@@ -27,26 +36,26 @@ def table_of(text):
 
 
 @pytest.mark.slow
-def test_quickstart_then_generate(tmp_path):
+def test_quickstart_then_generate(run_example):
     """Compress and save with one script, write words with the other, in plain transformers."""
-    assert "of the bytes" in run_example("quickstart.py", tmp_path)
-    text = run_example("generate.py", tmp_path, "build/quickstart", "The city of")
+    assert "of the bytes" in run_example("quickstart.py")
+    text = run_example("generate.py", "build/quickstart", "The city of")
     assert text.startswith("4 experts: 'The city of")
 
 
 @pytest.mark.slow
-def test_compress_at_load(tmp_path):
+def test_compress_at_load(run_example, tmp_path):
     """What transformers loads is compressed, writes words, and saves itself."""
-    text = run_example("compress_at_load.py", tmp_path)
+    text = run_example("compress_at_load.py")
     assert "MixtralForCausalLM with 4 experts" in text and "'The city of" in text
     saved = {file.name for file in (tmp_path / "build" / "compress_at_load").iterdir()}
     assert saved >= {"config.json", "model.safetensors", "README.md", "dern_report.json", "tokenizer.json"}
 
 
 @pytest.mark.slow
-def test_evaluate_with_trainer(tmp_path):
+def test_evaluate_with_trainer(run_example):
     """The table holds both models' metrics on the same tokens, and they hang together."""
-    table = table_of(run_example("evaluate_with_trainer.py", tmp_path))
+    table = table_of(run_example("evaluate_with_trainer.py"))
     assert table["experts a layer"] == [8, 4]
     assert table["parameters"][1] < 0.6 * table["parameters"][0]
     assert table["tokens"] == [128 * 255] * 2
@@ -58,14 +67,14 @@ def test_evaluate_with_trainer(tmp_path):
 
 
 @pytest.mark.slow
-def test_heal_with_lora(tmp_path):
+def test_heal_with_lora(run_example, tmp_path):
     """Healing takes back a part of the loss, and the saved checkpoint is the healed model."""
     pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from optimum_dern.evaluation.loss.perplexity import evaluate_loss, load_texts
 
-    table = table_of(run_example("heal_with_lora.py", tmp_path))
+    table = table_of(run_example("heal_with_lora.py"))
     before, compressed, healed = (table[name][0] for name in ("before compression", "compressed", "healed"))
     assert before < compressed < before + 0.1
     assert healed < compressed - 0.003

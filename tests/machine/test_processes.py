@@ -6,9 +6,11 @@ import itertools
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +23,8 @@ from optimum_dern.machine import processes as distributed
 from optimum_dern.machine.processes import ALONE, Processes, ProcessFailed, joined_processes
 
 
-DATA = {"even": [24] * 20, "ragged": [5, 24, 17, 9, 24, 3, 24, 11, 24, 24, 8, 24], "few": [24] * 3}  # lengths
+TESTS = Path(__file__).parent.parent
+DATA = {"even": [12] * 20, "ragged": [5, 24, 17, 9, 24, 3, 24, 11, 24, 24, 8, 24], "few": [24] * 3}  # lengths
 CASES = {
     "recommended": ("mixtral", "even", {}),
     "every step": ("mixtral", "even", {"guard": False}),
@@ -139,8 +142,8 @@ def notes(folder):
 
     @functools.cache
     def launch(count):
-        launched = torchrun(count, folder / "worker.py", folder)
-        assert launched.returncode == 0, launched.stderr
+        for errors, code in forked(count, folder, folder / "worker.py", folder):
+            assert code == 0, errors
         return [json.loads((folder / f"notes {count} {rank}.json").read_text("utf-8")) for rank in range(count)]
 
     return launch
@@ -163,19 +166,40 @@ def run(command, **variables):
     return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=120)
 
 
+def address(count):
+    """Where as many processes of a run meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(probe.getsockname()[1]),
+            "WORLD_SIZE": str(count),
+        }
+
+
+def forked(count, errors, *arguments, **variables):
+    """Run a program `count` times, importing everything once, with nobody to stop the rest where one ends.
+
+    Returns:
+        Errors and exit code of each.
+    """
+    command = [sys.executable, TESTS / "forked.py", errors, count, *arguments]
+    launched = run(map(str, command), **address(count), **variables)
+    assert launched.returncode == 0, launched.stderr
+    codes = json.loads(launched.stdout.splitlines()[-1])
+    return [((errors / f"{rank}.err").read_text("utf-8"), code) for rank, code in enumerate(codes)]
+
+
 def without_launcher(count, *arguments, awaited=None, **variables):
     """Start a program `count` times, with nobody to stop the rest where one ends; errors and exit codes of the first.
 
     Waits for all unless fewer are `awaited`.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    meeting = address(count)
     processes = [
         subprocess.Popen(
             [sys.executable, *map(str, arguments)],
-            env=environment(**address, RANK=str(rank), LOCAL_RANK=str(rank), **variables),
+            env=environment(**meeting, RANK=str(rank), LOCAL_RANK=str(rank), **variables),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -256,12 +280,12 @@ def test_a_killed_process(folder, quick):
 
 
 @pytest.mark.parametrize("stops", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_killed_process_without_launcher(stops, folder):
+def test_a_killed_process_without_launcher(stops, folder, tmp_path):
     """Nobody has to stop the rest: they notice, say so in one line, and leave a folder to go on with."""
     output = folder / f"alone {stops}"
-    ended = without_launcher(
-        2, folder / "stopping.py", *quick_arguments(folder, output), STOPS=str(stops), STOPS_BY="kill"
-    )
+    command = [folder / "stopping.py", *quick_arguments(folder, output)]
+    ended = forked(2, tmp_path, *command, STOPS=str(stops), STOPS_BY="kill")
+    assert ended[stops][1] == -signal.SIGKILL
     errors, code = ended[1 - stops]
     assert code == 2
     assert len(error_lines(errors)) == 1 and "another process of the run has ended" in error_lines(errors)[0]

@@ -1,5 +1,7 @@
 """A compressed model in `transformers.Trainer` as it is: evaluation, fine-tuning, checkpoints, LoRA through PEFT."""
 
+import copy
+import functools
 import json
 import subprocess
 import sys
@@ -31,13 +33,19 @@ ATTENTION = {"deepseek_v3": ["q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"]}
 DEFAULT_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-def compressed(family, dtype=torch.float32, **overrides):
-    """A compressed model in memory."""
+@functools.cache
+def compressed_once(family, dtype, **overrides):
+    """A compressed model in memory, not to be changed."""
     model = make_model(family, **overrides)
     for parameter in model.parameters():  # not `model.to`, which would cast the buffers of rotary embeddings too
         parameter.data = parameter.to(dtype)
     compress(model)
     return model
+
+
+def compressed(family, dtype=torch.float32, **overrides):
+    """A compressed model in memory, the test's own."""
+    return copy.deepcopy(compressed_once(family, dtype, **overrides))
 
 
 def text_rows():

@@ -15,7 +15,7 @@ import torch  # noqa: F401 - here and below: before the processes part
 import transformers.modeling_utils  # noqa: F401
 
 from optimum_dern.commands.main import main as command  # noqa: F401
-from optimum_dern.engine.checkpoint import compress_checkpoint  # noqa: F401
+from optimum_dern.engine.run.checkpoint import compress_checkpoint  # noqa: F401
 
 
 def run(errors: Path, rank: int, program: str) -> None:

@@ -183,6 +183,6 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, in_files):
     gc.collect()
     assert sys.platform != "linux" or mapped_bytes() <= before
     names = {file.name for file in (tmp_path / "out" / ".dern").iterdir()}
-    assert all(name.endswith((".safetensors", ".json", "lock")) for name in names), names
+    assert all(name.endswith((".safetensors", ".json", "lock", "threads")) for name in names), names
     compress(tmp_path / "source", tmp_path / "out", neuron_refit=False)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")

@@ -199,7 +199,6 @@ def test_inspect_counts_the_tokens_that_are_read(capsys, checkpoint, arguments, 
         (("--method", "foo"), "unknown method 'foo'"),
         (("--selection", "foo"), "unknown selection criterion 'foo'"),
         (("--protect-experts", '{"9": [0]}'), "protect_experts names layer 9; MoE layers are [0, 1]"),
-        (("--layer-budget", "error"), "one count for all layers"),
         (("--num-experts", "9"), "num_experts=9, but each layer has 8 experts; choose num_experts=2 to 7"),
     ],
 )

@@ -34,10 +34,10 @@ def test_overflow(part, fields):
     model = overflowing(part).half()
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
     with torch.no_grad():
-        assert not model(torch.stack([row["input_ids"] for row in random_tokens()])).logits.isfinite().all()
+        assert not model(torch.stack([row["input_ids"] for row in random_tokens(20)])).logits.isfinite().all()
     before = state_of(model)
     with pytest.raises(ValueError, match=OVERFLOW):
-        compress(model, **PRUNE, **fields)
+        compress(model, dataset=random_tokens(20), **PRUNE, **fields)
     assert same_state(state_of(model), before)
 
 
@@ -74,17 +74,17 @@ def test_a_checkpoint_that_float16_does_not_hold(tmp_path):
 def test_recorded_statistics(tmp_path):
     """Sums that a run in float16 has recorded beyond its range are refused as that run is now."""
     from optimum_dern.core.layer.statistics import ExpertStatistics
-    from optimum_dern.engine.measuring import unseen_layer
+    from optimum_dern.engine.layer.measuring import unseen_layer
     from optimum_dern.models.moe.structure import find_moe_layers
 
     model = make_model("mixtral").half()
     layer = find_moe_layers(model)[1]
     statistics = ExpertStatistics.zeros(8, 32)
-    assert unseen_layer(layer, statistics).statistics.tokens == 0
+    assert unseen_layer(layer, 1, statistics).statistics.tokens == 0
     for value, match in ((7e4, OVERFLOW), (torch.inf, r"outputs of model\.layers\.1\.mlp contain NaN or infinity")):
         statistics.output_max[3] = value
         with pytest.raises(ValueError, match=match):
-            unseen_layer(layer, statistics)
+            unseen_layer(layer, 1, statistics)
 
 
 def test_inside_its_range(tmp_path):

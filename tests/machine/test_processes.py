@@ -43,7 +43,7 @@ WORKER = """
 import hashlib, json, os, sys
 from optimum_dern import DernCompressor
 from optimum_dern.checkpoint.output.shards import ShardWriter
-from optimum_dern.core import recombination
+from optimum_dern.core.dern import recombination
 from optimum_dern.machine.processes import joined_processes
 from optimum_dern.engine.layer.measured import MeasuredLayer
 

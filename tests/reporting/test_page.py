@@ -84,16 +84,16 @@ def test_numbers_that_json_has_not():
 
 
 def test_an_earlier_report():
-    """Version 1 had neither flows nor maps, and fewer options; it still makes a page, and is saved as version 2."""
+    """Version 1 had neither flows nor maps, and fewer options; it still makes a page, and is saved as the present one."""
     values = sample_report().to_dict() | {"report_version": 1}
     for layer in values["layers"]:
         del layer["segment_flow"], layer["similarity_map"]
     del values["config"]["neuron_refit"]
     report = CompressionReport.from_dict(values)
     assert data_of(report_page(report))["layers"][0]["similarity_map"] is None
-    assert report.to_dict()["report_version"] == 2
-    with pytest.raises(ValueError, match="report version 3; this release reads 1 and 2"):
-        CompressionReport.from_dict(values | {"report_version": 3})
+    assert report.to_dict()["report_version"] == 3
+    with pytest.raises(ValueError, match="report version 4; this release reads 1 and 2 and 3"):
+        CompressionReport.from_dict(values | {"report_version": 4})
 
 
 def test_verdict():

@@ -18,7 +18,7 @@ from optimum_dern.checkpoint.config.config_json import compressed_config
 from optimum_dern.checkpoint.config.rope_json import complete_rope
 
 
-TINY = Path(__file__).parent.parent.parent / "examples" / "tiny_moe"
+TINY = Path(__file__).parents[3] / "examples" / "tiny_moe"
 PLAIN = {"rope_type": "default", "rope_theta": 20000.0}
 YARN = {"rope_type": "yarn", "rope_theta": 20000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}

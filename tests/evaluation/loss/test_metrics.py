@@ -244,7 +244,7 @@ def test_the_import_stays_light():
     """The metrics of Trainer come without the `evaluate` and `datasets` packages."""
     code = """if True:
         import sys
-        from optimum_dern.evaluation import metrics
+        from optimum_dern.evaluation.loss import metrics
         metrics.trainer_metrics()
         assert not {'evaluate', 'datasets', 'transformers'} & sys.modules.keys()
     """

@@ -1,4 +1,4 @@
-"""Everything that decides how a model is compressed: the fields of `DernConfig` and their checks.
+"""Options of a compression: the fields of `DernConfig`, their defaults, help texts and validation.
 
 Kept apart from transformers, so that the command line can list and check the options without importing it.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-__all__ = ["CHOICES", "OFF", "PRESETS", "DernOptions", "without_retired"]
+__all__ = ["CHOICES", "GROUPS", "OFF", "PRESETS", "DernOptions", "without_retired"]
 
 PRESETS = {
     "recommended": {
@@ -42,10 +42,17 @@ CHOICES = {
     "cluster_init": ("own", "gate", "random"),
     "calibration_order": ("sequential", "oneshot"),
 }
+GROUPS = {  # of the options in `--help`, in this order: title and description
+    "what": "the method, and how it selects the retained experts",
+    "how much": "how many experts stay, and which ones in any case",
+    "data": "calibration data and how it is sampled",
+    "how": "refits of the retained experts and the choice between candidates; by default the preset decides",
+    "for ablations": "details of the methods; the defaults are meant to be left as they are",
+}
 PROTECTION = (
     "map decoder layers to lists of experts, like {3: [0, 5]}, be 'super', or be the path of a dern_report.json"
 )
-# Of fields, by annotation and by name: what is accepted, and its words.
+# Accepted types (by a field's annotation) and ranges (by its name), each with the words of the error message.
 KINDS = {
     bool: (bool, "True or False"),
     int: (Integral, "a whole number"),
@@ -70,72 +77,146 @@ RANGES = {
 }
 
 
-def _option(default: Any, help: str) -> Any:
-    """A field whose help text the command line shares."""
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, group: str | None) -> Any:
+    """Make a dataclass field that carries its command-line help text and argument group.
+
+    Args:
+        default: of the field.
+        help: shown by `--help`.
+        group: one of `GROUPS`, under which `--help` lists the option; None for a field that is no option.
+    """
+    return field(default=default, metadata={"help": help, "group": group})
 
 
 @dataclass(repr=False)
 class DernOptions:
-    """How to compress a Mixture-of-Experts model.
+    """Options for compressing a Mixture-of-Experts model, validated when they are created.
 
-    Fields left at None that a preset names take the preset's value when the options are made, or are off where they
-    would have no effect beside the others.
+    A field left at None takes the value of the preset, or is switched off where it would have no effect in combination
+    with the other options.
 
     Raises:
         ValueError: a value outside its range, or without effect; the message names the legal ones.
         TypeError: an unknown field.
     """
 
-    sparsity: float | None = _option(None, "fraction of the routed experts dropped per layer (default: 0.5)")
-    num_experts: int | None = _option(None, "how many experts stay per layer, instead of a sparsity")
-    method: str = _option("dern", "dern, prune, ream, m_smoe, hc_smoe, mergemoe or sub_moe")
-    preset: str = _option("recommended", "recommended, or paper: DERN exactly as published, no refit and no guard")
+    sparsity: float | None = _option(
+        None, "fraction of the routed experts that every layer drops (default: 0.5)", group="how much"
+    )
+    num_experts: int | None = _option(
+        None, "number of routed experts that every layer keeps; give this or a sparsity", group="how much"
+    )
+    method: str = _option("dern", "dern, prune, ream, m_smoe, hc_smoe, mergemoe or sub_moe", group="what")
+    preset: str = _option(
+        "recommended",
+        "default values of the other options: recommended, or paper (DERN exactly as published: no refit, no guard)",
+        group="what",
+    )
     selection: str | None = _option(
         None,
-        "which experts stay: router, frequency, ean, reap, man, msan, hope, easy_ep, aimer, greedy or random "
-        "(default: the method's own)",
+        "criterion that selects the retained experts: router, frequency, ean, reap, man, msan, hope, easy_ep, aimer, "
+        "greedy or random (default: the method's own)",
+        group="what",
     )
-    similarity_threshold: float = _option(0.5, "alpha: a segment moves only if its best cosine exceeds it")
+    similarity_threshold: float = _option(
+        0.5,
+        "with method dern: a dropped expert's neuron is moved only if its best cosine similarity to a retained "
+        "expert's neuron exceeds this (the paper's alpha)",
+        group="for ablations",
+    )
     similarity_weights: tuple[float, float, float] = _option(
-        (0.0, 1.0, 1.0), "of the gate, up and down projections, in the report's map of similarities too"
+        (0.0, 1.0, 1.0),
+        "weights of the gate, up and down projections in the cosine similarity of two neurons, also in the report's "
+        "similarity map",
+        group="for ablations",
     )
-    router_update: str = _option("none", "none, or rows: add moved shares of dropped router rows to their destination")
-    cluster_init: str | None = _option(None, "initial centroids: own (neurons), gate (largest response) or random")
-    cluster_iterations: int = _option(30, "of spherical k-means, at most")
-    cluster_tolerance: float = _option(1e-4, "relative centroid shift that ends k-means")
-    importance_weighting: bool = _option(True, "segments weigh as their source expert's saliency")
-    refit: bool | None = _option(None, "closed-form ridge refit of the retained experts' down projections")
-    router_refit: bool | None = _option(None, "with refit: Gauss-Newton steps of the router in turn with it")
+    router_update: str = _option(
+        "none",
+        "with method dern: none, or rows: add a dropped expert's router row to those of the experts that received its "
+        "neurons, in proportion to their number",
+        group="for ablations",
+    )
+    cluster_init: str | None = _option(
+        None,
+        "initial centroids of the neuron clustering: own (the retained expert's neurons), gate (the neurons "
+        "of the largest gate projection weights, as in the paper) or random",
+        group="for ablations",
+    )
+    cluster_iterations: int = _option(
+        30, "maximum number of spherical k-means iterations of the neuron clustering", group="for ablations"
+    )
+    cluster_tolerance: float = _option(
+        1e-4, "relative shift of the centroids below which k-means stops", group="for ablations"
+    )
+    importance_weighting: bool = _option(
+        True,
+        "with method dern: weight each neuron by its source expert's saliency when clusters are averaged",
+        group="for ablations",
+    )
+    refit: bool | None = _option(
+        None, "refit the retained experts' down projections by closed-form ridge regression", group="how"
+    )
+    router_refit: bool | None = _option(
+        None,
+        "with refit: also refit the router, by Gauss-Newton steps alternating with those of the down projections",
+        group="how",
+    )
     neuron_refit: bool | None = _option(
-        None, "with refit: minibatch descent of all projections towards the layer's own output"
+        None,
+        "with refit: also refit gate, up and down projections by minibatch gradient descent on the error of the "
+        "layer's output",
+        group="how",
     )
     drift_correction: float | None = _option(
-        None, "with refit, sequential: share of what earlier layers have changed that a layer's refits make up for"
+        None,
+        "with refit and sequential calibration: fraction, from 0 to 1, of the error left by earlier compressed layers "
+        "that a layer's refit target corrects",
+        group="how",
     )
     refit_ridge: float | None = _option(
         None,
-        "ridge of the refit, relative to the mean eigenvalue of its equations (default: 1e-2; with guard and without "
-        "neuron_refit, the best of 1e-3, 1e-2 and 1e-1)",
+        "ridge penalty of the closed-form refits, relative to the mean eigenvalue of their normal equations (default: "
+        "1e-2; with guard and without neuron_refit, the best of 1e-3, 1e-2 and 1e-1)",
+        group="for ablations",
     )
     refit_sweeps: int = _option(
-        3, "passes of the refit over a layer's experts; with guard and neuron_refit, the default, it is always one"
+        3,
+        "passes of the down projections' refit over a layer's experts; with guard and neuron_refit it is always one",
+        group="for ablations",
     )
-    guard: bool | None = _option(None, "keep per layer the candidate of lowest error on held-out calibration tokens")
-    calibration_order: str | None = _option(None, "sequential (later layers see compressed ones) or oneshot")
-    dataset: Any = _option(None, "calibration data: file, folder, wikitext2, c4, texts, tokens or {source: weight}")
-    num_samples: int = _option(128, "calibration sequences, at most")
-    sequence_length: int = _option(2048, "tokens per calibration sequence, at most")
-    batch_size: int = _option(1, "calibration sequences per forward pass")
-    seed: int = _option(0, "of the calibration draw and of every random choice")
-    text_column: str = _option("text", "column of calibration rows that holds the text")
+    guard: bool | None = _option(
+        None, "keep for every layer the candidate of lowest error on held-out calibration tokens", group="how"
+    )
+    calibration_order: str | None = _option(
+        None,
+        "sequential (a layer is calibrated on the outputs of the compressed layers before it) or oneshot (on those of "
+        "the original model)",
+        group="how",
+    )
+    dataset: Any = _option(
+        None,
+        "calibration data: a file, a folder, wikitext2, c4 or c4-new; in Python also texts, token ids or "
+        "{source: weight}",
+        group="data",
+    )
+    num_samples: int = _option(128, "maximum number of calibration sequences", group="data")
+    sequence_length: int = _option(2048, "maximum number of tokens per calibration sequence", group="data")
+    batch_size: int = _option(1, "calibration sequences per forward pass", group="data")
+    seed: int = _option(0, "seed of the calibration draw and of every other random choice", group="data")
+    text_column: str = _option("text", "column of calibration rows that holds the text", group="data")
     protect_experts: Mapping[int, list[int]] | str | None = _option(
         None,
-        "experts never dropped: decoder layer -> experts; super: those with outlier outputs, found by the way; or an "
-        "earlier dern_report.json, whose experts stay",
+        'experts that are never dropped: a map from decoder layers to lists of experts, such as {"3": [0, 5]}; super '
+        "for experts with outlier outputs, which are detected during calibration; or the path of an earlier run's "
+        "dern_report.json, whose retained experts stay",
+        group="how much",
     )
-    experts_multiple_of: int = _option(1, "round the retained count up to a multiple (serving kernels like 4 or 8)")
-    quant_method: str = _option("dern", "fixed: how transformers recognises this config")
+    experts_multiple_of: int = _option(
+        1,
+        "round the number of retained experts up to a multiple of this (serving kernels may want 4 or 8)",
+        group="how much",
+    )
+    quant_method: str = _option("dern", "constant by which transformers recognises this config", group=None)
 
     def __post_init__(self) -> None:
         self._choose("preset")
@@ -165,11 +246,11 @@ class DernOptions:
 
     @property
     def corrects_drift(self) -> bool:
-        """Whether refits also make up for what compressed layers before have changed."""
+        """Whether refits also correct the error that earlier compressed layers leave in a layer's input."""
         return self.calibration_order == "sequential" and bool(self.refit) and self.drift_correction > 0
 
     def _idle(self) -> dict[str, str]:
-        """Options without effect beside the others, and what they would need."""
+        """Return the options that have no effect in combination with the others, with what each would need."""
         idle = _options_of_others(self.method)
         if self.calibration_order == "oneshot":
             idle["drift_correction"] = "calibration_order='sequential'"
@@ -180,7 +261,7 @@ class DernOptions:
         return idle
 
     def _check_effects(self, filled: Mapping[str, Any]) -> None:
-        """Refuse what has no effect, unless it is off or the default, as in a config that was written to a file."""
+        """Refuse options without effect, unless they are off or at the default (as in a config saved to a file)."""
         defaults = {option.name: option.default for option in fields(DernOptions)} | filled | OFF
         for name, needed in self._idle().items():
             if getattr(self, name) != defaults[name]:
@@ -194,7 +275,7 @@ class DernOptions:
             )
 
     def _check_value(self, option: Field) -> None:
-        """Refuse what is not of the field's kind and range; numpy's numbers become Python's."""
+        """Check a field's type and range, and convert numpy numbers to Python's."""
         value, kind = getattr(self, option.name), next((k for k in KINDS if option.type in (k, k | None)), None)
         if kind is None or (value is None and option.default is None):
             return
@@ -214,7 +295,7 @@ class DernOptions:
             self.sparsity = 0.5
 
     def _retain_as_reported(self, path: Path) -> None:
-        """Take the retained experts of an earlier report, and with them, unless told otherwise, their number."""
+        """Protect the retained experts of an earlier report; by default their number is kept as well."""
         try:
             layers = json.loads(path.read_text("utf-8"))["layers"]
             self.protect_experts = {layer["layer"]: layer["retained"] for layer in layers}
@@ -239,28 +320,28 @@ class DernOptions:
 
 
 def _method_defaults(method: str) -> Mapping[str, Any]:
-    """What a method's paper fixes; nothing for a method that does not exist, which is refused where it is used."""
+    """Return a method's own default options; none for an unknown method, which is refused where it is used."""
     from .methods import METHODS
 
     return METHODS[method].defaults if method in METHODS else {}
 
 
 def _options_of_others(method: str) -> dict[str, str]:
-    """Options that only other methods read, and the method that each of them would need."""
+    """Return the options that this method ignores, each with a method that reads it."""
     from .methods import METHODS
 
     own = METHODS[method].options if method in METHODS else None
-    if own is None:  # it may read any
+    if own is None:  # the method may read every option
         return {}
     others = {option: name for name, other in METHODS.items() for option in other.options or ()}
     return {option: f"method={name!r}" for option, name in others.items() if option not in own}
 
 
 def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a saved config, without those of earlier releases that no longer exist.
+    """Remove the fields of earlier releases that no longer exist from a saved config.
 
     Args:
-        values: by name, as `DernConfig.to_dict` of this or an earlier release gave them.
+        values: fields by name, as saved by `DernConfig.to_dict` of this or an earlier release.
 
     Raises:
         ValueError: a retired field with a value that this release cannot carry out.
@@ -272,7 +353,7 @@ def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_finite(value: Real) -> bool:
-    """Whether a number is neither NaN nor infinite, nor too large for a float."""
+    """Return whether a number is finite as a float (integers may be too large for one)."""
     try:
         return math.isfinite(value)
     except OverflowError:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..options import CHOICES, DernOptions, without_retired
+from ..options import CHOICES, GROUPS, DernOptions, without_retired
 
 
 if TYPE_CHECKING:
@@ -16,27 +16,30 @@ if TYPE_CHECKING:
 
 __all__ = ["add_config_arguments", "add_model_arguments", "check_model_name", "config_from_arguments"]
 
-HIDDEN = {"quant_method"}
 NUMBERS = {"sparsity": float, "num_experts": int}
 AMOUNTS = {"sparsity": "X", "num_experts": "N"}
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """Options for all fields; one that is not given leaves the field to `--config` or its default.
+    """Add an option for every field of `DernConfig`, in the argument groups that `options.GROUPS` names.
+
+    An option that is not given leaves its field to `--config` or to its default.
 
     Args:
         parser: of the command.
-        several: let the amounts, sparsity and num_experts, be lists; `args.amounts` then has what is one.
+        several: accept several values of `--sparsity` and `--num-experts`, and store them in `args.amounts`.
     """
-    group = parser.add_argument_group("compression", "every option is a field of DernConfig")
-    group.add_argument("--config", type=Path, metavar="FILE", help="JSON file with any of the fields below")
-    for field in dataclasses.fields(DernOptions):
-        if field.name not in HIDDEN:
-            _add_field(group, field, several)
+    group = parser.add_argument_group("compression", "each option of the groups below is a field of DernConfig")
+    group.add_argument("--config", type=Path, metavar="FILE", help="JSON file with any of these fields")
+    for title, description in GROUPS.items():
+        group = parser.add_argument_group(title, description)
+        for field in dataclasses.fields(DernOptions):
+            if field.metadata["group"] == title:
+                _add_field(group, field, several)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """How to find and load the model."""
+    """Add the MODEL argument and the options for loading it."""
     parser.add_argument("model", metavar="MODEL", help="local checkpoint folder or Hub id")
     group = parser.add_argument_group("model")
     group.add_argument("--revision", help="branch, tag or commit of a Hub model")

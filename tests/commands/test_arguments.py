@@ -1,6 +1,7 @@
 """Command-line options to a `DernConfig`."""
 
 import argparse
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from optimum_dern import DernConfig
 from optimum_dern.checkpoint.output.shards import parse_bytes
 from optimum_dern.commands.arguments import add_config_arguments, check_model_name, config_from_arguments
 from optimum_dern.commands.main import COMMANDS
+from optimum_dern.options import GROUPS
 
 
 def parse(*arguments):
@@ -49,6 +51,20 @@ def test_no_option_is_the_default():
 def test_fields(arguments, fields):
     """Each option sets the field of its name."""
     assert parse(*arguments.split()) == DernConfig(**fields)
+
+
+def test_help_is_grouped():
+    """`compress --help` lists every field once, under its group, and the groups from what to ablations."""
+    titles = ["what", "how much", "data", "how", "for ablations"]
+    assert list(GROUPS) == titles
+    parser = argparse.ArgumentParser()
+    COMMANDS["compress"].add_arguments(parser)
+    printed = [line[:-1] for line in parser.format_help().splitlines() if line.endswith(":") and line[0] != " "]
+    assert printed[-len(titles) :] == titles
+    listed = {g.title: [a.dest for a in g._group_actions] for g in parser._action_groups if g.title in titles}
+    fields = [field for field in dataclasses.fields(DernConfig) if field.name != "quant_method"]
+    assert listed == {title: [f.name for f in fields if f.metadata["group"] == title] for title in titles}
+    assert sum(map(len, listed.values())) == len(fields)
 
 
 def numeric_options():

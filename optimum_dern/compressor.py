@@ -1,4 +1,4 @@
-"""`DernCompressor`: the Optimum-style entry point, from a model and some text to a smaller model and a report."""
+"""`DernCompressor`: the main class; compresses a model with calibration text and reports what it did."""
 
 import time
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class DernCompressor:
         Args:
             model: a transformers causal language model with MoE layers.
             tokenizer: object, Hub id or path, for calibration data that is text; by default the model's own.
-            batches: the calibration data, where `prepare` has made it for this model already.
+            batches: calibration batches that `prepare` has already made for this model.
             trust_remote_code: run a tokenizer's own code.
 
         Returns:
@@ -125,7 +125,7 @@ class DernCompressor:
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> CompressionReport | list[CompressionReport]:
-        """Compress a checkpoint on disk into another, with one decoder layer in memory at a time.
+        """Compress a checkpoint on disk into another one, holding one decoder layer in memory at a time.
 
         Interrupted at any moment, the same call goes on at the first unfinished layer.  Where `accelerate launch` or
         `torchrun` has started several processes, all make this call, and share the work.
@@ -138,18 +138,18 @@ class DernCompressor:
             output: folder; it must be empty or hold an unfinished run of the same kind.
             tokenizer: object, Hub id or path; by default the checkpoint's own.
             num_experts: how many experts stay per layer, instead of the config's amount; a list for several results.
-            sparsity: fraction of the experts dropped, likewise.
-            statistics: a `dern_statistics.safetensors` that a oneshot run has left, instead of calibration data, for
-                what needs no more: no refit, no guard.
+            sparsity: fraction of the experts dropped per layer; a list for several results.
+            statistics: `dern_statistics.safetensors` of an earlier oneshot run, instead of calibration data; it is
+                enough for configs without refit and guard.
             revision: branch, tag or commit of a Hub model.
-            token: for a private one.
+            token: access token for a private Hub model.
             trust_remote_code: run modelling and tokenizer code from the checkpoint.
             device: where layers are computed; by default a GPU where there is one, for each process its own.
             dtype: of the output, a `torch.dtype` or its name: "bfloat16" (or "bf16"), "float16" or "float32"; by
                 default as stored.
             max_shard_size: of one safetensors file; by default as large as the source's largest.
-            max_memory: bytes, or a text such as "8GiB", that a CPU run may take; hidden states go to a file where that
-                keeps it, and what cannot keep it is refused.
+            max_memory: limit of a CPU run, in bytes or as text such as "8GiB"; hidden states are kept in a file where
+                that is needed, and a run that would exceed the limit is refused.
             restart: discard an unfinished run in the output folder.
             overwrite: allow other files in the output folder; an earlier checkpoint there is replaced at the end, a
                 README.md of something else is renamed; adapters and weights of other formats are refused.
@@ -202,12 +202,12 @@ class DernCompressor:
 
     @plain_torch()
     def prepare(self, model: Any, tokenizer: Any = None, *, trust_remote_code: bool = False) -> list[dict]:
-        """Do what comes before the long work, on a model whose weights need not be there yet.
+        """Check a model and load the calibration data, before its weights have to be loaded.
 
         Args:
             model: to be compressed; it may be on the meta device.
             tokenizer: as in `compress_model`.
-            trust_remote_code: likewise.
+            trust_remote_code: as in `compress_model`.
 
         Returns:
             The calibration data, for `compress_model`.
@@ -220,11 +220,11 @@ class DernCompressor:
 
     @plain_torch()
     def check(self, model: Any, layers: list | None = None) -> int:
-        """Refuse whatever cannot work before any long work begins.
+        """Check that a model can be compressed with this config, before any long work.
 
         Args:
             model: to be compressed; it may be on the meta device.
-            layers: its MoE layers, where they are known already.
+            layers: its MoE layers, if the caller has already found them.
 
         Returns:
             How many experts every layer would keep.
@@ -276,7 +276,7 @@ class DernCompressor:
         folder: str | Path | None = None,
         max_shard_size: str | int = "5GB",
     ) -> str:
-        """Save a compressed model and publish the folder in one commit; a card that the repository has stays.
+        """Save a compressed model and upload it to the Hub in one commit; an existing model card is kept.
 
         Args:
             model: what `compress_model` returned.
@@ -314,18 +314,18 @@ class DernCompressor:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as JSON-able values, with the versions of the tools under `meta`."""
+        """Return the config as JSON-able values, with the package versions under `meta`."""
         from .versions import tool_versions
 
         return {**self.config.to_dict(), "meta": {"compressor": [f"{k}:{v}" for k, v in tool_versions().items()]}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DernCompressor":
-        """A compressor with the config of `to_dict`."""
+        """Create a compressor from a dictionary made by `to_dict`."""
         return cls(**{name: value for name, value in without_retired(values).items() if name != "meta"})
 
     def _load_batches(self, model: Any, tokenizer: Any, trust_remote_code: bool) -> list[dict]:
-        """The calibration data; none where no token is needed, and none is given."""
+        """Load the calibration batches; an empty list if the config has no dataset."""
         from .engine.run.model_batches import load_model_batches
 
         if self.config.dataset is None:

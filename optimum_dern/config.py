@@ -1,4 +1,4 @@
-"""`DernConfig`: the options of a compression in the form that transformers knows, JSON-able."""
+"""`DernConfig`: the options of a compression as a quantization config of transformers."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ __all__ = ["DernConfig"]
 
 
 class DernConfig(DernOptions, QuantizationConfigMixin):
-    """How to compress a Mixture-of-Experts model; transformers accepts it as `quantization_config`.
+    """Config of a compression, accepted by transformers as `quantization_config`.
 
     Args:
         **fields: see `DernOptions`; fields left at None that the preset names take its value.
@@ -24,7 +24,7 @@ class DernConfig(DernOptions, QuantizationConfigMixin):
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-able values; a dataset object becomes a description of it."""
+        """Return the fields as JSON-able values; an in-memory dataset is replaced by its description."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["similarity_weights"] = list(self.similarity_weights)
         if not _is_jsonable_dataset(self.dataset):

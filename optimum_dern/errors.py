@@ -1,4 +1,4 @@
-"""Which errors tell a user what to mend, and which are faults of a program."""
+"""Tell errors caused by the user's input from internal errors of the code."""
 
 import json
 import traceback
@@ -11,13 +11,13 @@ PACKAGE = Path(__file__).parent
 
 
 def is_deliberate(error: BaseException) -> bool:
-    """Whether an error is a refusal of what was given, rather than an accident of the code.
+    """Return whether an error is a deliberate refusal of the user's input, not an internal error.
 
-    A refusal comes from a `raise` statement: a ValueError of any library, or whatever this package raises to refuse.
-    Files, networks and modules that are not there, or hold no text or JSON, are nobody's accident, whoever finds out.
+    A refusal comes from a `raise` statement: a ValueError of any library, or a ValueError, TypeError or RuntimeError
+    of this package.  Missing files, networks and modules, and files that are not text or JSON, always count as one.
 
     Args:
-        error: caught, so that it has its traceback.
+        error: a caught exception, with its traceback.
     """
     if isinstance(error, OSError | ImportError | UnicodeError | json.JSONDecodeError):
         return True
@@ -29,5 +29,5 @@ def is_deliberate(error: BaseException) -> bool:
 
 
 def describe_error(error: BaseException) -> str:
-    """The message of a refusal; of an accident, its type as well, which is often half of what is known."""
+    """Return the message of an error, preceded by its type if it is an internal error."""
     return str(error) if is_deliberate(error) else f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""How this package is installed: the one place that says so, for cards, error messages and the documentation."""
+"""The install command of this package, as shown by model cards, error messages and the documentation."""
 
 import shlex
 
@@ -11,22 +11,22 @@ DISTRIBUTION = "."
 
 
 def install_command(*extras: str) -> str:
-    """The command that installs the package.
+    """Return the command that installs the package.
 
     Args:
-        *extras: optional parts of it, such as `eval`.
+        *extras: optional dependency groups, such as `eval`.
     """
     parts = f"[{','.join(extras)}]" if extras else ""
     return f"pip install {shlex.quote(DISTRIBUTION + parts)}"
 
 
 def install_hint(*extras: str) -> str:
-    """The command and where it works, for a sentence in markdown or a message."""
+    """Return the install command in markdown, with the folder to run it in."""
     return f"`{install_command(*extras)}`" + (" in a clone of the repository" if DISTRIBUTION == "." else "")
 
 
 def project_link() -> str:
-    """The package's name in markdown, with a link where there is something to link to."""
+    """Return the package's name in markdown, linked to PyPI if it is published there."""
     if DISTRIBUTION == ".":
         return "optimum-dern"
     return f"[optimum-dern](https://pypi.org/project/{DISTRIBUTION})"

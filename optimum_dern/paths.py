@@ -1,4 +1,4 @@
-"""Paths that end up in reports and cards, which are UTF-8 text."""
+"""Check that file names can be written into reports and cards, which are UTF-8 text."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,13 +9,13 @@ __all__ = ["check_utf8"]
 
 
 def check_utf8(*values: Any) -> None:
-    """Refuse file names that are not UTF-8 before any work: neither JSON, a card nor a tokenizer can hold them.
+    """Refuse file names that are not UTF-8, which neither JSON, a model card nor a tokenizer can store.
 
     Args:
         *values: names and paths, also inside lists and mappings; anything else passes.
 
     Raises:
-        ValueError: bytes of a name that have no character.
+        ValueError: a name with bytes that are not UTF-8.
     """
     for value in values:
         if isinstance(value, str | Path):

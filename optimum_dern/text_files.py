@@ -1,4 +1,4 @@
-"""Text files replaced as a whole: whoever reads one finds the old text or the new one."""
+"""Atomic replacement of text files: readers see either the old content or the new one."""
 
 import json
 import os
@@ -10,12 +10,12 @@ __all__ = ["replace_json", "replace_text"]
 
 
 def replace_text(path: Path, text: str, durable: bool = False) -> None:
-    """Write a text file under a temporary name beside it, and rename it; on an error the old file stays.
+    """Replace a text file atomically, through a temporary file in the same folder.
 
     Args:
-        path: of the file, whose folder exists.
-        text: all of it.
-        durable: have it on the disk before the old one goes, for what a run goes on from after a crash.
+        path: of the file; its folder must exist.
+        text: the whole new content.
+        durable: flush the new content to disk before the rename, for files that a resumed run relies on.
     """
     if path.exists() and not path.is_file():  # such as /dev/stdout, which nothing can replace
         path.write_text(text, "utf-8")
@@ -34,5 +34,5 @@ def replace_text(path: Path, text: str, durable: bool = False) -> None:
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """Write an indented JSON file likewise."""
+    """Replace a file atomically by indented JSON."""
     replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Versions of the tools that made a checkpoint, for its provenance."""
+"""Versions of this package and its dependencies, recorded in compressed checkpoints."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -10,7 +10,7 @@ TOOLS = ("torch", "transformers", "optimum", "accelerate", "safetensors")
 
 
 def tool_versions() -> dict[str, str]:
-    """This package's version and those of the packages that its results depend on."""
+    """Return the versions of this package and of the packages that its results depend on."""
     versions = {"optimum-dern": __version__}
     for name in TOOLS:
         try:

@@ -1,4 +1,4 @@
-"""Where a dropped segment goes: to the retained expert that holds its nearest segment, or nowhere."""
+"""Assignment of dropped experts' neuron segments to the retained experts with the most similar segments."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ __all__ = ["assign_segments"]
 def assign_segments(
     dropped: Tensor, retained: Iterable[Tensor], threshold: float, max_elements: int = MAX_ELEMENTS
 ) -> tuple[Tensor, Tensor]:
-    """Best retained expert of every dropped segment (DERN, arXiv 2509.10377, step 2).
+    """Find the best retained expert for every dropped segment (DERN, arXiv 2509.10377, step 2).
 
     Args:
         dropped: (M, D) unit vectors of the dropped segments.

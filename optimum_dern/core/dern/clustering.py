@@ -18,7 +18,7 @@ __all__ = ["initial_centroids", "spherical_kmeans"]
 
 
 def initial_centroids(pool: Tensor, response: Tensor, clusters: int, init: str, seed: int = 0) -> Tensor:
-    """Choose which members of the pool start as centroids.
+    """Select the initial centroids from the segments of a retained expert's pool.
 
     Args:
         pool: (P, D), the expert's own segments first.
@@ -51,10 +51,10 @@ def spherical_kmeans(
     tolerance: float = 1e-4,
     max_elements: int = MAX_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
-    """Cluster points by direction and average each cluster at its mean norm.
+    """Run weighted spherical k-means, with centroids rescaled to the mean norm of their cluster.
 
     Args:
-        points: (P, D).
+        points: (P, D) segments of one retained expert's pool.
         weights: (P,) >= 0; a cluster whose members all weigh nothing is averaged evenly.
         centroids: (K, D) to start from.
         iterations: at most this many.
@@ -77,13 +77,13 @@ def spherical_kmeans(
 
 
 def nearest_direction(directions: Tensor, centroids: Tensor, max_elements: int = MAX_ELEMENTS) -> Tensor:
-    """Index of the unit centroid (K, D) nearest to each unit vector (P, D): (P,), the lower index on a tie."""
+    """Return the index (P,) of the nearest unit centroid (K, D) for each unit vector (P, D), the lower one of ties."""
     rows = max(1, max_elements // len(centroids))
     return torch.cat([(part @ centroids.T).argmax(dim=1) for part in directions.split(rows)])
 
 
 def equalised_means(directions: Tensor, norms: Tensor, weights: Tensor, labels: Tensor, previous: Tensor) -> Tensor:
-    """Weighted mean of each cluster's members, rescaled to the cluster's mean norm (eq. 11).
+    """Compute the weighted mean of each cluster, rescaled to the cluster's mean norm (DERN, eq. 11).
 
     Args:
         directions: (P, D) unit vectors.

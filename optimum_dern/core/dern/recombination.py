@@ -1,4 +1,4 @@
-"""One layer of DERN: segments of dropped experts move to retained ones, which merge them back to the old width."""
+"""DERN on one layer: move segments of dropped experts to retained ones, and cluster these back to the old width."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from .clustering import initial_centroids, spherical_kmeans
 
 __all__ = ["recombine_layer_cost", "Map", "Recombination", "recombine_layer"]
 
-Map = Callable[[Callable[[int], tuple[Tensor, ...]], Iterable[int]], Iterable[tuple[Tensor, ...]]]  # as the builtin
+Map = Callable[[Callable[[int], tuple[Tensor, ...]], Iterable[int]], Iterable[tuple[Tensor, ...]]]  # as builtin `map`
 
 
 class Recombination(NamedTuple):
-    """A recombined layer and how it came about; E experts before, N after, f neurons each."""
+    """A recombined layer with the assignment of its dropped segments; E experts before, N after, f neurons each."""
 
     segments: Segments  # N experts of width f
     destination: Tensor  # (E - N, f) position among the retained experts, or -1 for a discarded segment
@@ -40,7 +40,7 @@ def recombine_layer(
     seed: int = 0,
     map_experts: Map = map,
 ) -> Recombination:
-    """Steps 2 and 3 of DERN (arXiv 2509.10377) on one layer.
+    """Recombine the experts of one layer (DERN, arXiv 2509.10377, steps 2 and 3).
 
     Args:
         segments: E experts.
@@ -53,10 +53,10 @@ def recombine_layer(
         tolerance: k-means stopping rule, see `spherical_kmeans`.
         importance_weighting: weigh segments by saliency instead of evenly.
         seed: for random initial centroids.
-        map_experts: calls a function on experts in turn; another one than the builtin may share them among processes.
+        map_experts: replacement of the builtin `map` that distributes experts over processes.
 
     Returns:
-        The recombined layer.  An expert that received nothing is returned bit for bit.
+        The recombined layer.  An expert that received no segment keeps its weights bit for bit.
     """
     dropped = dropped_experts(len(segments.up), retained)
     destination, similarity = _assign(segments, dropped, retained, similarity_weights, threshold, map_experts)
@@ -87,7 +87,7 @@ def recombine_layer(
 def _assign(
     segments: Segments, dropped: Tensor, retained: Tensor, weights: Sequence[float], threshold: float, map_experts: Map
 ) -> tuple[Tensor, Tensor]:
-    """`assign_segments` one dropped expert at a time: destination and best cosine, (E - N, f) each."""
+    """Run `assign_segments` per dropped expert; return destinations and best cosines, (E - N, f) each."""
 
     def vectors(expert: int) -> Tensor:
         return similarity_vectors(segments.select(slice(expert, expert + 1)).to(segments.compute_dtype), weights)[0]
@@ -106,7 +106,7 @@ def _assign(
 
 
 def _pool(segments: Segments, expert: int, source: Tensor, neuron: Tensor) -> tuple[Tensor, Tensor]:
-    """The expert's own segments followed by the received ones: (f + m, D), and their largest |gate| (f + m,)."""
+    """Return an expert's own and received segments (f + m, D), and the largest |gate| weight of each (f + m,)."""
     parts = [part for part in segments[:3] if part is not None]
     rows = [torch.cat([part[expert], part[source, neuron]]).to(segments.compute_dtype) for part in parts]
     pool = torch.cat(rows, dim=1)  # (f + m, D)
@@ -115,13 +115,13 @@ def _pool(segments: Segments, expert: int, source: Tensor, neuron: Tensor) -> tu
 
 
 def recombine_layer_cost(shape: LayerShape, iterations: int) -> Cost:
-    """What `recombine_layer` takes where every retained expert receives the same and a third of the iterations run."""
+    """Cost of `recombine_layer`, assuming equally many segments per retained expert and a third of the iterations."""
     pool = shape.width * shape.experts // shape.retained  # segments of an expert and those that it receives
     segment = shape.expert // shape.width
     similarities = min(shape.max_elements, pool * shape.width)
     held = 4 * pool * segment + 3 * shape.expert + similarities
     dropped = shape.experts - shape.retained
-    compared = segment - shape.inputs * (shape.projections > 2)  # by default gates are not
+    compared = segment - shape.inputs * (shape.projections > 2)  # by default gate projections are not compared
     assigned = 2.0 * dropped * shape.width * shape.retained * shape.width * compared
     clustered = 2.0 * shape.retained * pool * shape.width * segment * iterations / 3
     return Cost(shape.number * held, shape.retained * shape.expert * shape.itemsize, assigned + clustered)

@@ -1,1 +1,1 @@
-"""A layer's experts as tensors: their segments, what they compute, what is known of them, what steps cost."""
+"""A MoE layer as tensors: expert weights, forward pass, calibration statistics, and cost formulas."""

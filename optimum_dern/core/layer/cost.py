@@ -1,7 +1,7 @@
-"""What the steps on a MoE layer hold and compute, counted from shapes alone.
+"""Memory and floating-point operations of the steps on a MoE layer, computed from tensor shapes alone.
 
-Every module of `core` that does notable work has a function beside it that returns its `Cost`; predictions of memory
-and time only add these up.
+Every expensive function of `core` has a `*_cost` function beside it that returns its `Cost`; predictions of memory and
+time add these up.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ __all__ = ["Cost", "LayerShape", "experts_operations", "held_by_chunk"]
 
 
 class LayerShape(NamedTuple):
-    """The sizes that decide what a layer takes."""
+    """The tensor sizes of a MoE layer that determine memory and compute."""
 
     tokens: int  # T, calibration tokens of this process
     experts: int  # E, before
@@ -29,41 +29,41 @@ class LayerShape(NamedTuple):
 
     @property
     def number(self) -> int:
-        """Bytes of a number that is computed with."""
+        """Bytes per number in computations, at least those of float32."""
         return max(4, self.itemsize)
 
     @property
     def expert(self) -> int:
-        """Weights of one expert."""
+        """Number of weights of one expert."""
         return self.width * ((self.projections - 1) * self.inputs + self.outputs)
 
     @property
     def down(self) -> int:
-        """Weights of one expert's down projection."""
+        """Number of weights of one expert's down projection."""
         return self.width * self.outputs
 
     def fitted(self, tokens: int) -> "LayerShape":
-        """The same layer on fewer tokens, once its experts are the retained ones."""
+        """Return the shape of the layer with only its retained experts and at most this many tokens."""
         return self._replace(tokens=min(tokens, self.tokens), experts=self.retained)
 
 
 class Cost(NamedTuple):
-    """Of one step, beside what was there before it."""
+    """Additional memory and operations of one step."""
 
-    held: int = 0  # bytes, at most: of tokens, and of one expert or a few at a time
-    experts: int = 0  # bytes of what has something for every expert, the step's result included
+    held: int = 0  # peak bytes for tokens and for one or a few experts at a time
+    experts: int = 0  # bytes of tensors with an entry for every expert, including the step's result
     operations: float = 0.0  # a multiplication and an addition are two
 
 
 def experts_operations(shape: LayerShape, tokens: int | None = None) -> float:
-    """What the chosen experts of the tokens compute."""
+    """Return the operations of the forward pass of all tokens through their chosen experts."""
     return 2.0 * (shape.tokens if tokens is None else tokens) * shape.top_k * shape.expert
 
 
 def held_by_chunk(shape: LayerShape) -> int:
-    """Bytes while one expert works on a chunk of tokens: its inputs, pre-activations, neurons and outputs."""
+    """Return the bytes of one expert's forward pass on a chunk of tokens: inputs, activations and outputs."""
     tokens = min(shape.chunk_tokens, shape.tokens)
-    converted = shape.expert if shape.itemsize < shape.number else 0  # weights, as they are computed with
+    converted = shape.expert if shape.itemsize < shape.number else 0  # its weights, converted to the compute dtype
     return shape.number * (
         tokens * (shape.inputs + (shape.projections + 1) * shape.width + 2 * shape.outputs) + converted
     )

@@ -1,4 +1,4 @@
-"""What a layer's experts compute: neuron activations, expert outputs and their routed sum.
+"""Forward pass of a layer's experts: neuron activations, expert outputs and their routed sum.
 
 The router's choice comes in as the tensors that the model itself hands to its experts (indices and weights per
 token), so every router of every family is covered.  Work goes expert by expert and in chunks of tokens; no
@@ -20,46 +20,46 @@ Activation = Callable[[Tensor | None, Tensor], Tensor]  # (gate, up) pre-activat
 
 
 class Routing(NamedTuple):
-    """What the experts of a layer receive for T tokens (padding already removed)."""
+    """Hidden states and routing decisions of T tokens (without padding), as the experts of a layer receive them."""
 
     hidden: Tensor  # (T, d)
     index: Tensor  # (T, k) expert of each slot, all different for one token
-    weight: Tensor  # (T, k) weight that the model applies to its output (or input, see below)
+    weight: Tensor  # (T, k) gate weight applied to the expert's output (or input, see below)
     weighs_input: bool = False  # an expert contributes e(w x), as in Llama 4, instead of w e(x)
 
     def select(self, tokens: Tensor | slice) -> "Routing":
-        """Some of the tokens, by index, mask or slice."""
+        """Select tokens by index, mask or slice."""
         return self._replace(hidden=self.hidden[tokens], index=self.index[tokens], weight=self.weight[tokens])
 
     def inputs(self, token: Tensor, slot: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the experts in these slots (n,) of these tokens (n,) read: (n, d)."""
+        """Return the expert inputs (n, d) of (token, slot) pairs, times the gate weights if these scale the inputs."""
         hidden = self.hidden[token].to(dtype)
         return self.weight[token, slot, None].to(dtype) * hidden if self.weighs_input else hidden
 
     def output_weights(self, token: Tensor, slot: Tensor, dtype: torch.dtype) -> Tensor:
-        """What their outputs are multiplied by: (n, 1), ones where the weight is in the inputs."""
+        """Return the factors (n, 1) of the expert outputs: gate weights, or ones if these scale the inputs."""
         weight = self.weight[token, slot, None].to(dtype)
         return torch.ones_like(weight) if self.weighs_input else weight
 
     @classmethod
     def concatenate(cls, parts: Sequence["Routing"]) -> "Routing":
-        """The tokens of several parts of one layer, in order."""
+        """Concatenate the routing of several batches of tokens of one layer."""
         tensors = zip(*(part[:3] for part in parts), strict=True)
         return cls(*map(torch.cat, tensors), parts[0].weighs_input)
 
 
 class ExpertBatch(NamedTuple):
-    """Tokens that one expert processes, at most a chunk of the workspace's size."""
+    """A chunk of the tokens routed to one expert, with the neuron activations."""
 
     expert: int
     token: Tensor  # (n,) row in the routing
     slot: Tensor  # (n,) which of the k choices
-    weight: Tensor  # (n, 1) of the output
-    neurons: Tensor  # (n, f) activations, before the weight
+    weight: Tensor  # (n, 1) factor of the output
+    neurons: Tensor  # (n, f) activations, not yet scaled by the weight
 
 
 def neuron_activations(segments: Segments, expert: int, hidden: Tensor, activation: Activation) -> Tensor:
-    """h(x) = act(G x) * (U x) of one expert.
+    """Compute the neuron activations h(x) = act(G x) * (U x) of one expert.
 
     Args:
         segments: the layer's experts.
@@ -76,14 +76,14 @@ def neuron_activations(segments: Segments, expert: int, hidden: Tensor, activati
 
 
 def expert_inputs(segments: Segments, hidden: Tensor) -> Tensor:
-    """What gate and up rows multiply: (n, d), with a column of ones where their last column is a bias."""
+    """Append a column of ones to the hidden states (n, d) if the last column of the gate and up rows is a bias."""
     return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1) if segments.biased else hidden
 
 
 def expert_batches(
     segments: Segments, routing: Routing, activation: Activation, experts: list[int] | None = None
 ) -> Iterator[ExpertBatch]:
-    """Walk over the tokens of each expert, a chunk at a time.
+    """Iterate over the tokens routed to each expert, one chunk at a time.
 
     Args:
         segments: N experts.
@@ -105,13 +105,13 @@ def expert_batches(
 
 
 def expert_output(segments: Segments, batch: ExpertBatch) -> Tensor:
-    """e = D h (+ bias) of the batch's expert on its inputs, before the weight of the output: (n, o)."""
+    """Compute the expert output e = D h (+ bias) of a batch, without its gate weight: (n, o)."""
     output = batch.neurons @ segments.down[batch.expert].to(batch.neurons.dtype)
     return output if segments.output_bias is None else output + segments.output_bias[batch.expert]
 
 
 def routed_output(segments: Segments, routing: Routing, activation: Activation) -> Tensor:
-    """y(x) = sum over the chosen experts of weight times output, or of the output for the weighted input.
+    """Compute the layer's routed output, the sum of the chosen experts' outputs with their gate weights.
 
     Args:
         segments: N experts.

@@ -1,4 +1,4 @@
-"""Sums over tokens that several processes may share.
+"""Sums over calibration tokens that are distributed over several processes.
 
 A function that sums over tokens takes a `reduce`, which turns what one process has summed into what all have together,
 the same to the bit in each of them.  By default there is one process.  Whatever a function decides (to stop, to leave
@@ -14,22 +14,22 @@ __all__ = ["Reduce", "alone", "any_process", "largest"]
 
 
 class Reduce(Protocol):
-    """From one process's numbers to those of all; it may write into its argument."""
+    """Function that reduces a tensor over all processes; it may write into its argument."""
 
     def __call__(self, local: Tensor, operation: str = "sum") -> Tensor:
-        """Sum over the processes, or maximum where `operation` is "max"."""
+        """Return the sum over all processes, or the maximum if `operation` is "max"."""
 
 
 def alone(local: Tensor, operation: str = "sum") -> Tensor:
-    """The `Reduce` of a single process: there is nobody to add."""
+    """Return the tensor unchanged: the `Reduce` of a single process."""
     return local
 
 
 def any_process(flag: Tensor, reduce: Reduce) -> bool:
-    """Whether a flag is set in any process."""
+    """Return whether a flag is set in any process."""
     return bool(reduce(flag.int(), "max"))
 
 
 def largest(values: Tensor, reduce: Reduce) -> Tensor:
-    """Maximum over all processes of numbers >= 0, some of which may have none."""
+    """Return the maximum over all processes of values >= 0; a process may have no values."""
     return reduce(values.max() if values.numel() else values.new_zeros(()), "max")

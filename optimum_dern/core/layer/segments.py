@@ -1,4 +1,4 @@
-"""Expert weights as neuron segments, and back.
+"""Conversion of expert weights to neuron segments and back.
 
 An expert of width f is exactly the sum of f neurons: neuron j reads the input through row j of the gate and of the up
 projection and writes through column j of the down projection (DERN, arXiv 2509.10377, step 2).  That triple is a
@@ -24,7 +24,7 @@ __all__ = ["ExpertLayout", "Segments", "parameters_from_segments", "segments_fro
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """How a model stores the weights of its experts; the flags of transformers' experts modules."""
+    """Storage layout of a model's expert weights, as flagged by transformers' experts modules."""
 
     gated: bool = True  # gate and up fused in `gate_up_proj`; otherwise only `up_proj`
     transposed: bool = False  # (E, in, out) instead of (E, out, in)
@@ -33,22 +33,22 @@ class ExpertLayout:
 
 
 class Segments(NamedTuple):
-    """The neurons of E experts; d is the input width (one more where there are biases), o the output width."""
+    """The neurons of E experts: input width d (plus one with biases), expert width f, output width o."""
 
     gate: Tensor | None  # (E, f, d)
     up: Tensor  # (E, f, d)
     down: Tensor  # (E, f, o): row j is column j of the down projection
-    output_bias: Tensor | None = None  # (E, o): belongs to the expert, not to a neuron
+    output_bias: Tensor | None = None  # (E, o) bias of the expert's output, not of a neuron
     biased: bool = False  # the last column of gate and up is a bias
-    workspace: Workspace = IN_MEMORY  # of the steps that work on them, and of what these make
+    workspace: Workspace = IN_MEMORY  # memory limits and allocator of the steps that use these tensors
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """At least float32: weights are converted expert by expert, where they are used, never all at once."""
+        """Dtype of computations: float32 or wider; weights are converted one expert at a time, when they are used."""
         return torch.promote_types(self.up.dtype, torch.float32)
 
     def select(self, experts: Tensor | slice) -> "Segments":
-        """The segments of some of the experts, in the order given: copies, or views for a slice."""
+        """Select experts in the order given: copies, or views for a slice."""
 
         def chosen(part: Tensor) -> Tensor:
             return part[experts] if isinstance(experts, slice) else self.workspace.select(part, experts)
@@ -56,16 +56,16 @@ class Segments(NamedTuple):
         return Segments(*(chosen(part) if isinstance(part, Tensor) else part for part in self))
 
     def to(self, *args) -> "Segments":
-        """`Tensor.to` on every part."""
+        """Apply `Tensor.to` to every tensor."""
         return Segments(*(part.to(*args) if isinstance(part, Tensor) else part for part in self))
 
     def concatenated(self, expert: int) -> Tensor:
-        """One expert's segments as the rows of a matrix gate|up|down, (f, D)."""
+        """Return one expert's segments as the rows of a matrix gate|up|down (f, D)."""
         parts = [self.up[expert], self.down[expert]]
         return torch.cat(parts if self.gate is None else [self.gate[expert], *parts], dim=-1)  # (f, D)
 
     def split(self, matrix: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Undo `concatenated`: (f, D) to gate, up, down."""
+        """Split a matrix (f, D) made by `concatenated` into gate, up and down."""
         d, o = self.up.shape[-1], self.down.shape[-1]
         if self.gate is None:
             return None, *matrix.split([d, o], dim=-1)
@@ -75,13 +75,13 @@ class Segments(NamedTuple):
 def segments_from_parameters(
     parameters: Mapping[str, Tensor], layout: ExpertLayout, workspace: Workspace = IN_MEMORY
 ) -> Segments:
-    """Read the experts of one layer as segments.
+    """Convert the expert parameters of one layer to segments.
 
     Args:
         parameters: `gate_up_proj` (E, 2f, d) or `up_proj` (E, f, d), `down_proj` (E, o, f), and with biases
             `gate_up_proj_bias` (E, 2f) or `up_proj_bias` (E, f) and `down_proj_bias` (E, o); the weights' last two
             dimensions are swapped where `layout.transposed`.
-        layout: how they are stored.
+        layout: storage layout of the parameters.
         workspace: of the segments.
 
     Returns:
@@ -99,11 +99,11 @@ def segments_from_parameters(
 
 
 def parameters_from_segments(segments: Segments, layout: ExpertLayout) -> dict[str, Tensor]:
-    """The inverse of `segments_from_parameters`: contiguous tensors in the model's own layout.
+    """Convert segments back to contiguous parameters in the model's layout.
 
     Args:
         segments: any number of experts.
-        layout: how the model stores them.
+        layout: storage layout of the model.
 
     Returns:
         The parameters under the names that `segments_from_parameters` reads.
@@ -121,7 +121,7 @@ def parameters_from_segments(segments: Segments, layout: ExpertLayout) -> dict[s
 
 
 def similarity_vectors(segments: Segments, weights: Sequence[float]) -> Tensor:
-    """Unit vectors whose dot product is the weighted mean of the projections' cosines (design of this package).
+    """Compute unit vectors of neurons whose dot product is the weighted mean of the projections' cosines.
 
     Each projection vector is L2-normalised, scaled by sqrt(weight / sum of weights), and the three are concatenated.
 

@@ -1,4 +1,4 @@
-"""Running sums per expert, from which every saliency is a short formula.
+"""Sums per expert over the calibration tokens, from which selection criteria compute saliencies.
 
 Sums, not means: two halves of the calibration data, or two processes, merge by adding (one number is a maximum, and
 merges as such).  Everything is float64, so that millions of tokens do not drown the last ones.  Padding never arrives
@@ -18,12 +18,12 @@ from .segments import Segments
 
 __all__ = ["measure_experts_cost", "ExpertStatistics", "measure_experts"]
 
-MAXIMA = ("output_max",)  # of the fields, those that are not sums
+MAXIMA = ("output_max",)  # fields that are maxima instead of sums
 
 
 @dataclass(frozen=True)
 class ExpertStatistics:
-    """Sums over the tokens of one layer; E experts, output width o; g is the weight applied, e the output.
+    """Sums over a layer's calibration tokens; E experts, output width o, g the gate weight, e the expert's output.
 
     Where the weight scales the expert's input, e is what comes out of the scaled input: it is then the whole
     contribution, and g does not multiply it once more.
@@ -36,13 +36,13 @@ class ExpertStatistics:
     output_norm_squared: Tensor  # (E,) sum of |e|^2
     weighted_output_norm: Tensor  # (E,) sum of g |e|, the norm of the contribution
     output_sum: Tensor  # (E, o) sum of e
-    coactivation: Tensor  # (E, E) sum over tokens that chose both of (g_i |e_i|) (g_j |e_j|)
-    together: Tensor  # (E, E) tokens that chose both; `count` on the diagonal
+    coactivation: Tensor  # (E, E) sum of (g_i |e_i|) (g_j |e_j|) over tokens routed to both
+    together: Tensor  # (E, E) number of tokens routed to both; `count` on the diagonal
     output_max: Tensor  # (E,) largest absolute component of e
 
     @classmethod
     def zeros(cls, num_experts: int, output_size: int, device: torch.device | str = "cpu") -> "ExpertStatistics":
-        """Statistics of no tokens at all, the neutral element of `merge`."""
+        """Return the statistics of zero tokens."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
@@ -52,13 +52,13 @@ class ExpertStatistics:
         return cls(0, *vectors, *matrices, zeros(num_experts))
 
     def merge(self, other: "ExpertStatistics") -> "ExpertStatistics":
-        """The statistics of both sets of tokens together."""
+        """Combine the statistics of two sets of tokens."""
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
         merged = {name: torch.maximum(*pair) if name in MAXIMA else pair[0] + pair[1] for name, pair in pairs.items()}
         return ExpertStatistics(**merged)
 
     def reduced(self, reduce: Reduce) -> "ExpertStatistics":
-        """The statistics of the tokens of all processes."""
+        """Combine the statistics of all processes."""
         tokens = reduce(torch.tensor(self.tokens, device=self.count.device))
         operations = {f.name: "max" if f.name in MAXIMA else "sum" for f in fields(self)[1:]}
         reduced = {name: reduce(getattr(self, name), operation) for name, operation in operations.items()}
@@ -66,7 +66,7 @@ class ExpertStatistics:
 
 
 def measure_experts(segments: Segments, routing: Routing, activation: Activation) -> tuple[ExpertStatistics, Tensor]:
-    """Statistics of one batch of tokens, and what the layer makes of them.
+    """Run a layer's experts on a batch of tokens; return their statistics and the routed output.
 
     Args:
         segments: E experts.
@@ -113,7 +113,7 @@ def measure_experts(segments: Segments, routing: Routing, activation: Activation
 
 
 def measure_experts_cost(shape: LayerShape) -> Cost:
-    """What `measure_experts` takes, the layer's output that it returns left out."""
+    """Cost of `measure_experts`, excluding the routed output that it returns."""
     pairs = 8 * shape.tokens * (2 * shape.experts + 6 * shape.top_k)  # float64
     chunk = held_by_chunk(shape) + 8 * min(shape.chunk_tokens, shape.tokens) * shape.outputs
     sums = 8 * shape.experts * (shape.outputs + 4 * shape.experts)

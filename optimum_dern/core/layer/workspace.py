@@ -1,4 +1,4 @@
-"""Where the work on a layer keeps tensors as large as its experts, and how much else it holds at once.
+"""Allocator and memory limits for computations on a layer's experts.
 
 By default everything is in memory.  A layer whose experts do not fit into memory brings a workspace whose tensors are
 in a file: as every computation goes expert by expert, only the pages of one expert then have to be there.
@@ -13,20 +13,20 @@ from torch import Tensor
 
 __all__ = ["CHUNK_TOKENS", "IN_MEMORY", "MAX_ELEMENTS", "Empty", "Workspace"]
 
-Empty = Callable[..., Tensor]  # as `torch.empty(shape, dtype=..., device=...)`
+Empty = Callable[..., Tensor]  # signature of `torch.empty(shape, dtype=..., device=...)`
 MAX_ELEMENTS = 1 << 26  # 256 MiB in float32
 CHUNK_TOKENS = 4096  # small enough for the caches of a CPU, large enough to fill a GPU
 
 
 class Workspace(NamedTuple):
-    """What the steps on a layer may use; results do not depend on it but for the order of their sums."""
+    """Allocator and memory limits of the steps on a layer; results depend on them only by rounding (order of sums)."""
 
-    empty: Empty = torch.empty  # makes tensors that hold something for every expert
-    max_elements: int = MAX_ELEMENTS  # numbers of each other kind that a step holds at once
-    chunk_tokens: int = CHUNK_TOKENS  # tokens that one expert works on at once
+    empty: Empty = torch.empty  # allocates tensors with an entry for every expert
+    max_elements: int = MAX_ELEMENTS  # most elements of any other temporary tensor
+    chunk_tokens: int = CHUNK_TOKENS  # tokens in one forward pass of an expert
 
     def empty_like(self, tensor: Tensor, count: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor for other experts, in memory laid out as these are, by which products come out with the same bits.
+        """Allocate a tensor with the memory layout of another, so that matrix products agree bit for bit.
 
         Args:
             tensor: (E, ...).
@@ -40,14 +40,14 @@ class Workspace(NamedTuple):
         return made.permute([order.index(dim) for dim in range(tensor.dim())])
 
     def copy(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A copy, made expert by expert."""
+        """Copy a tensor one expert at a time."""
         copy = self.empty_like(tensor, dtype=dtype)
         for expert in range(len(tensor)):
             copy[expert] = tensor[expert]
         return copy
 
     def select(self, tensor: Tensor, experts: Tensor) -> Tensor:
-        """A copy of some experts (N,), in the order given."""
+        """Copy the entries of some experts (N,), in the order given."""
         chosen = self.empty_like(tensor, len(experts))
         for position, expert in enumerate(experts.tolist()):
             chosen[position] = tensor[expert]

@@ -1,1 +1,1 @@
-"""Pictures of a layer for the report; nothing here decides anything."""
+"""Data for the report's plots of a layer; the compression does not depend on it."""

@@ -1,4 +1,4 @@
-"""Where the dropped experts' segments went, as counts for the report."""
+"""Number of segments moved from each dropped to each retained expert, for the report."""
 
 import torch
 from torch import Tensor
@@ -8,11 +8,11 @@ from ..router.rows import dropped_experts
 
 __all__ = ["segment_flow"]
 
-MAX_LINKS = 512  # the largest; the sums count all
+MAX_LINKS = 512  # only the largest are listed; the sums count all
 
 
 def segment_flow(destination: Tensor, retained: Tensor) -> dict[str, object]:
-    """Count the moved segments between experts.
+    """Count the segments moved from each dropped expert to each retained expert.
 
     Args:
         destination: (E - N, f) position among the retained experts, -1 for a discarded segment.

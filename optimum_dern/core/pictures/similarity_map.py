@@ -1,4 +1,4 @@
-"""How alike the experts of a layer are, as wholes and neuron by neuron: a picture for the report.
+"""Cosine similarities of a layer's experts, of whole experts and of their neurons, for the report.
 
 The observation that DERN (arXiv 2509.10377) starts from: two experts whose weights are alike as wholes may have
 neurons that match one another well, badly, or not at all.  Nothing here decides anything, so the work is bounded:
@@ -17,17 +17,17 @@ from ..layer.segments import Segments, similarity_vectors
 
 __all__ = ["similarity_map", "similarity_map_cost"]
 
-MAX_EXPERTS = 64  # in the map; of more, as many are drawn
-MAX_ELEMENTS = 1 << 27  # weights that the experts' cosines are computed from
-MAX_PRODUCTS = 1 << 34  # multiplications of the neurons' cosines: seconds on a core
-MAX_NEURONS = 256  # per expert whose best match is looked for
-BLOCK = 1 << 20  # numbers of one kind in memory at once, in float32
+MAX_EXPERTS = 64  # in the map; a random sample if the layer has more
+MAX_ELEMENTS = 1 << 27  # most weights used for the experts' cosines
+MAX_PRODUCTS = 1 << 34  # most multiplications for the neurons' cosines: seconds on a core
+MAX_NEURONS = 256  # most neurons per expert whose best match is computed
+BLOCK = 1 << 20  # elements of one temporary tensor, in float32
 BINS = 20  # of the histogram, from 0 to 1
 RANKS = (0.1, 0.5, 0.9)  # quantiles of an expert's best matches
 
 
 def similarity_map(segments: Segments, weights: Sequence[float], seed: int = 0) -> dict[str, object] | None:
-    """Cosines between experts, and between the neurons of every expert and those of the expert most like it.
+    """Compute cosines between experts, and between each expert's neurons and those of its most similar expert.
 
     Args:
         segments: E experts.
@@ -48,7 +48,7 @@ def similarity_map(segments: Segments, weights: Sequence[float], seed: int = 0) 
     size = sum(part.shape[-1] for part in segments[:3] if part is not None)  # numbers in a segment
     rows = _sample(width, MAX_ELEMENTS // (len(experts) * size), generator)
     cosines = _expert_cosines(segments, experts, rows)
-    nearest = (cosines - 2 * torch.eye(len(experts), dtype=cosines.dtype)).argmax(dim=1)  # nobody is nearest to itself
+    nearest = (cosines - 2 * torch.eye(len(experts), dtype=cosines.dtype)).argmax(dim=1)  # exclude the expert itself
     neurons = _sample(width, min(MAX_NEURONS, MAX_PRODUCTS // (len(experts) * width * size)), generator)
     best = torch.stack(
         [
@@ -72,21 +72,21 @@ def similarity_map(segments: Segments, weights: Sequence[float], seed: int = 0) 
 
 
 def similarity_map_cost(shape: LayerShape) -> Cost:
-    """What `similarity_map` takes: blocks of weights on their way, and their products."""
+    """Cost of `similarity_map`."""
     block = min(BLOCK, shape.experts * shape.width * shape.inputs)
     sampled = min(shape.width, MAX_NEURONS) * min(shape.experts, MAX_EXPERTS)
     return Cost(3 * shape.number * block, 0, 2.0 * sampled * shape.expert)
 
 
 def _sample(count: int, limit: int, generator: torch.Generator) -> Tensor:
-    """All of `count`, or `limit` of them (at least one), ascending."""
+    """Draw at most `limit` (but at least one) of `count` indices, ascending."""
     if count <= limit:
         return torch.arange(count)
     return torch.randperm(count, generator=generator)[: max(1, limit)].sort().values
 
 
 def _expert_cosines(segments: Segments, experts: Tensor, rows: Tensor) -> Tensor:
-    """Cosines of the experts' weights, taken together, in float64 on the CPU: (experts, experts)."""
+    """Compute the cosines (experts, experts) of experts as vectors of all their weights, in float64 on the CPU."""
     gram = torch.zeros(len(experts), len(experts), dtype=torch.float64)
     for part in segments[:3]:
         if part is None:
@@ -101,7 +101,7 @@ def _expert_cosines(segments: Segments, experts: Tensor, rows: Tensor) -> Tensor
 
 
 def _best_matches(segments: Segments, expert: int, neurons: Tensor, other: int, weights: Sequence[float]) -> Tensor:
-    """Best cosine of some neurons of an expert with any neuron of another, on the CPU: (neurons,)."""
+    """Compute each neuron's best cosine (neurons,) with any neuron of another expert, on the CPU."""
 
     def vectors(index: int, rows: Tensor) -> Tensor:
         parts = (part if part is None else part[index, rows.to(part.device)][None] for part in segments[:3])

@@ -1,1 +1,1 @@
-"""The mathematics of DERN as pure functions on tensors: no transformers, no modules, no files."""
+"""The mathematics of expert selection, merging and refits: pure functions on tensors, without transformers."""

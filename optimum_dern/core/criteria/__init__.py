@@ -1,1 +1,1 @@
-"""Which experts stay: every selection criterion, and the limits under which it chooses."""
+"""Selection criteria: scores of experts, and the choice of the retained ones under the router's constraints."""

@@ -1,4 +1,4 @@
-"""The set of experts whose loss changes the layer's output least (NAEE, arXiv 2402.14800).
+"""Selection of the experts whose removal changes the layer's output least (NAEE, arXiv 2402.14800).
 
     min over S  | F(X) - F_S(X) |_F
 
@@ -6,10 +6,10 @@ F is the layer's routed output, F_S the same with the logits of the experts outs
 then chooses and weighs among the rest.  Where there are few sets all are tried, as in the paper; where there are many,
 experts are dropped one by one, each time the one without which the error is lowest (backward elimination).
 
-Every expert's output on every token would not fit, so what is kept of them is their Gram matrix G per token, (E, E),
-and their products c with F: a token's |F - F_S|^2 is |F|^2 - 2 w . c + w . G w, with w the chosen experts' weights.
-That bounds how many tokens can be looked at: `MAX_TOKENS`, fewer where experts are many (`MAX_ELEMENTS`), evenly
-spaced among those that may be fitted.
+All experts' outputs on all tokens would not fit into memory, so only their Gram matrix G (E, E) and inner products c
+with F are kept per token: |F - F_S|^2 is |F|^2 - 2 w . c + w . G w, with w the chosen experts' gate weights.  The
+memory for G limits the number of tokens: `MAX_TOKENS`, fewer for many experts (`MAX_ELEMENTS`), evenly spaced among
+those that are not held out.
 """
 
 from collections.abc import Sequence
@@ -35,57 +35,57 @@ MAX_ELEMENTS = 1 << 25  # of the Gram matrices of all of them
 
 @dataclass(frozen=True)
 class Trial:
-    """What decides the error of a set of experts, for T tokens of this process."""
+    """Logits and Gram matrices from which the output error of any set of experts follows, for T tokens."""
 
     logits: Tensor  # (T, E)
     choice: RouterChoice
     top_k: int
-    gram: Tensor  # (T, E, E) products of the experts' outputs
-    products: Tensor  # (T, E) of these with the layer's output
-    energy: Tensor  # (T,) of the layer's output
+    gram: Tensor  # (T, E, E) inner products of the experts' outputs
+    products: Tensor  # (T, E) inner products of the experts' outputs with the layer's output
+    energy: Tensor  # (T,) squared norm of the layer's output
     layer: ObservedLayer
 
     @property
     def independent(self) -> bool:
-        """Whether a token keeps its experts where one goes that it has not chosen."""
-        shifted = self.choice.by == "exp" and self.choice.bias is not None  # softmax moves against the correction
+        """Whether dropping an expert leaves the choice of all tokens that are not routed to it unchanged."""
+        shifted = self.choice.by == "exp" and self.choice.bias is not None  # softmax shifts relative to the bias
         return not (shifted or self.choice.topk_group < self.choice.num_groups)
 
     def losses(self, kept: Sequence[list[int]]) -> Tensor:
-        """|F - F_S| of several sets S, over the tokens of all processes: (sets,) float64."""
+        """Compute |F - F_S| of several sets S over the tokens of all processes: (sets,) float64."""
         squares = [self._squares(self._without_others(experts)).sum() for experts in kept]
         return self.layer.reduce(torch.stack(squares)).clamp(min=0).sqrt()
 
     def losses_without(self, kept: list[int], candidates: list[int]) -> Tensor:
-        """|F - F_S| for S without one of the candidates each: (candidates,) float64."""
+        """Compute |F - F_S| of the kept experts without each of the candidates in turn: (candidates,) float64."""
         if not self.independent:
             return self.losses([[expert for expert in kept if expert != candidate] for candidate in candidates])
         logits = self._without_others(kept)
         index, weight = choose_experts(logits, self.choice, self.top_k)
         linear, quadratic = self._terms(index, weight)
-        grown = 1.0  # by how much the weights grow where an expert goes that was not chosen
+        grown = 1.0  # growth of the gate weights when an expert is dropped that was not chosen
         if self.choice.rule.over_all:
             grown = 1 / (1 - log_masses(logits, self.choice.rule.phi).double().softmax(dim=1))  # (T, E)
         squares = self.energy.unsqueeze(1) - 2 * grown * linear.unsqueeze(1) + grown**2 * quadratic.unsqueeze(1)
         squares = squares.expand_as(logits).clone()
-        for slot in range(self.top_k):  # tokens that have chosen the expert
+        for slot in range(self.top_k):  # tokens routed to the dropped expert
             gone = index[:, slot : slot + 1]
             squares.scatter_(1, gone, self._squares(logits.scatter(1, gone, -torch.inf)).unsqueeze(1))
         return self.layer.reduce(squares.sum(0)[candidates]).clamp(min=0).sqrt()
 
     def _without_others(self, kept: list[int]) -> Tensor:
-        """Logits where only some experts may be chosen."""
+        """Return the logits with those of all other experts set to -inf."""
         dropped = torch.ones(self.logits.shape[1], dtype=torch.bool, device=self.logits.device)
         dropped[kept] = False
         return self.logits.masked_fill(dropped, -torch.inf)
 
     def _squares(self, logits: Tensor) -> Tensor:
-        """|F - F_S|^2 of every token (T,) for such logits."""
+        """Compute |F - F_S|^2 of every token (T,) from logits masked by S."""
         linear, quadratic = self._terms(*choose_experts(logits, self.choice, self.top_k))
         return self.energy - 2 * linear + quadratic
 
     def _terms(self, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """w . c and w . G w of every token, (T,) each."""
+        """Compute w . c and w . G w of every token, (T,) each."""
         weight, token = weight.to(self.gram), torch.arange(len(index), device=index.device)
         pairs = self.gram[token[:, None, None], index.unsqueeze(2), index.unsqueeze(1)]  # (T, k, k)
         quadratic = (weight * (pairs @ weight.unsqueeze(2)).squeeze(2)).sum(1)
@@ -93,17 +93,17 @@ class Trial:
 
 
 def trial_tokens(num_experts: int) -> int:
-    """About how many tokens are looked at, at most, by all processes together."""
+    """Return the approximate maximum number of tokens, of all processes together, that are evaluated."""
     return max(1, min(MAX_TOKENS, MAX_ELEMENTS // num_experts**2))
 
 
 @torch.no_grad()
 def greedy(layer: ObservedLayer, places: Places) -> tuple[Tensor, Tensor]:
-    """The experts whose loss changes the layer's output least.
+    """Select the experts whose removal changes the layer's output least.
 
     Args:
         layer: observed on T tokens.
-        places: how many experts stay, in how many groups, and which in any case.
+        places: how many experts are retained, in how many groups, and which are protected.
 
     Returns:
         (E,) the error of dropping each expert alone, and (N,) the retained experts, ascending.
@@ -125,7 +125,7 @@ def greedy(layer: ObservedLayer, places: Places) -> tuple[Tensor, Tensor]:
 
 
 def _eliminate(trial: Trial, num_experts: int, places: Places) -> list[int]:
-    """Drop one expert after another; of equally good ones the last."""
+    """Drop experts one by one, each time the one of least error (of ties the last); return the kept ones."""
     kept, free = list(range(num_experts)), free_experts(num_experts, places)
     size = num_experts // places.num_groups
     left = [size - places.count // places.num_groups] * places.num_groups  # to be dropped
@@ -162,7 +162,7 @@ def _prepare(layer: ObservedLayer) -> Trial:
 
 
 def _sample(layer: ObservedLayer) -> tuple[Routing, Tensor]:
-    """Evenly spaced tokens that may be fitted, the same however many processes share them; the output for them."""
+    """Sample evenly spaced tokens that are not held out; return their routing and the layer's output."""
     fitted = ~layer.held_out
     order = torch.arange(len(fitted)) if layer.order is None else layer.order
     step = max(1, -(-int(layer.reduce(fitted.sum())) // trial_tokens(len(layer.segments.up))))
@@ -171,7 +171,7 @@ def _sample(layer: ObservedLayer) -> tuple[Routing, Tensor]:
 
 
 def greedy_cost(shape: LayerShape) -> Cost:
-    """What `greedy` takes: Gram matrices of every expert's output on a sample of the tokens, in float64."""
+    """Cost of `greedy`: mainly the float64 Gram matrices of all experts' outputs on a sample of the tokens."""
     tokens = min(shape.tokens, trial_tokens(shape.experts))
     block = min(tokens, max(1, shape.max_elements // (shape.experts * shape.outputs)))
     outputs = block * shape.experts * (shape.outputs + shape.experts) * shape.number

@@ -1,8 +1,8 @@
-"""HOPE: prune the experts that matter least together (arXiv 2609.18916).
+"""HOPE: select experts to prune by their joint contribution, including co-activation (arXiv 2609.18916).
 
-What is lost with two experts that work on the same tokens is more than the sum of what is lost with each.  Let a_i be
-g_i |e_i| on a token, and F_ij the mean of a_i a_j over the tokens that chose both (0 where none did), F_kk that of
-a_k^2 over the tokens of k.  The pruned set p in {0, 1}^E minimises
+Pruning two experts that are active on the same tokens costs more than the sum of pruning each.  Let a_i be g_i |e_i|
+on a token, F_ij the mean of a_i a_j over the tokens that chose both (0 where none did), and F_kk that of a_k^2 over
+the tokens of k.  The pruned set p in {0, 1}^E minimises
 
     p^T F p,    sum of p = E - N
 
@@ -22,15 +22,15 @@ from .selection import Places, check_places, select_experts
 
 __all__ = ["hope", "interaction"]
 
-ITERATIONS = 200  # of the quadratic programming, which starts the exchanges well rather than exactly
+ITERATIONS = 200  # of the quadratic programming; it only has to give the exchanges a good start
 
 
 def hope(statistics: ExpertStatistics, places: Places) -> tuple[Tensor, Tensor]:
-    """The experts whose removal costs least, their co-activation counted.
+    """Select the experts to retain by the least cost p^T F p of the pruned ones.
 
     Args:
-        statistics: the layer's sums.
-        places: how many experts stay, in how many groups, and which in any case.
+        statistics: of the layer.
+        places: how many experts are retained, in how many groups, and which are protected.
 
     Returns:
         (E,) the cost F_kk of dropping each expert alone, and (N,) the retained experts, ascending.
@@ -50,12 +50,12 @@ def hope(statistics: ExpertStatistics, places: Places) -> tuple[Tensor, Tensor]:
 
 
 def interaction(statistics: ExpertStatistics) -> Tensor:
-    """F, (E, E) symmetric: mean product of two experts' contributions where both are active."""
+    """Compute F (E, E), the mean product of two experts' contributions on tokens where both are active."""
     return statistics.coactivation / statistics.together.clamp(min=1)
 
 
 def _relaxed(matrix: np.ndarray, places: Places) -> np.ndarray:
-    """p in [0, 1]^E of least p^T F p that prunes the right number in every group."""
+    """Solve the relaxed problem: p in [0, 1]^E of least p^T F p with the required sum in every group."""
     from scipy.optimize import minimize
 
     groups = np.arange(len(matrix)).reshape(places.num_groups, -1)
@@ -82,13 +82,13 @@ def _relaxed(matrix: np.ndarray, places: Places) -> np.ndarray:
 
 
 def _cost(matrix: np.ndarray, kept: list[int]) -> float:
-    """p^T F p, p being 1 for the experts that are not kept."""
+    """Compute p^T F p, with p = 1 for the experts that are not kept."""
     pruned = np.setdiff1d(np.arange(len(matrix)), kept)
     return float(matrix[np.ix_(pruned, pruned)].sum())
 
 
 def _exchanged(matrix: np.ndarray, kept: list[int], places: Places) -> list[int]:
-    """Exchange a pruned for a retained expert of its group, the best pair each time, until none helps."""
+    """Improve a set by swapping a pruned and a retained expert of one group, best pair first, until no swap helps."""
     group = np.arange(len(matrix)) // (len(matrix) // places.num_groups)
     pruned, fixed = np.ones(len(matrix), dtype=bool), np.zeros(len(matrix), dtype=bool)
     pruned[kept], fixed[list(places.protected)] = False, True

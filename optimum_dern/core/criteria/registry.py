@@ -1,9 +1,10 @@
-"""Every selection criterion by name: what it needs to see, and how it decides which experts stay.
+"""Registry of the selection criteria, with the input that each of them needs.
 
-Most criteria score each expert, and the best stay.  Two choose a whole set, because what an expert is worth depends on
-which others go: their scores say what dropping each expert alone would cost, and the N largest are not the ones kept.
+Most criteria score each expert, and the N best are retained.  Two choose the set as a whole, because an expert's value
+depends on which others are dropped: their scores are the cost of dropping each expert alone, and the retained experts
+need not be the N of largest score.
 
-A criterion's function gets exactly what it says it needs, so what a table promises here is what it can read.
+A criterion's function is called with exactly the input that its `needs` names.
 """
 
 from collections.abc import Callable
@@ -22,22 +23,22 @@ from .selection import Places, select_experts
 
 __all__ = ["CRITERIA", "NEEDS", "Criterion", "Selection", "check_criterion", "select"]
 
-# From least to most; each includes those before it.  "residual" is the residual stream of the tokens besides.
+# From least to most; each includes those before it.  "residual" adds the tokens' residual stream.
 NEEDS = ("nothing", "weights", "statistics", "tokens", "residual")
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A way to decide which experts stay."""
+    """A selection criterion: its function and the input that it needs."""
 
     needs: str  # one of `NEEDS`
-    function: Callable  # of the number of experts and a seed; the segments; the statistics; or the observed layer
-    chooses_set: bool = False  # gets the `Places` as well, and gives scores and retained experts; else only scores
+    function: Callable  # of (number of experts, seed), the segments, the statistics, or the observed layer
+    chooses_set: bool = False  # True: takes `Places` too and returns (scores, retained); False: returns scores
     cost: Callable[[LayerShape], Cost] = lambda shape: Cost()
 
 
 class Selection(NamedTuple):
-    """What a criterion decided for one layer of E experts."""
+    """Scores and retained experts of one layer, as decided by a criterion."""
 
     scores: Tensor  # (E,) float64, larger is more important
     retained: Tensor  # (N,) int64, ascending
@@ -59,12 +60,12 @@ CRITERIA = {
 
 
 def select(name: str, layer: ObservedLayer, places: Places, seed: int = 0) -> Selection:
-    """Decide which experts of a layer stay.
+    """Select the retained experts of a layer by a criterion.
 
     Args:
         name: a key of `CRITERIA`.
-        layer: of it, what the criterion does not need may be missing.
-        places: how many stay, in how many groups, and which in any case.
+        layer: the observed layer; parts that the criterion does not need may be missing.
+        places: how many experts are retained, in how many groups, and which are protected.
         seed: for "random".
 
     Returns:

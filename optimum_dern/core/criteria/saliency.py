@@ -1,9 +1,9 @@
-"""How much an expert matters: one small function per published criterion, giving (E,) scores.
+"""Saliency of experts: one function per published criterion, returning (E,) scores.
 
-Larger is more important.  g is the weight that the model itself applies, e(x) the expert's output before it, X_i the
-tokens routed to expert i, T all tokens.  An expert that no token reached scores 0 wherever tokens decide.
+Larger is more important.  g is the gate weight applied by the model, e(x) the expert's output before it is scaled, X_i
+the tokens routed to expert i, T all tokens.  With criteria that use tokens, an expert that no token reached scores 0.
 
-`criteria` is the table of all criteria, those that choose whole sets of experts among them.
+`registry` lists all criteria, including those that choose a whole set of experts.
 """
 
 import torch
@@ -20,7 +20,7 @@ __all__ = ["aimer", "ean", "easy_ep", "frequency", "man", "msan", "random", "rea
 
 
 def router(statistics: ExpertStatistics) -> Tensor:
-    """Mean routing weight over all tokens, sum g / T (DERN, arXiv 2509.10377, step 1)."""
+    """Mean gate weight over all tokens, sum g / T (DERN, arXiv 2509.10377, step 1)."""
     return statistics.weight / max(statistics.tokens, 1)
 
 
@@ -70,7 +70,8 @@ def aimer(segments: Segments) -> Tensor:
 def easy_ep(layer: ObservedLayer) -> Tensor:
     """Sum over X_i of g |e| max(0, 1 - cos(h, h + y)) (EASY-EP, arXiv 2504.06792).
 
-    h is the residual stream before the experts, y the routed output: a token counts as much as the experts turn it.
+    h is the residual stream before the experts, y the routed output: a token counts by how far the experts turn its
+    residual stream.
     """
     chunk = layer.segments.workspace.chunk_tokens
     parts = zip(layer.residual.split(chunk), layer.target.split(chunk), strict=True)
@@ -84,13 +85,13 @@ def easy_ep(layer: ObservedLayer) -> Tensor:
 
 
 def easy_ep_cost(shape: LayerShape) -> Cost:
-    """What `easy_ep` takes: the chosen experts run once more."""
+    """Cost of `easy_ep`: another forward pass of the chosen experts."""
     held = held_by_chunk(shape) + 8 * (shape.tokens + 6 * min(shape.chunk_tokens, shape.tokens) * shape.outputs)
     return Cost(held, 0, experts_operations(shape))
 
 
 def random(num_experts: int, seed: int) -> Tensor:
-    """Uniform numbers: the control that every comparison needs."""
+    """Uniform random scores, as a baseline for comparisons."""
     return torch.rand(num_experts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 

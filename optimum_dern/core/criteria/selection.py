@@ -1,4 +1,4 @@
-"""Which experts stay: from scores to retained indices, under the limits of the model and of its users."""
+"""Selection of the retained experts from scores, under router groups, protection and count constraints."""
 
 import math
 from collections.abc import Collection
@@ -12,15 +12,15 @@ __all__ = ["Places", "check_places", "retained_count", "select_experts"]
 
 
 class Places(NamedTuple):
-    """How many experts of a layer stay, and under which limits."""
+    """Number of retained experts of a layer, with the router groups and protected experts that constrain them."""
 
     count: int
     num_groups: int = 1  # contiguous groups of a group-limited router, each of which keeps `count / num_groups`
-    protected: Collection[int] = ()  # experts that stay in any case
+    protected: Collection[int] = ()  # experts that are never dropped
 
 
 def retained_count(num_experts: int, sparsity: float, num_groups: int = 1, multiple_of: int = 1) -> int:
-    """How many experts stay when a fraction is dropped.
+    """Compute the number of retained experts from a sparsity.
 
     Args:
         num_experts: E.
@@ -39,7 +39,7 @@ def retained_count(num_experts: int, sparsity: float, num_groups: int = 1, multi
 
 
 def select_experts(scores: Tensor, count: int, num_groups: int = 1, protected: Collection[int] = ()) -> Tensor:
-    """The best experts, in their original order.
+    """Select the experts of highest score, in their original order.
 
     Args:
         scores: (E,) larger is more important; equal scores go by index.
@@ -65,11 +65,11 @@ def select_experts(scores: Tensor, count: int, num_groups: int = 1, protected: C
 
 
 def check_places(num_experts: int, places: Places) -> None:
-    """Refuse places that E experts cannot fill.
+    """Check that the constraints can be met by a layer of E experts.
 
     Args:
         num_experts: E.
-        places: asked for.
+        places: the requested count, groups and protected experts.
 
     Raises:
         ValueError: a count that the groups cannot share, or protected experts that do not exist or do not fit.

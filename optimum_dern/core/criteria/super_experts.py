@@ -1,4 +1,4 @@
-"""Super experts: the few whose outputs hold outliers that later layers live on (arXiv 2507.23279).
+"""Super experts: the few experts with extreme outlier outputs that the model depends on (arXiv 2507.23279).
 
 Without them models collapse, however seldom they are used.  The paper finds them by the largest absolute component a
 of every expert's output over the calibration tokens, among the first three quarters of the layers:
@@ -10,7 +10,8 @@ in place of the quantile, which says nothing about a few dozen numbers, an exper
 
     a > 5 x median of the layer's a    and    a > max of all a so far / 10
 
-An outlier of an early layer that later layers dwarf is protected here and not in the paper, which costs little.
+An early layer's outlier that is small compared with later layers is protected here but not in the paper; that costs
+little.
 """
 
 from collections.abc import Iterable
@@ -28,13 +29,13 @@ OF_MEDIAN = 5.0
 def find_super_experts(
     output_max: Tensor, earlier: Iterable[float], depth: float, count: int, num_groups: int = 1
 ) -> list[int]:
-    """The super experts of one layer.
+    """Detect the super experts of one layer.
 
     Args:
         output_max: (E,) largest absolute component of every expert's output, 0 for one that no token reached.
-        earlier: the largest of these of each earlier layer.
+        earlier: largest such value of each earlier layer.
         depth: how far into the decoder the layer is: 0 for the first of its layers, below 1 for the last.
-        count: how many experts stay; of each of the groups, no more are protected than stay.
+        count: how many experts are retained; no more are protected, in each router group too.
         num_groups: of a group-limited router.
 
     Returns:

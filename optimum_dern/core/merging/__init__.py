@@ -1,1 +1,1 @@
-"""What methods that merge groups of experts share: compare, group, align, average."""
+"""Building blocks of expert merging: similarity, grouping, neuron alignment and averaging."""

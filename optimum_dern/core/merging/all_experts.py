@@ -1,7 +1,7 @@
-"""What every expert makes of the same tokens, whether they are routed to it or not.
+"""Activations, outputs and router logits of all experts on the same tokens, routed to them or not.
 
-Methods that merge experts compare them on common ground: the same inputs for all, with the experts' input weights (as
-in Llama 4) left out.  All of it costs E/k times the routed forward pass, so it is done on a sample of the tokens.
+Merging methods compare experts on identical inputs, without gate weights that scale the inputs (as in Llama 4).
+Running all experts costs E/k times the routed forward pass, so it is done on a sample of the tokens.
 """
 
 from collections.abc import Iterator
@@ -33,14 +33,14 @@ MAX_TOKENS = 16384
 
 
 def sample_tokens(layer: ObservedLayer, limit: int = MAX_TOKENS) -> Tensor:
-    """Inputs of every n-th calibration token that may be fitted, the same ones however many processes share them.
+    """Sample evenly spaced calibration tokens that are not held out; independent of the number of processes.
 
     Args:
         layer: observed on T tokens.
-        limit: how many tokens all processes together take.
+        limit: most tokens of all processes together.
 
     Returns:
-        (n, d) of this process, in the compute dtype of the experts.
+        (n, d) hidden states of this process's sampled tokens, in the compute dtype of the experts.
     """
     fitted = ~layer.held_out
     step = max(1, -(-int(layer.reduce(fitted.sum())) // limit))
@@ -49,7 +49,7 @@ def sample_tokens(layer: ObservedLayer, limit: int = MAX_TOKENS) -> Tensor:
 
 
 def _turns(layer: ObservedLayer, fitted: Tensor) -> Tensor:
-    """How many tokens of all processes that may be fitted come before each token of this one: (T,)."""
+    """Return the rank (T,) of each token among the tokens of all processes that are not held out."""
     order = torch.arange(len(fitted)) if layer.order is None else layer.order
     order = order.to(fitted.device)
     every = torch.zeros(int(largest(order + 1, layer.reduce)), dtype=torch.int64, device=fitted.device)
@@ -59,7 +59,7 @@ def _turns(layer: ObservedLayer, fitted: Tensor) -> Tensor:
 
 
 def router_logits(layer: ObservedLayer, hidden: Tensor) -> Tensor:
-    """z(x) = W x (+ bias) of every expert: (n, E).
+    """Compute the router logits z(x) = W x (+ bias) of all experts: (n, E).
 
     Raises:
         ValueError: the router has no single matrix that reads what the experts read.
@@ -78,21 +78,21 @@ def router_logits(layer: ObservedLayer, hidden: Tensor) -> Tensor:
 
 
 def logit_cosines(layer: ObservedLayer, logits: Tensor) -> Tensor:
-    """Cosine of every two experts' router logits, as vectors over the tokens of all processes: (E, E) float64."""
+    """Compute the cosines (E, E) of experts' router logits, as vectors over the tokens of all processes."""
     gram = layer.reduce((logits.T @ logits).double())
     norms = gram.diagonal().sqrt()
     return gram / (norms.unsqueeze(1) * norms).clamp(min=1e-300)
 
 
 def all_neurons(layer: ObservedLayer, expert: int, hidden: Tensor) -> Iterator[Tensor]:
-    """Neurons (m, f) of one expert for all inputs (n, d), a chunk of the workspace's size at a time."""
+    """Compute one expert's neuron activations (m, f) on all inputs (n, d), one chunk of tokens at a time."""
     size = layer.segments.workspace.chunk_tokens
-    for chunk in hidden.split(size) if len(hidden) else ():  # a process may have no tokens to fit
+    for chunk in hidden.split(size) if len(hidden) else ():  # all tokens of a process may be held out
         yield neuron_activations(layer.segments, expert, chunk, layer.activation)
 
 
 def mean_outputs(layer: ObservedLayer, hidden: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean output of every expert, each token counted by a weight.
+    """Compute the mean output of every expert over the tokens, optionally weighted.
 
     Args:
         layer: with E experts.
@@ -108,7 +108,7 @@ def mean_outputs(layer: ObservedLayer, hidden: Tensor, weights: Tensor | None = 
     chunk = segments.workspace.chunk_tokens
     for expert in range(len(neurons)):
         for own, part in zip(weights[:, expert].split(chunk), all_neurons(layer, expert, hidden), strict=False):
-            neurons[expert] += (own @ part).double()  # the projection is linear: it can wait for the sum
+            neurons[expert] += (own @ part).double()  # the down projection is linear: applied to the sum
     count = layer.reduce(torch.tensor(len(hidden), dtype=torch.float64, device=hidden.device)).clamp(min=1)
     neurons, share = layer.reduce(neurons) / count, layer.reduce(weights.double().sum(0)) / count
     outputs = [sums @ segments.down[expert].double() for expert, sums in enumerate(neurons)]
@@ -117,7 +117,7 @@ def mean_outputs(layer: ObservedLayer, hidden: Tensor, weights: Tensor | None = 
 
 
 def activation_cosines(layer: ObservedLayer, hidden: Tensor, first: int, second: int) -> Tensor:
-    """Cosine of every neuron of one expert with every neuron of another, as vectors over the same tokens.
+    """Compute the cosines between two experts' neuron activations, as vectors over the tokens of all processes.
 
     Args:
         layer: with experts of width f.
@@ -139,17 +139,17 @@ def activation_cosines(layer: ObservedLayer, hidden: Tensor, first: int, second:
 
 
 def sampled_tokens(shape: LayerShape) -> int:
-    """About how many tokens `sample_tokens` takes."""
+    """Return the approximate number of tokens that `sample_tokens` selects."""
     return min(shape.tokens, MAX_TOKENS)
 
 
 def sample_cost(shape: LayerShape) -> Cost:
-    """What `sample_tokens` makes, and a copy on the way."""
+    """Cost of `sample_tokens`: its result and a temporary copy."""
     return Cost((shape.number * sampled_tokens(shape) + shape.itemsize * shape.tokens) * shape.inputs)
 
 
 def mean_outputs_cost(shape: LayerShape) -> Cost:
-    """What `mean_outputs` takes on a sample: every expert works on every token, down projections aside."""
+    """Cost of `mean_outputs` on a sample: all experts on all tokens, without their down projections."""
     tokens = sampled_tokens(shape)
     weights = shape.number * tokens * shape.experts + 8 * shape.experts * (shape.width + shape.outputs)
     operations = 2.0 * tokens * shape.experts * (shape.expert - shape.down + shape.width)
@@ -157,7 +157,7 @@ def mean_outputs_cost(shape: LayerShape) -> Cost:
 
 
 def activation_cosines_cost(shape: LayerShape) -> Cost:
-    """What `activation_cosines` of two experts takes on a sample."""
+    """Cost of `activation_cosines` for two experts on a sample."""
     tokens = sampled_tokens(shape)
     operations = 2.0 * tokens * (2 * (shape.expert - shape.down) + shape.width**2)
     chunk = min(shape.chunk_tokens, tokens) * (2 * shape.projections - 1) * shape.width  # the first one's neurons stay

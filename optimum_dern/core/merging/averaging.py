@@ -1,4 +1,4 @@
-"""Turn every group of experts into one expert.
+"""Merge every group of experts into one expert by averaging its weights.
 
 average   W' = sum_i w_i P_i W_i / sum_i w_i            P_i puts the neurons into the representative's order
 output    D' = argmin sum_x | sum_i w_i e_i(x) - D' h'(x) |^2,   h' the neurons of the averaged expert
@@ -24,7 +24,7 @@ Align = Callable[[int, int], Tensor]  # (representative, member) -> permutation 
 
 
 def shares(weights: Tensor, members: list[int]) -> list[float]:
-    """Weights of a group's members that sum to 1; even ones where all are 0."""
+    """Normalise the weights of a group's members to sum 1; equal weights if all are 0."""
     own = weights.double().cpu()[members]
     own = own if own.sum() > 0 else torch.ones_like(own)
     return (own / own.sum()).tolist()
@@ -33,13 +33,13 @@ def shares(weights: Tensor, members: list[int]) -> list[float]:
 def average_groups(
     segments: Segments, grouping: Grouping, weights: Tensor, align: Align | None = None, map_experts: Map = map
 ) -> Segments:
-    """The weighted average of every group.
+    """Average the weights of the experts in every group.
 
     Args:
         segments: E experts.
         grouping: of them, into N groups.
-        weights: (E,) >= 0; a group whose members all weigh nothing is averaged evenly.
-        align: finds the order in which a member's neurons correspond to its representative's; by default as they are.
+        weights: (E,) >= 0; a group whose weights are all 0 is averaged evenly.
+        align: computes the permutation that aligns a member's neurons with its representative's; by default none.
         map_experts: as in `recombination.recombine_layer`; only where `align` sums over no tokens.
 
     Returns:
@@ -79,8 +79,8 @@ def fit_group_outputs(
         grouping: into N groups.
         weights: (E,) as in `average_groups`.
         merged: N averaged experts; their output biases stay.
-        ridge: relative to the mean eigenvalue; by default so small that only what the tokens leave open stays at the
-            average.
+        ridge: penalty relative to the mean eigenvalue of the Gram matrix; the default is so small that only directions
+            without data stay at the average.
 
     Returns:
         N experts; what the tokens do not determine of a down projection stays as it was.
@@ -102,7 +102,7 @@ def _fitted_down(
     position: int,
     ridge: float,
 ) -> Tensor:
-    """D' of one group: (f, o)."""
+    """Compute the refitted down projection D' (f, o) of one group."""
     before = merged.down[position].double()  # (f, o)
     bias = 0.0 if merged.output_bias is None else merged.output_bias[position].to(hidden)
 
@@ -130,12 +130,12 @@ def _fitted_down(
 
 
 def average_groups_cost(shape: LayerShape) -> Cost:
-    """What `average_groups` takes, alignment aside."""
+    """Cost of `average_groups`, without neuron alignment."""
     return Cost(3 * shape.number * shape.expert, shape.retained * shape.expert * shape.itemsize)
 
 
 def fit_group_outputs_cost(shape: LayerShape, tokens: int) -> Cost:
-    """What `fit_group_outputs` takes on so many tokens where groups are equally large."""
+    """Cost of `fit_group_outputs` on this many tokens, for groups of equal size."""
     members = -(-shape.experts // shape.retained)
     chunk = min(shape.chunk_tokens, tokens)
     held = 8 * (3 * shape.width**2 + 4 * shape.down) + shape.number * chunk * members * (shape.width + shape.outputs)

@@ -1,4 +1,4 @@
-"""Two ways to cluster a layer's experts by vectors: few points, exactly, and the same result everywhere."""
+"""Deterministic clustering of a layer's experts by feature vectors: average linkage and cosine k-means."""
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ ITERATIONS = 100  # at most; k-means ends when nothing changes
 
 
 def average_linkage(distance: Tensor, count: int, apart: list[int]) -> Tensor:
-    """Agglomerative clustering: the two clusters of least average distance are joined until enough are left.
+    """Cluster points agglomeratively with average linkage, down to a given number of clusters.
 
     Args:
         distance: (n, n) between points; of equal ones the one between lower indices goes first.
-        count: clusters, at least as many as points to keep apart.
+        count: number of clusters, at least the number of points in `apart`.
         apart: points that must not end up together.
 
     Returns:
@@ -37,7 +37,7 @@ def average_linkage(distance: Tensor, count: int, apart: list[int]) -> Tensor:
 
 
 def kmeans_by_cosine(directions: Tensor, count: int, pinned: list[int], generator: torch.Generator) -> Tensor:
-    """Lloyd's k-means by direction from a k-means++ start.
+    """Cluster unit vectors by k-means with cosine similarity, started by k-means++.
 
     Args:
         directions: (n, D) unit vectors.
@@ -64,7 +64,7 @@ def kmeans_by_cosine(directions: Tensor, count: int, pinned: list[int], generato
 
 
 def _spread(directions: Tensor, count: int, pinned: list[int], generator: torch.Generator) -> list[int]:
-    """k-means++: each next start is drawn with a chance proportional to 1 - cosine to the nearest one so far."""
+    """Draw initial centres by k-means++: with probability proportional to 1 - cosine to the nearest centre so far."""
     chosen = pinned or [int(torch.randint(len(directions), (1,), generator=generator))]
     while len(chosen) < count:
         chance = (1 - (directions @ directions[chosen].T).amax(dim=1)).clamp(min=0) + 1e-12
@@ -74,7 +74,7 @@ def _spread(directions: Tensor, count: int, pinned: list[int], generator: torch.
 
 
 def _fill_empty(label: Tensor, similarity: Tensor, count: int, pinned: list[int]) -> None:
-    """Give every empty cluster the point that is worst placed in a cluster of several, in place."""
+    """Fill each empty cluster, in place, with the point least similar to its centre in a cluster of several points."""
     for cluster in range(count):
         if (label == cluster).any():
             continue

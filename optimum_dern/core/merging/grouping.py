@@ -1,9 +1,8 @@
-"""Ways to put the E experts of a layer into N groups, each of which becomes one expert.
+"""Algorithms that partition a layer's E experts into N groups, each to be merged into one expert.
 
-Every group has a representative, whose router entries the merged expert takes over.  Where a router is limited to
-groups of its own ("router groups": contiguous, of equal size), every one of them keeps the same number of experts, so
-experts are grouped inside them only.  All decisions are taken on the CPU in float64, on numbers that are the same in
-every process.
+Every group has a representative, whose router entries the merged expert takes over.  A group-limited router ("router
+groups": contiguous, of equal size) must keep the same number of experts in each of its groups, so experts are merged
+within them only.  All decisions are made on the CPU in float64, on numbers that are the same in every process.
 """
 
 from typing import NamedTuple
@@ -19,20 +18,20 @@ __all__ = ["Grouping", "absorb_nearest", "cluster_by_cosine", "join_nearest", "l
 
 
 class Grouping(NamedTuple):
-    """N groups of E experts."""
+    """A partition of E experts into N groups."""
 
     retained: Tensor  # (N,) representatives, ascending
     label: Tensor  # (E,) group of each expert: a position in `retained`
 
     def members(self, position: int) -> list[int]:
-        """The experts of a group, its representative first."""
+        """Return the experts of a group, its representative first."""
         representative = self.retained[position].item()
         everyone = (self.label == position).nonzero().flatten().tolist()
         return [representative, *(expert for expert in everyone if expert != representative)]
 
 
 def join_nearest(retained: Tensor, similarity: Tensor, num_groups: int = 1) -> Grouping:
-    """Every other expert joins the representative that it is most similar to.
+    """Assign every dropped expert to the most similar representative.
 
     Args:
         retained: (N,) representatives, ascending.
@@ -51,7 +50,7 @@ def join_nearest(retained: Tensor, similarity: Tensor, num_groups: int = 1) -> G
 def absorb_nearest(
     retained: Tensor, similarity: Tensor, scores: Tensor, capacity: int, num_groups: int = 1
 ) -> Grouping:
-    """Representatives in turn, the best first, take the experts most similar to them until their group is full.
+    """Let representatives, the best first, absorb their most similar free experts until their group is full.
 
     Args:
         retained: (N,) representatives, ascending.
@@ -78,7 +77,7 @@ def absorb_nearest(
 def link_by_average(
     vectors: Tensor, count: int, scores: Tensor, num_groups: int = 1, protected: tuple[int, ...] = ()
 ) -> Grouping:
-    """Hierarchical clustering: the two clusters of least average Euclidean distance are joined until N are left.
+    """Group experts by hierarchical clustering (average linkage, Euclidean distance) of their feature vectors.
 
     Args:
         vectors: (E, D).
@@ -105,13 +104,13 @@ def link_by_average(
 def cluster_by_cosine(
     vectors: Tensor, count: int, scores: Tensor, seed: int = 0, num_groups: int = 1, protected: tuple[int, ...] = ()
 ) -> Grouping:
-    """k-means by direction, started by k-means++.
+    """Group experts by k-means with cosine similarity of their feature vectors.
 
     Args:
         vectors: (E, D).
         count: N.
         scores: (E,) the best of a cluster represents it.
-        seed: of the start.
+        seed: of the k-means++ initialisation.
         num_groups: router groups.
         protected: experts that must represent a cluster, each its own: they start it and stay in it.
 
@@ -130,13 +129,13 @@ def cluster_by_cosine(
 
 
 def _within(similarity: Tensor, num_groups: int) -> Tensor:
-    """The similarity, minus infinity between experts of different router groups."""
+    """Set the similarity of experts in different router groups to minus infinity."""
     group = torch.arange(len(similarity)) // (len(similarity) // num_groups)
     return similarity.double().cpu().masked_fill(group.unsqueeze(1) != group, -torch.inf)
 
 
 def _parts(vectors: Tensor, num_groups: int, protected: tuple[int, ...]) -> list[tuple[Tensor, list[int]]]:
-    """Per router group, its vectors and where its protected experts are among them."""
+    """Split vectors by router group; return those of each with the positions of its protected experts."""
     size = len(vectors) // num_groups
     return [
         (part, [expert - start for expert in protected if start <= expert < start + size])
@@ -147,7 +146,7 @@ def _parts(vectors: Tensor, num_groups: int, protected: tuple[int, ...]) -> list
 def _represented(
     label: Tensor, per_group: int, scores: Tensor, num_groups: int, protected: tuple[int, ...]
 ) -> Grouping:
-    """The grouping of clusters numbered within each router group, the best member of each representing it."""
+    """Make a grouping of cluster labels that count within each router group; the best member represents a cluster."""
     label = label + per_group * (torch.arange(len(label)) // (len(label) // num_groups))
     ranked = scores.double().cpu().clone()
     ranked[list(protected)] = torch.inf

@@ -1,4 +1,4 @@
-"""DERN (arXiv 2509.10377): dropped experts' neurons are recombined into the retained experts."""
+"""DERN (arXiv 2509.10377): recombine the neurons of dropped experts into the retained experts."""
 
 from typing import TYPE_CHECKING
 
@@ -23,11 +23,11 @@ __all__ = ["Dern", "tries_second_set"]
 
 @register_method("dern")
 class Dern:
-    """Plain pruning beside the recombined layer, for the guard to choose from.
+    """The DERN method; proposes the pruned and the recombined layer as candidates for the guard.
 
-    Where the experts are ranked by the router, the guard may choose from the retained set of least output error
-    (`selection="greedy"`) as well: without refits that one can be far better, once refitted it differs from layer to
-    layer.
+    With selection="router" and the guard, a second set of retained experts, that of least output error as chosen by
+    selection="greedy", is a candidate too: without refits it can be far better, and after them which set is better
+    differs from layer to layer.
     """
 
     needs_tokens = False
@@ -48,7 +48,7 @@ class Dern:
         recombined = recombine_layer_cost(shape, config.cluster_iterations)
         if not tries_second_set(config):
             return [recombined]
-        beside = 2 * recombined.experts  # its result, and a plain copy
+        beside = 2 * recombined.experts  # the recombined experts, and a plain copy
         return [recombined, greedy_cost(shape)._replace(experts=beside)]
 
     def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
@@ -78,18 +78,18 @@ class Dern:
                 candidates |= _pruned_by_error(problem)
             except UnknownRouter as reason:
                 facts["skipped"] = {"second set of experts": str(reason)}
-        if facts["moved_share"]:  # else this is pruning to the bit
+        if facts["moved_share"]:  # otherwise it equals plain pruning
             candidates["recombined"] = Candidate(recombined.segments, rows, facts)
         return candidates
 
 
 def tries_second_set(config: "DernConfig") -> bool:
-    """Whether the guard gets to choose between two sets of retained experts."""
+    """Return whether a second set of retained experts, of least output error, is proposed to the guard."""
     return config.method == "dern" and config.selection == "router" and config.guard
 
 
 def _pruned_by_error(problem: LayerProblem) -> dict[str, Candidate]:
-    """The set of least output error, where it is another one."""
+    """Return a candidate that prunes by least output error, if that retains other experts."""
     layer = problem.layer
     _, retained = greedy(layer, Places(len(problem.retained), layer.num_groups, problem.protected))
     retained = retained.to(problem.retained.device)

@@ -1,8 +1,8 @@
-"""HC-SMoE (arXiv 2410.08589): hierarchical clustering of experts by what they put out, whatever the router does.
+"""HC-SMoE (arXiv 2410.08589): merge experts by hierarchical clustering of their mean outputs, ignoring the router.
 
 vector        v_i = mean over all tokens of e_i
 groups        agglomerative clustering of the v_i, Euclidean distance, average linkage, down to N clusters
-merge         frequency-weighted average, neurons in the order that they have
+merge         frequency-weighted average, without neuron alignment
 """
 
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @register_method("hc_smoe")
 class HcSmoe:
-    """Retraining-free merging by hierarchical clustering."""
+    """The HC-SMoE method: hierarchical clustering for sparse MoE."""
 
     defaults = {"selection": "frequency"}
     options = ()

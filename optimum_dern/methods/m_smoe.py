@@ -1,4 +1,4 @@
-"""M-SMoE (arXiv 2310.01334): experts that the router treats alike are aligned and averaged.
+"""M-SMoE (arXiv 2310.01334): align and average experts with similar router logits.
 
 frequency     f_i  = share of the tokens that reach expert i
 similarity    S_ij = cos(z_i, z_j), router logits over all tokens
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @register_method("m_smoe")
 class MSmoe:
-    """Merging of a sparse mixture of experts guided by its routing."""
+    """The M-SMoE method: expert merging guided by router logits."""
 
     needs_router_logits = True
     defaults = {"selection": "frequency"}
@@ -49,7 +49,7 @@ class MSmoe:
 
     def costs(self, shape: LayerShape, config: "DernConfig") -> list[Cost]:
         logits = shape.number * sampled_tokens(shape) * shape.experts
-        aligned = 3 * shape.number * (shape.expert + shape.width**2)  # weights of two experts, and their products
+        aligned = 3 * shape.number * (shape.expert + shape.width**2)  # weights of two experts, inner products
         averaged = average_groups_cost(shape)
         operations = 2.0 * (shape.experts - shape.retained) * shape.width * shape.expert
         return [Cost(sample_cost(shape).held + logits), Cost(averaged.held + aligned, averaged.experts, operations)]

@@ -1,4 +1,4 @@
-"""What the methods that merge groups of experts propose."""
+"""Candidates of the merging methods: the merged layer and plain pruning."""
 
 from ..core.layer.segments import Segments
 from ..core.merging.grouping import Grouping
@@ -9,12 +9,12 @@ __all__ = ["merged_candidates"]
 
 
 def merged_candidates(problem: LayerProblem, grouping: Grouping, merged: Segments) -> dict[str, Candidate]:
-    """Plain pruning beside the merged layer, for the guard to choose from.
+    """Return the pruned and the merged layer as candidates for the guard.
 
     Args:
-        problem: of E experts.
-        grouping: into N groups.
-        merged: N experts.
+        problem: a layer of E experts.
+        grouping: of the experts into N groups.
+        merged: N merged experts.
 
     Returns:
         The candidates.  A merged expert takes the router row, the biases and the place of its representative.

@@ -1,4 +1,4 @@
-"""MergeMoE (arXiv 2510.14436): experts are merged by their outputs, in closed form.
+"""MergeMoE (arXiv 2510.14436): average experts, then fit their down projections to the group's mean output.
 
 groups        the N most frequent experts are centres; every other joins the centre of the highest cosine of U|G
 merge         b_i = f_i / sum of the group's f;   G' = sum b_i G_i,   U' = sum b_i U_i
@@ -28,7 +28,7 @@ MAX_ELEMENTS = 1 << 24  # weights converted at once
 
 @register_method("mergemoe")
 class MergeMoe:
-    """Merging by expert outputs."""
+    """The MergeMoE method: merging by expert outputs."""
 
     defaults = {"selection": "frequency"}
     options = ()
@@ -55,7 +55,7 @@ class MergeMoe:
 
 
 def input_similarity(segments: Segments) -> Tensor:
-    """Cosine of gate and up projections, laid out in one vector, of every two experts: (E, E)."""
+    """Compute the cosines (E, E) of experts' gate and up projections, flattened into one vector per expert."""
     num_experts, _, inputs = segments.up.shape
     gram = segments.up.new_zeros(num_experts, num_experts, dtype=torch.float64)
     for part in (segments.gate, segments.up):

@@ -1,4 +1,4 @@
-"""Expert pruning: the retained experts stay as they are."""
+"""Expert pruning: drop experts and keep the retained ones unchanged."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @register_method("prune")
 class Prune:
-    """Drop experts by any saliency (REAP, arXiv 2510.13999, and its relatives are this with another `selection`)."""
+    """The pruning method; with selection="reap" it is REAP (arXiv 2510.13999), likewise for other criteria."""
 
     needs_tokens = False
     options = ()

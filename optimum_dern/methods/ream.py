@@ -1,4 +1,4 @@
-"""REAM (arXiv 2604.04356): the most salient experts absorb the others, neuron by neuron.
+"""REAM (arXiv 2604.04356): merge the most similar experts into the most salient ones after neuron alignment.
 
 saliency      s_i  = mean over X_i of g_i |e_i|                                      (REAP's)
 similarity    S_ij = ( (1 + cos(v_i, v_j)) / 2  +  1 - d_ij / max d ) / 2
@@ -43,7 +43,7 @@ FULL_GROUPS = 8  # a full group holds this fraction of the experts: 16 of 128 in
 
 @register_method("ream")
 class Ream:
-    """Router-weighted expert activation merging."""
+    """The REAM method: router-weighted expert activation merging."""
 
     needs_router_logits = True
     defaults = {"selection": "reap", "calibration_order": "sequential"}
@@ -79,14 +79,14 @@ class Ream:
 
 
 def above_zero(scores: Tensor) -> Tensor:
-    """Experts that no token reached weigh as the least salient of the others, 0.5 at most."""
+    """Replace scores of 0 (no token) by the least positive score, at most 0.5, so that all weights are positive."""
     positive = scores[scores > 0]
     least = min(0.5, positive.min().item()) if len(positive) else 1.0
     return torch.where(scores > 0, scores, least)
 
 
 def output_and_router_similarity(layer: ObservedLayer, hidden: Tensor) -> Tensor:
-    """S of the formula above: (E, E) float64."""
+    """Compute REAM's similarity S (E, E) of experts from their mean outputs and router logits, in float64."""
     logits = router_logits(layer, hidden)
     outputs = normalize(mean_outputs(layer, hidden, logits.softmax(dim=1)), dim=1)
     distances = unit_distances(logit_cosines(layer, logits))

@@ -1,4 +1,4 @@
-"""The method registry: a method turns one layer's weights and statistics into candidates for the compressed layer."""
+"""Registry of compression methods, which turn one layer's weights and statistics into candidate layers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,43 +21,41 @@ __all__ = ["METHODS", "Candidate", "LayerProblem", "Method", "get_method", "regi
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """What a method gets to see of a layer with E experts, N of which stay."""
+    """Input of a method: a layer of E experts, and which N of them are retained."""
 
     layer: ObservedLayer
     scores: Tensor  # (E,) saliency
     retained: Tensor  # (N,) ascending
-    map_experts: Map = map  # for work that goes expert by expert: several processes share it
+    map_experts: Map = map  # like the builtin `map`, but may distribute experts over processes
     protected: tuple[int, ...] = ()  # experts that must be among the retained ones
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One proposal for the layer."""
+    """A proposed compressed layer."""
 
     segments: Segments  # N experts
     router_rows: Tensor | None = None  # (N, d); None: the retained experts' own rows
     facts: Mapping[str, object] = field(default_factory=dict)  # for the report, JSON-able
-    retained: Tensor | None = None  # (N,) ascending, where not the problem's: whose router tensors the N experts get
+    retained: Tensor | None = None  # (N,) ascending, if other than the problem's; they keep their router tensors
 
 
 class Method(Protocol):
     """A compression method; all but `compress_layer` may be left out."""
 
-    needs_tokens: bool  # False where statistics and weights are enough for it
-    needs_router_logits: bool  # True where it cannot do without a router matrix that reads what the experts read
-    defaults: Mapping[str, object]  # what its paper fixes of the config, where the user does not
-    options: (
-        Sequence[str] | None
-    )  # fields of the config that only it reads, refused beside others; None: it may read any
+    needs_tokens: bool  # False if it needs only statistics and weights
+    needs_router_logits: bool  # True if it needs a router matrix with the experts' inputs
+    defaults: Mapping[str, object]  # options of the config that its paper fixes; the user's values win
+    options: Sequence[str] | None  # method-specific config fields that it reads, refused with other methods; None: any
 
     def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
-        """Candidates by name, the method's own result last; the guard chooses among them, or the last is taken."""
+        """Return candidates by name, the method's own result last; without the guard, the last one is used."""
 
     def candidates(self, config: "DernConfig") -> tuple[int, int]:
-        """How many there are, and of how many different sets of retained experts, at most."""
+        """Return the most candidates that the method proposes, and their most different sets of retained experts."""
 
     def costs(self, shape: LayerShape, config: "DernConfig") -> list[Cost]:
-        """What its steps take, in turn, up to the moment when plain copies of the retained experts are made."""
+        """Return the costs of the method's steps in order, up to the copying of the retained experts."""
 
 
 OPTIONAL = {
@@ -65,14 +63,14 @@ OPTIONAL = {
     "needs_router_logits": False,
     "defaults": {},
     "options": None,
-    "candidates": lambda self, config: (2, 2),  # its own result, of experts of its own, beside plain pruning
+    "candidates": lambda self, config: (2, 2),  # its own result, with its own retained experts, and plain pruning
     "costs": lambda self, shape, config: [],
 }
 METHODS: dict[str, Method] = {}
 
 
 def register_method(name: str) -> Callable[[type], type]:
-    """Class decorator: make a method available as `DernConfig(method=name)`."""
+    """Return a class decorator that registers a method for `DernConfig(method=name)`."""
 
     def register(cls: type) -> type:
         for attribute, value in OPTIONAL.items():
@@ -85,7 +83,7 @@ def register_method(name: str) -> Callable[[type], type]:
 
 
 def get_method(name: str) -> Method:
-    """The method of that name.
+    """Return the method registered under a name.
 
     Raises:
         ValueError: there is none.

@@ -1,4 +1,4 @@
-"""Sub-MoE (arXiv 2506.23266): experts with similar outputs are merged in the space that their weights share.
+"""Sub-MoE (arXiv 2506.23266): merge experts with similar mean outputs in a shared subspace of their weights.
 
     groups        k-means (k-means++) of the experts' mean outputs by cosine
     union         [W_1 .. W_m] = U S [V_1 .. V_m]^T for each projection of a group
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @register_method("sub_moe")
 class SubMoe:
-    """Subspace expert merging."""
+    """The Sub-MoE method: subspace expert merging."""
 
     defaults = {"selection": "frequency"}
     options = ()

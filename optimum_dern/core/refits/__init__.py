@@ -1,1 +1,1 @@
-"""Fits of the retained experts and their router to the original layer's output."""
+"""Refits of the retained experts and their router to the original layer's output."""

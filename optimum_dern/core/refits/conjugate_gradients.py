@@ -18,14 +18,14 @@ def conjugate_gradients(
     tolerance: float,
     reduce: Reduce = alone,
 ) -> Tensor:
-    """Solve operator(x) = right.
+    """Solve operator(x) = right by conjugate gradients.
 
     Args:
         operator: symmetric, positive definite, on tensors of any shape.
         right: right-hand side.
         iterations: at most this many.
         tolerance: stop once |residual| <= tolerance * |right|.
-        reduce: over the processes where the operator is reduced; all of them hold the whole x, and stop together.
+        reduce: over the processes, if the operator is reduced over them; all hold the whole x and stop together.
 
     Returns:
         x, of the shape of `right`.

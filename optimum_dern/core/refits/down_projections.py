@@ -1,6 +1,6 @@
-"""Closed-form refit of the retained experts' down projections.
+"""Closed-form refit of the retained experts' down projections by ridge regression.
 
-With the new routing weights g' and neurons h', and y the original layer's routed output on the same inputs, solve
+With the compressed layer's gate weights g' and neurons h', and y the original layer's routed output, solve
 
     min  sum_x | y(x) - sum_i g'_i(x) D_i h'_i(x) |^2  +  sum_i lambda_i |D_i - D_i0|^2
 
@@ -39,11 +39,11 @@ def refit_down(
     start: Tensor | None = None,
     reduce: Reduce = alone,
 ) -> Segments:
-    """Refit the down projections of one layer to a target output.
+    """Refit the down projections of one layer to a target output by ridge regression.
 
     Args:
         segments: N retained experts; their down projections are the D_i0.
-        routing: T tokens with the new weights.
+        routing: T tokens as routed in the compressed layer.
         target: (T, o) output to reproduce.
         activation: the model's rule from pre-activations to neurons.
         ridge: relative to the mean eigenvalue of A_i; 0.01 is mild.
@@ -87,7 +87,7 @@ def refit_down(
 def _batch_source(
     segments: Segments, routing: Routing, activation: Activation
 ) -> Callable[[int], Iterable[ExpertBatch]]:
-    """Batches of one expert: kept in memory where all experts' neurons fit, computed anew each time where not."""
+    """Return a function from expert to its batches, cached if all experts' activations fit in memory."""
 
     def compute(expert: int) -> Iterable[ExpertBatch]:
         return expert_batches(segments, routing, activation, [expert])
@@ -101,7 +101,7 @@ def _batch_source(
 def _factor_source(
     batches: Callable[[int], Iterable[ExpertBatch]], down: Tensor, ridge: float, reduce: Reduce, max_elements: int
 ) -> Callable[[int], tuple[Tensor, Tensor] | None]:
-    """`_factorise` of one expert: kept in memory where all experts' factors fit, made anew each time where not."""
+    """Return a function from expert to its Cholesky factor, cached if all experts' factors fit in memory."""
 
     def compute(expert: int) -> tuple[Tensor, Tensor] | None:
         return _factorise(batches(expert), down[expert], expert, ridge, reduce)
@@ -114,7 +114,7 @@ def _factor_source(
 def _factorise(
     batches: Iterable[ExpertBatch], down: Tensor, expert: int, ridge: float, reduce: Reduce
 ) -> tuple[Tensor, Tensor] | None:
-    """Cholesky factor of A + lambda I and lambda itself; None where there is nothing to solve."""
+    """Compute the Cholesky factor of A + lambda I, and lambda; None if A is zero or the system singular."""
     width = len(down)
     gram = down.new_zeros(width, width)  # (f, f)
     for batch in batches:
@@ -133,7 +133,7 @@ def _factorise(
 
 
 def refit_down_cost(shape: LayerShape, sweeps: int) -> Cost:
-    """What `refit_down` takes on the tokens of a shape, beside copies of their inputs and targets."""
+    """Cost of `refit_down` on the tokens of a shape, without copies of their inputs and targets."""
     neurons, factors = shape.tokens * shape.top_k * shape.width, shape.retained * shape.width**2
     kept = neurons <= shape.max_elements
     held = shape.tokens * shape.outputs + 2 * shape.width**2 + 3 * shape.down + (neurons if kept else 0)

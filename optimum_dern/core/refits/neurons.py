@@ -1,17 +1,17 @@
-"""Refit of the retained experts' neurons: what they listen to and what they write.
+"""Refit of the retained experts' gate, up and down projections by minibatch gradient descent.
 
-Tokens of dropped experts now reach experts whose neurons were never tuned to them.  With the routing fixed, all three
-projections of all retained experts move together down the gradient of
+Tokens of dropped experts are now routed to experts that were not trained on them.  With the routing fixed, all three
+projections of all retained experts are updated together along the gradient of
 
     sum_x | y(x) - sum_i g_i D_i h_i(x) |^2,        h_i(x) = act(G_i x) * (U_i x)
 
-over minibatches of calibration tokens, with steps as in Adam (arXiv 1412.6980) that shrink along a cosine.  With r the
+over minibatches of calibration tokens, with Adam steps (arXiv 1412.6980) on a cosine schedule.  With r the
 residual, a and b the derivatives of the activation by the gate and up pre-activations, and p_i = g_i D_i^T r,
 
     dG_i = - (a_i * p_i) x^T        dU_i = - (b_i * p_i) x^T        dD_i = - r (g_i h_i)^T
 
-are written out: nothing is differentiated but the activation, no gradient leaves the layer, and an expert's gradient
-is gone once the expert has moved.  Steps are relative to the size of the weights, so they fit every model.
+are written out, so that autograd is needed for the activation only and an expert's gradient is freed once the expert
+is updated.  Steps are relative to the size of the weights, so they fit every model.
 """
 
 import math
@@ -30,30 +30,30 @@ from ..layer.segments import Segments
 __all__ = ["refit_neurons_cost", "count_passes", "count_steps", "refit_neurons"]
 
 MOST_PASSES, FEWEST_PASSES = 12, 2  # over the tokens
-ENOUGH_TOKENS = 1_500_000  # seen in all passes together: of more tokens, fewer passes do
+ENOUGH_TOKENS = 1_500_000  # in all passes together: with more tokens, fewer passes are enough
 BATCH_TOKENS = 1024
-STEPS_PER_PASS = 32  # at least, of batches that are smaller where tokens are few
+STEPS_PER_PASS = 32  # at least; batches are smaller if tokens are few
 SMALLEST_BATCH = 64
-MOMENTUM, SMOOTHING = 0.9, 0.99  # of the gradient and of its square
-DAMPING = 0.1  # of the step where a gradient is small among those of its expert
+MOMENTUM, SMOOTHING = 0.9, 0.99  # decay of the running means of the gradient and of its square
+DAMPING = 0.1  # limits the step of weights whose gradient is small compared with their expert's
 
 
 class Moving(NamedTuple):
-    """A projection on its way."""
+    """A projection being optimised, with its Adam state."""
 
     value: Tensor  # (N, f, d) or (N, f, o)
-    gradient: Tensor  # its running mean
-    square: Tensor  # and that of its square
+    gradient: Tensor  # running mean of the gradient
+    square: Tensor  # running mean of the squared gradient
     size: float  # root mean square of the projection at the start
 
 
 def count_passes(tokens: int) -> int:
-    """How often every token is seen."""
+    """Return the number of passes over this many tokens."""
     return max(FEWEST_PASSES, min(MOST_PASSES, ENOUGH_TOKENS // max(tokens, 1)))
 
 
 def count_steps(tokens: int) -> int:
-    """How many minibatches a pass over the tokens has."""
+    """Return the number of minibatches in a pass over this many tokens."""
     return max(1, tokens // BATCH_TOKENS, min(STEPS_PER_PASS, tokens // SMALLEST_BATCH))
 
 
@@ -68,18 +68,18 @@ def refit_neurons(
     reduce: Reduce = alone,
     seed: int = 0,
 ) -> Segments:
-    """Move gate, up and down projections towards a target output.
+    """Refit gate, up and down projections to a target output by minibatch gradient descent.
 
     Args:
         segments: N experts.
         routing: T tokens.
         target: (T, o) output to reproduce.
         activation: the model's rule from pre-activations to neurons, elementwise in the neurons.
-        passes: over the tokens; by default as many as their number asks for.
+        passes: over the tokens; by default `count_passes` of their number.
         rate: of the first steps, relative to the size of the weights.
         order: (T,) distinct numbers of the tokens, among those of all processes; by default 0 to T - 1.
         reduce: over the processes that share the tokens.
-        seed: of the minibatches, which do not depend on who holds which token.
+        seed: of the minibatches, which do not depend on the distribution of tokens over processes.
 
     Returns:
         Segments with new projections.
@@ -114,7 +114,7 @@ def _with_parts(segments: Segments, moving: list[Moving]) -> Segments:
 def _minibatches(
     order: Tensor, steps: int, passes: int, device: torch.device, reduce: Reduce, seed: int
 ) -> Iterator[Tensor]:
-    """Tokens of this process in each minibatch: every token is once in every pass."""
+    """Yield this process's tokens of each minibatch; every pass visits every token once."""
     total = int(largest(order.to(device), reduce)) + 1
     generator = torch.Generator().manual_seed(seed)
     for _ in range(passes):
@@ -125,7 +125,7 @@ def _minibatches(
 def _gradients(
     segments: Segments, routing: Routing, target: Tensor, activation: Activation
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """Of half the squared error by each expert's projections, in turn; an expert may move once it has had its own."""
+    """Yield each expert's gradients of half the squared error; the expert may be updated before the next is drawn."""
     traced = _Traced(activation)
     batches = list(expert_batches(segments, routing, traced))
     error = -target.to(segments.compute_dtype)
@@ -147,7 +147,7 @@ def _gradients(
 
 
 class _Traced:
-    """An activation that remembers its calls, for its derivatives by the gate and up pre-activations."""
+    """An activation that records its calls, to differentiate it with respect to the gate and up pre-activations."""
 
     def __init__(self, activation: Activation) -> None:
         self.activation = activation
@@ -161,7 +161,7 @@ class _Traced:
         return neurons.detach()
 
     def pull_back(self, call: int, by_neuron: Tensor) -> tuple[Tensor, ...]:
-        """Gradients by the pre-activations (n, f) each, from those by the neurons; the call is forgotten."""
+        """Backpropagate from the neurons to the pre-activations (n, f) each, and free the recorded call."""
         neurons, before = self.calls[call]
         self.calls[call] = ()
         return torch.autograd.grad(neurons, before, by_neuron)
@@ -170,7 +170,7 @@ class _Traced:
 def _reduced(
     own: Iterator[tuple[int, list[Tensor]]], max_elements: int, reduce: Reduce
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """The gradients of all processes, of as many experts at a time as may be held: messages are few."""
+    """Sum gradients over all processes, batching as many experts per message as memory allows."""
     if reduce is alone:  # nothing is sent, so nothing needs to be laid together
         yield from own
         return
@@ -192,7 +192,7 @@ def _reduced_together(waiting: list[tuple[int, list[Tensor]]], reduce: Reduce) -
 
 
 def _move(part: Moving, expert: int, gradient: Tensor, length: float, step: int) -> None:
-    """One step of one expert's projection."""
+    """Update one expert's projection by one Adam step."""
     mean, square = part.gradient[expert], part.square[expert]
     mean.lerp_(gradient, 1 - MOMENTUM)
     square.mul_(SMOOTHING).addcmul_(gradient, gradient, value=1 - SMOOTHING)
@@ -203,7 +203,7 @@ def _move(part: Moving, expert: int, gradient: Tensor, length: float, step: int)
 
 
 def refit_neurons_cost(shape: LayerShape) -> Cost:
-    """What `refit_neurons` takes: the moving weights, two running means of their gradients, and a minibatch."""
+    """Cost of `refit_neurons`: the updated weights, two running means of their gradients, and a minibatch."""
     weights = shape.retained * shape.expert
     tokens = -(-shape.tokens // count_steps(shape.tokens))
     batch = tokens * (shape.top_k * (6 * shape.width + shape.outputs) + shape.inputs + 2 * shape.outputs)

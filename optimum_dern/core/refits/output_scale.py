@@ -1,12 +1,12 @@
-"""How much each retained expert should count: one factor an expert, in closed form.
+"""Closed-form fit of one output scale per retained expert.
 
-Where a router does not renormalise its weights over the chosen experts (`norm_topk_prob=False`), dropping some takes
-their share out of the softmax, so that all survivors' weights grow, and with them the layer's output.  With C_i(x) the
-contribution of expert i, its weight included, and y the original layer's routed output, solve
+If a router does not renormalise gate weights over the chosen experts (`norm_topk_prob=False`), dropping experts
+removes their share of the softmax, so that the retained experts' gate weights grow, and with them the layer's output.
+With C_i(x) the contribution of expert i, including its gate weight, and y the original layer's routed output, solve
 
     min  sum_x | y(x) - sum_i c_i C_i(x) |^2  +  lambda |c - 1|^2,        lambda = ridge * tr(A) / N
 
-with A_ij = sum_x C_i . C_j, and multiply what expert i writes by c_i.
+with A_ij = sum_x C_i . C_j, and multiply the output of expert i by c_i.
 """
 
 import torch
@@ -29,7 +29,7 @@ def fit_scales(
     reduce: Reduce = alone,
     ridge: float = 1e-3,
 ) -> Tensor:
-    """The factors c of one layer.
+    """Fit the output scales c of one layer to a target output.
 
     Args:
         segments: N experts.
@@ -64,7 +64,7 @@ def fit_scales(
 
 
 def scale_outputs(segments: Segments, scales: Tensor) -> Segments:
-    """Segments whose experts return scales (N,) times what they returned."""
+    """Multiply the experts' outputs by scales (N,), through their down projections and output biases."""
     down = segments.workspace.copy(segments.down)
     for expert, scale in enumerate(scales.tolist()):
         down[expert] *= scale
@@ -73,7 +73,7 @@ def scale_outputs(segments: Segments, scales: Tensor) -> Segments:
 
 
 def fit_scales_cost(shape: LayerShape) -> Cost:
-    """What `fit_scales` and `scale_outputs` take."""
+    """Cost of `fit_scales` and `scale_outputs`."""
     tokens = min(2 * shape.chunk_tokens, shape.tokens)
     outputs = tokens * (shape.top_k + 3) * shape.outputs + 6 * tokens * shape.top_k**2
     copies = shape.retained * shape.down * shape.itemsize

@@ -1,13 +1,13 @@
-"""Closed-form refit of the router of the retained experts.
+"""Refit of the retained experts' router rows by Gauss-Newton steps.
 
-Dropping experts sends their tokens elsewhere, by a router that was never asked to rank the remaining experts for them.
-One Gauss-Newton step moves the rows of the retained experts so that the routed output comes closer to the original
+Tokens of dropped experts are now routed among the retained ones, which the router was not trained to rank for them.
+One Gauss-Newton step updates the rows of the retained experts so that the routed output comes closer to the original
 layer's, with the experts themselves fixed:
 
     min  sum_x | y(x) - y'(x) - J(x) dW x |^2  +  lambda |dW|^2
 
 J is the derivative of the routed output y' by the router's logits z.  For a router whose rule is known
-(`router_rule`), with pi = g / scale and u = phi'/phi,
+(`router.rule`), with pi = g / scale and u = phi'/phi,
 
     dy' = sum over chosen s of g_s u_s dz_s e_s(x)  -  y'(x) sum over R of pi_r u_r dz_r
 
@@ -42,19 +42,19 @@ def refit_router(
     bias: Tensor | None = None,
     reduce: Reduce = alone,
 ) -> Tensor:
-    """One Gauss-Newton step of the router towards a target output.
+    """Update the router weight by one Gauss-Newton step that fits the routed output to a target.
 
     Args:
         rows: (N, d) router weight.
         segments: N experts.
-        routing: T tokens as this router sends them.
+        routing: T tokens as routed by this router.
         target: (T, o) output to reproduce.
         activation: the model's rule from pre-activations to neurons.
-        rule: the router's.
+        rule: by which the router computes gate weights.
         ridge: relative to the mean diagonal of the normal equations.
-        iterations: of conjugate gradients, at most.
-        tolerance: relative residual that ends them.
-        bias: (N,) of the logits, where the router has one; it stays.
+        iterations: maximum of conjugate gradient iterations.
+        tolerance: relative residual at which they stop.
+        bias: (N,) added to the logits, where the router has one; not refitted.
         reduce: over the processes that share the tokens.
 
     Returns:
@@ -69,12 +69,12 @@ def refit_router(
     gram, residual = _token_grams(segments, routing, target, activation)  # (T, k + 1, k + 1), (T, k + 1)
 
     def transposed(moments: Tensor) -> Tensor:
-        """J^T of per-token moments (T, k + 1): (N, d)."""
+        """Apply J^T to per-token moments (T, k + 1): (N, d)."""
         by_logit = torch.zeros_like(share).scatter_(1, routing.index, weight * moments[:, :-1])
         return reduce((by_logit - share * moments[:, -1:]).T @ hidden)
 
     def normal(step: Tensor) -> Tensor:
-        """J^T J of a step (N, d)."""
+        """Apply J^T J to a step (N, d)."""
         change = hidden @ step.T  # (T, N)
         chosen = weight * change.gather(1, routing.index)  # (T, k)
         moments = torch.cat([chosen, -(share * change).sum(1, keepdim=True)], dim=1)  # (T, k + 1)
@@ -93,10 +93,10 @@ def refit_router(
 def _token_grams(
     segments: Segments, routing: Routing, target: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor]:
-    """Gram matrices of [e_1 .. e_k, y'] per token, and their products with the residual y - y'."""
+    """Compute the Gram matrix of [e_1 .. e_k, y'] per token, and its vectors' products with the residual y - y'."""
     top_k, grams, products = routing.index.shape[1], [], []
     chunk = 2 * segments.workspace.chunk_tokens
-    for start in range(0, max(1, len(target)), chunk):  # a process may have no tokens to fit
+    for start in range(0, max(1, len(target)), chunk):  # all tokens of a process may be held out
         part = routing.select(slice(start, start + chunk))
         outputs = target.new_zeros(len(part.index), top_k + 1, target.shape[1])  # (n, k + 1, o)
         for batch in expert_batches(segments, part, activation):
@@ -109,7 +109,7 @@ def _token_grams(
 
 
 def refit_router_cost(shape: LayerShape, iterations: int = 50) -> Cost:
-    """What recognising a router's rule and `refit_router` take on the tokens of a shape."""
+    """Cost of `recognise_rule` and `refit_router` on the tokens of a shape."""
     tokens, slots = min(2 * shape.chunk_tokens, shape.tokens), shape.top_k + 1
     held = shape.tokens * (4 * shape.retained + 2 * slots**2) + tokens * (slots + 2) * shape.outputs
     held += shape.tokens * shape.inputs * (shape.itemsize < shape.number)

@@ -1,1 +1,1 @@
-"""Routers: rows of the retained experts, and rules recognised from what a router does."""
+"""Routers: weight rows of the retained experts, and routing rules inferred from calibration tokens."""

@@ -1,13 +1,13 @@
-"""How a router chooses and weighs its experts, recognised from what it does, to tell what it would do without some.
+"""Top-k rule of a router, inferred from its decisions on calibration tokens, to simulate it without some experts.
 
-With logits z, every router whose weights follow a known rule (`router_rule.recognise_rule`) chooses the k experts of
-the largest
+With logits z, every router whose gate weights follow a known rule (`rule.recognise_rule`) chooses the k experts of the
+largest
 
     z,    softmax(z) + b    or    sigmoid(z) + b
 
-with b a correction that only the choice sees, among all experts or among those of the best groups; a group is as good
-as its two best experts together, or as its best.  Which of these a router does is found by trying them on the
-calibration tokens.  A dropped expert is one with the logit -inf.
+with b a bias that affects only the choice, among all experts or among those of the best groups; a group is scored by
+the sum of its two best experts, or by its best one.  Each of these rules is tried on the calibration tokens.  A
+dropped expert is simulated by the logit -inf.
 """
 
 from collections.abc import Iterator
@@ -29,26 +29,26 @@ COMPARED = {"logit": lambda z: z, "exp": lambda z: z.softmax(dim=1), "sigmoid": 
 
 
 class UnknownRouter(ValueError):
-    """A router that follows no rule that is known."""
+    """A router that follows none of the known rules."""
 
 
 class RouterChoice(NamedTuple):
-    """A router's rules, enough to route tokens by their logits."""
+    """The rules by which a router turns logits into chosen experts and gate weights."""
 
-    rule: RouterRule  # of the weights
-    by: str = "logit"  # what is compared: "logit", or the "exp" (softmax) or "sigmoid" of it
-    bias: Tensor | None = None  # (E,) added to that
+    rule: RouterRule  # of the gate weights
+    by: str = "logit"  # scores that are compared: "logit", "exp" (softmax) or "sigmoid"
+    bias: Tensor | None = None  # (E,) added to these scores
     num_groups: int = 1
     topk_group: int = 1
-    best_of_group: int = 2  # how many experts a group is judged by
+    best_of_group: int = 2  # a group's score is the sum of this many best experts
 
 
 def choose_experts(logits: Tensor, choice: RouterChoice, top_k: int) -> tuple[Tensor, Tensor]:
-    """Route tokens by their logits.
+    """Choose the top-k experts and gate weights of tokens from their router logits.
 
     Args:
         logits: (T, E), -inf for experts that may not be chosen.
-        choice: of the router.
+        choice: the router's rules.
         top_k: k.
 
     Returns:
@@ -72,11 +72,11 @@ def choose_experts(logits: Tensor, choice: RouterChoice, top_k: int) -> tuple[Te
 
 
 def recognise_choice(layer: ObservedLayer, routing: Routing) -> tuple[RouterChoice, Tensor]:
-    """Find the rules by which a layer's router works.
+    """Infer the rules of a layer's router from its decisions on tokens.
 
     Args:
-        layer: its router's tensors and groups.
-        routing: T tokens of this process, as the router sends them.
+        layer: with the router's tensors and groups.
+        routing: T tokens of this process, as routed by the model.
 
     Returns:
         The rules, and the router's logits (T, E) for the tokens.
@@ -102,7 +102,7 @@ def recognise_choice(layer: ObservedLayer, routing: Routing) -> tuple[RouterChoi
 
 
 def _choices(layer: ObservedLayer, logits: Tensor, routing: Routing) -> Iterator[RouterChoice]:
-    """What a router whose logits these are may do."""
+    """Yield every candidate rule for a router with these logits."""
     rule = recognise_rule(logits, routing, reduce=layer.reduce)
     if rule is None:
         return
@@ -113,7 +113,7 @@ def _choices(layer: ObservedLayer, logits: Tensor, routing: Routing) -> Iterator
 
 
 def _agreement(choice: RouterChoice, logits: Tensor, index: Tensor, reduce: Reduce) -> float:
-    """Share of the tokens that get the very experts that they have."""
+    """Return the fraction of tokens for which the rule chooses exactly the model's experts."""
     chosen, _ = choose_experts(logits, choice, index.shape[1])
     return share_of_tokens((chosen.sort(dim=1).values == index.sort(dim=1).values).all(1), reduce)
 

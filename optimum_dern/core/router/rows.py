@@ -1,4 +1,4 @@
-"""The router of a compressed layer: rows and biases of the retained experts."""
+"""Router weights of a compressed layer: rows and biases of the retained experts."""
 
 import torch
 from torch import Tensor
@@ -8,14 +8,14 @@ __all__ = ["add_moved_rows", "dropped_experts", "retain"]
 
 
 def dropped_experts(num_experts: int, retained: Tensor) -> Tensor:
-    """Those of E experts that are not among the retained (N,): (E - N,) ascending."""
+    """Return the indices (E - N,) of the experts that are not retained, ascending."""
     dropped = torch.ones(num_experts, dtype=torch.bool, device=retained.device)
     dropped[retained] = False
     return dropped.nonzero().squeeze(1)
 
 
 def retain(tensor: Tensor, retained: Tensor, dim: int = 0) -> Tensor:
-    """The entries of the retained experts of any router tensor.
+    """Select the entries of the retained experts from a router tensor.
 
     Args:
         tensor: weight (E, d), bias (E,), or any tensor with one entry an expert along `dim`.
@@ -29,7 +29,7 @@ def retain(tensor: Tensor, retained: Tensor, dim: int = 0) -> Tensor:
 
 
 def add_moved_rows(rows: Tensor, retained: Tensor, destination: Tensor) -> Tensor:
-    """Give each retained expert the router share of the segments it received (DERN, arXiv 2509.10377, step 2).
+    """Add dropped experts' router rows to the experts that received their segments (DERN, arXiv 2509.10377, step 2).
 
         G_r <- G_r + sum over dropped o of (n_{o->r} / f) G_o
 

@@ -1,6 +1,6 @@
-"""The form of a router's weights, recognised from what it does on the calibration tokens.
+"""Gate weight rule of a router (softmax or sigmoid, normalisation, scale), inferred from calibration tokens.
 
-Most routers apply weights of one form,
+Most routers compute gate weights of the form
 
     g_s = scale * phi(z_s) / sum over r in R of phi(z_r),        z = W x (+ b),
 
@@ -28,11 +28,11 @@ __all__ = [
     "weight_shares",
 ]
 
-AGREEMENT = 0.99  # share of the tokens with which a rule has to agree: rounding breaks ties
+AGREEMENT = 0.99  # fraction of tokens that a rule must explain; not all, because rounding breaks ties
 
 
 class RouterRule(NamedTuple):
-    """How routing weights follow from logits."""
+    """How a router computes gate weights from logits."""
 
     phi: str  # "exp" or "sigmoid"
     over_all: bool  # normalised over all experts instead of the chosen ones
@@ -40,7 +40,7 @@ class RouterRule(NamedTuple):
 
 
 def possible_logits(rows: Tensor, bias: Tensor | None, routing: Routing) -> Iterator[Tensor]:
-    """A router's logits in every precision in which a model may compute them.
+    """Compute a router's logits in each precision that the model may use.
 
     Args:
         rows: (N, d) router weight.
@@ -48,9 +48,9 @@ def possible_logits(rows: Tensor, bias: Tensor | None, routing: Routing) -> Iter
         routing: T tokens.
 
     Yields:
-        (T, N) in float32 at least, as computed there; then as computed, and rounded, in the dtype of `rows` where
-        that is a shorter one.  Nothing where the router does not read what the experts read, or its weights scale
-        the experts' inputs, by which the output is not linear in them.
+        (T, N) logits computed in float32 (or wider); then those computed in the dtype of `rows`, if that is narrower.
+        Nothing if the router and the experts have different inputs, or if gate weights scale the experts' inputs, so
+        that the output is not linear in them.
     """
     if routing.weighs_input or rows.shape[1] != routing.hidden.shape[1]:
         return
@@ -64,16 +64,16 @@ def possible_logits(rows: Tensor, bias: Tensor | None, routing: Routing) -> Iter
 def recognise_rule(
     logits: Tensor, routing: Routing, tolerance: float = 1e-2, reduce: Reduce = alone
 ) -> RouterRule | None:
-    """Find the rule by which a router makes its weights.
+    """Infer the rule by which a router computes gate weights from logits.
 
     Args:
-        logits: (T, N) the router's.
-        routing: T tokens as this router sends them.
+        logits: (T, N) router logits.
+        routing: T tokens as routed by this router.
         tolerance: largest deviation of a weight, relative to the largest weight; loose enough for weights in bfloat16.
         reduce: over the processes that share the tokens.
 
     Returns:
-        The rule with which the weights of nearly all tokens agree (`AGREEMENT`), or None where none does.
+        The rule that explains the gate weights of nearly all tokens (`AGREEMENT`), or None.
     """
     weight = routing.weight.to(logits.dtype)
     bound, total = tolerance * largest(weight, reduce), reduce(weight.sum())
@@ -89,19 +89,19 @@ def recognise_rule(
 
 
 def share_of_tokens(holds: Tensor, reduce: Reduce = alone) -> float:
-    """Of how many of all processes' tokens something holds, (T,) bool."""
+    """Return the fraction of True entries of a mask (T,) over the tokens of all processes."""
     counts = torch.stack([holds.sum(), holds.new_tensor(len(holds), dtype=torch.long)]).double()
     true, tokens = reduce(counts).tolist()
     return true / max(tokens, 1)
 
 
 def log_masses(logits: Tensor, phi: str) -> Tensor:
-    """log phi(z), the logarithms of the numbers whose shares are the weights: (T, N)."""
+    """Compute log phi(z) of the logits, the logarithm of the unnormalised gate weights: (T, N)."""
     return torch.nn.functional.logsigmoid(logits) if phi == "sigmoid" else logits
 
 
 def weight_shares(logits: Tensor, index: Tensor, phi: str, over_all: bool) -> Tensor:
-    """phi(z) normalised over the chosen experts (T, k) or over all, 0 outside: (T, N)."""
+    """Normalise phi(z) over the chosen experts (T, k) or over all; return (T, N), 0 outside."""
     value = log_masses(logits, phi)
     if not over_all:
         value = torch.full_like(value, -torch.inf).scatter(1, index, value.gather(1, index))

@@ -1,1 +1,1 @@
-"""The only place that knows how transformers lays out a Mixture-of-Experts model."""
+"""Access to transformers' Mixture-of-Experts models: finding, checking, reading and rewriting their MoE layers."""

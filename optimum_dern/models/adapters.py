@@ -1,4 +1,4 @@
-"""Models that carry adapters (PEFT), told without importing peft: what they compute is not what they store."""
+"""Detection of models with PEFT adapters, without importing peft."""
 
 from torch import nn
 
@@ -7,16 +7,16 @@ __all__ = ["check_no_adapter", "has_adapter"]
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether a model is wrapped by peft, or has layers of it inside: merged into their weights or not."""
+    """Return whether a model is wrapped by peft or contains peft layers, merged or not."""
     return any(base.__module__.split(".")[0] == "peft" for module in model.modules() for base in type(module).__mro__)
 
 
 def check_no_adapter(model: nn.Module, task: str) -> None:
-    """Refuse a model with adapters, whose tensors are stored under other names than a plain checkpoint has.
+    """Refuse a model with PEFT adapters, whose tensor names differ from those of a plain checkpoint.
 
     Args:
         model: of transformers, or wrapped by peft.
-        task: what cannot be done with it.
+        task: participle of the refused operation for the message, such as "compressed".
 
     Raises:
         ValueError: it has adapters; the message tells how to merge them.

@@ -1,11 +1,11 @@
-"""How long a sequence a model is made for, as far as its config tells."""
+"""Maximum sequence length of a model, read from its config."""
 
 from typing import Any
 
 
 __all__ = ["bounded_length", "context_length"]
 
-# Families' names for it, the first three in lm-eval's order.  A sliding window is none: it limits what one layer sees.
+# Config keys of the model families, the first three in lm-eval's order; a sliding window limits only single layers.
 KEYS = (
     "n_positions",
     "max_position_embeddings",
@@ -20,10 +20,10 @@ KEYS = (
 
 
 def context_length(config: Any) -> int | None:
-    """The longest sequence that a model is made for; None where its config says nothing.
+    """Return the maximum sequence length of a model, or None if its config has none.
 
     Args:
-        config: of transformers; of one with parts the text model's counts, and then its own.
+        config: of transformers; in a multimodal config, the text model's part takes precedence.
     """
     for part in (config.get_text_config(), config):
         for key in KEYS:
@@ -34,5 +34,5 @@ def context_length(config: Any) -> int | None:
 
 
 def bounded_length(config: Any, length: int) -> int:
-    """A length of sequences, or what the model is made for where that is less."""
+    """Limit a sequence length to the maximum of the model."""
     return min(length, context_length(config) or length)

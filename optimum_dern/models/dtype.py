@@ -1,4 +1,4 @@
-"""The dtype that a user names, in any of its usual spellings."""
+"""Parsing of dtype names in their usual spellings."""
 
 import torch
 
@@ -10,13 +10,13 @@ ALLOWED = ("float32", "bfloat16", "float16")
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """Dtype of a model from its name, such as "bfloat16", "bf16" or "torch.bfloat16", or from the dtype itself.
+    """Parse a dtype, given as `torch.dtype` or by name, such as "bfloat16", "bf16" or "torch.bfloat16".
 
     Args:
-        dtype: of a model; None or "auto" for that of its checkpoint.
+        dtype: for a model; None or "auto" keeps that of its checkpoint.
 
     Returns:
-        The dtype; None for that of the checkpoint.
+        The dtype; None to keep that of the checkpoint.
 
     Raises:
         ValueError: anything else.

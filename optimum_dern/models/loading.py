@@ -1,4 +1,4 @@
-"""Load a checkpoint whole, in the class that its config names."""
+"""Load a whole checkpoint as the model class that its config names."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,12 @@ __all__ = ["load_model", "model_class"]
 
 
 def load_model(model: str | Path, device: str | None = None, dtype: Any = None, **source: Any) -> Any:
-    """A model ready to run: in evaluation mode, on one device.
+    """Load a model in evaluation mode on one device.
 
     Args:
         model: folder or Hub id.
-        device: CUDA where there is one by default.
-        dtype: a `torch.dtype` or its name; as stored by default.
+        device: by default CUDA if available.
+        dtype: a `torch.dtype` or its name; by default as stored.
         **source: `revision`, `token` and `trust_remote_code`.
     """
     import torch
@@ -26,7 +26,7 @@ def load_model(model: str | Path, device: str | None = None, dtype: Any = None, 
 
 
 def model_class(model: str | Path, **source: Any) -> type:
-    """The class that a checkpoint's config names; `AutoModelForCausalLM` where transformers does not have it."""
+    """Return the model class that a checkpoint's config names, or `AutoModelForCausalLM` if transformers lacks it."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(model, **source)

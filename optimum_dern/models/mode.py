@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Context manager for a model's evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ __all__ = ["evaluation_mode"]
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off, and put every module back into the mode that it was in."""
+    """Put a model into evaluation mode, and restore the mode of every module on exit."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Models and requests that cannot be compressed, refused with the reason before any work is done."""
+"""Validation of models and requests: whatever cannot be compressed is refused with the reason before any work."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -37,7 +37,7 @@ REFUSED = {
     "doge": "its experts are product-key embeddings, not feed-forward networks",
     "openai_privacy_filter": "it is a token classifier, not a language model",
 }
-BROKEN = {  # families that a release of transformers cannot run: what happens, and the releases that can
+BROKEN = {  # families that a transformers release cannot run: the error, and the releases that work
     ("llama4", "5.24.0"): (
         "every forward pass of its Llama4ForConditionalGeneration ends in "
         "\"'MoeCausalLMOutputWithPast' object has no attribute 'image_outputs'\"",
@@ -47,10 +47,10 @@ BROKEN = {  # families that a release of transformers cannot run: what happens, 
 
 
 def check_config(config: Any) -> None:
-    """Refuse a family that cannot be compressed, by its config alone.
+    """Refuse a model family that cannot be compressed, judging by its config alone.
 
     Args:
-        config: of transformers, nested or not; some of these families cannot even be built without weights.
+        config: of transformers, nested or not.
 
     Raises:
         ValueError: naming the family and the reason, and another release of transformers where one can run it.
@@ -72,7 +72,7 @@ def check_config(config: Any) -> None:
 
 
 def check_model(model: nn.Module, layers: list[MoELayer]) -> None:
-    """Refuse a model that cannot be compressed correctly.
+    """Refuse a model whose architecture or state cannot be compressed correctly.
 
     Raises:
         ValueError: naming what was found and what to do instead.
@@ -96,7 +96,7 @@ def check_model(model: nn.Module, layers: list[MoELayer]) -> None:
 
 
 def check_materialised(layers: list[MoELayer]) -> None:
-    """Refuse layers whose weights are offloaded.
+    """Refuse MoE layers whose weights are offloaded or not loaded.
 
     Raises:
         ValueError: a parameter is on the meta device.
@@ -110,11 +110,11 @@ def check_materialised(layers: list[MoELayer]) -> None:
 
 
 def check_protection(layers: Mapping[int, MoELayer], protected: Mapping[int, list[int]] | str, count: int) -> None:
-    """Refuse protected experts that do not exist or do not fit.
+    """Refuse protected experts that do not exist, or more of them than experts are retained.
 
     Args:
         layers: MoE layers by the index of their decoder layer.
-        protected: experts never dropped, by decoder layer; "super" finds as many as fit.
+        protected: lists of experts by decoder layer; "super" always fits.
         count: how many experts every layer keeps.
 
     Raises:
@@ -129,7 +129,7 @@ def check_protection(layers: Mapping[int, MoELayer], protected: Mapping[int, lis
 
 
 def check_router_logits(method: str, layers: list[MoELayer]) -> None:
-    """Refuse a method that compares router logits where the experts' inputs do not give them.
+    """Refuse a method that compares router logits if these cannot be computed from the experts' inputs.
 
     Raises:
         ValueError: a router without a single matrix that reads what the experts read.
@@ -146,7 +146,7 @@ def check_router_logits(method: str, layers: list[MoELayer]) -> None:
 
 
 def resolve_count(layer: MoELayer, sparsity: float, num_experts: int | None, multiple_of: int) -> int:
-    """The number of experts that every layer keeps, checked against the router's rules.
+    """Compute the number of experts that every layer keeps, and check it against the router's constraints.
 
     Args:
         layer: any MoE layer of the model.
@@ -183,7 +183,7 @@ def resolve_count(layer: MoELayer, sparsity: float, num_experts: int | None, mul
 
 
 def advise_count(layer: MoELayer) -> str:
-    """The counts with which something is dropped and the router works, as the end of a message."""
+    """Return advice for an error message: the values of num_experts that compress the model and fit its router."""
     least, most = _least_count(layer), layer.num_experts - layer.num_groups
     if most < least:
         return "none of its experts can be dropped"
@@ -192,7 +192,7 @@ def advise_count(layer: MoELayer) -> str:
 
 
 def _least_count(layer: MoELayer) -> int:
-    """The fewest experts with which the router works, a multiple of its groups."""
+    """Return the fewest experts that the router can work with, a multiple of its groups."""
     groups, least = layer.num_groups, max(2, layer.top_k)
     if groups > 1:  # each group is scored by its two best experts, and the chosen groups must hold top_k experts
         least = max(least, 2 * groups, -(-layer.top_k // layer.topk_group) * groups)

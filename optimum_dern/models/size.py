@@ -10,7 +10,7 @@ __all__ = ["measure_model", "predict_size"]
 
 
 def measure_model(model: nn.Module, layers: list[MoELayer]) -> ModelSize:
-    """Count a model's parameters, those that one token uses, and their bytes; tied weights count once."""
+    """Count a model's parameters, its active parameters per token, and its bytes; tied weights count once."""
     parameters = list({id(p): p for p in model.parameters()}.values())
     total = sum(p.numel() for p in parameters)
     idle = sum(expert_numel(layer) * (layer.num_experts - layer.top_k) for layer in layers)
@@ -20,7 +20,7 @@ def measure_model(model: nn.Module, layers: list[MoELayer]) -> ModelSize:
 
 
 def predict_size(model: nn.Module, layers: list[MoELayer], num_experts: int) -> ModelSize:
-    """What `measure_model` will find once every layer keeps `num_experts`; the weights are not touched."""
+    """Predict the result of `measure_model` for a model whose layers keep `num_experts` experts."""
     before = measure_model(model, layers)
     removed = removed_bytes = 0
     for layer in layers:
@@ -36,5 +36,5 @@ def predict_size(model: nn.Module, layers: list[MoELayer], num_experts: int) -> 
 
 
 def expert_numel(layer: MoELayer) -> int:
-    """Parameters of one routed expert."""
+    """Return the number of parameters of one routed expert."""
     return sum(p.numel() for p in layer.experts.parameters(recurse=False)) // layer.num_experts

@@ -1,4 +1,4 @@
-"""A model without weights: its modules on the meta device, from nothing but its config."""
+"""Build a model without weights, on the meta device, from its config."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from .refusals import check_config
 
 __all__ = ["build_skeleton"]
 
-LARGE = 1 << 24  # numbers; no buffer has so many
+LARGE = 1 << 24  # elements; more than any buffer has
 
 
 def build_skeleton(
@@ -25,7 +25,7 @@ def build_skeleton(
     dequantised: bool = False,
     stored_dtype: Callable[[], torch.dtype | None] | None = None,
 ) -> nn.Module:
-    """Build a checkpoint's model on the meta device, in the class that its config names.
+    """Build a checkpoint's model on the meta device, as the class that its config names.
 
     `AutoModelForCausalLM` would build only the language model of a checkpoint that has a vision tower too.
 
@@ -35,8 +35,8 @@ def build_skeleton(
         trust_remote_code: run the checkpoint's own modelling code.
         token: for a private Hub model.
         dtype: of the model; by default that of its config.
-        stored_dtype: tells that of its tensors, and is asked where its config has none.
-        dequantised: leave the config's quantisation out, since weights are dequantised when they are read.
+        stored_dtype: returns the dtype of the checkpoint's tensors; called only if its config has none.
+        dequantised: ignore the config's quantisation, because weights are dequantised when they are read.
 
     Returns:
         The model, without any storage.
@@ -59,14 +59,14 @@ def build_skeleton(
             skeleton = architecture._from_config(config, dtype=dtype)
         else:
             skeleton = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    skeleton.tie_weights(recompute_mapping=False)  # replacing parameters by empty ones has separated them
+    skeleton.tie_weights(recompute_mapping=False)  # replacing parameters by empty ones has untied them
     return skeleton.eval()
 
 
 class LargeOnMeta(TorchFunctionMode):
-    """What is large is made without storage.
+    """Torch function mode that creates large tensors on the meta device.
 
-    Elsewhere parameters are replaced once they are there: never filled, but counted where addresses are limited.
+    accelerate replaces a parameter only after its allocation, which fails where address space is limited.
     """
 
     def __torch_function__(

@@ -1,1 +1,1 @@
-"""MoE layers inside transformers models: found by their shape, read, and rewritten."""
+"""MoE layers of transformers models: finding them by parameter shapes, reading and rewriting them."""

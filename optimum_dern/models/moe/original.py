@@ -1,4 +1,4 @@
-"""Layers' original tensors, kept while compressed ones take their place."""
+"""Context managers that restore a layer's original tensors after it was compressed in place."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ __all__ = ["original_kept", "restored_on_error"]
 
 @contextmanager
 def original_kept(layer: MoELayer) -> Iterator[None]:
-    """Give a layer the very tensors back that it had when the context was entered; nothing is copied.
+    """Restore a layer's original tensors on exit; they are kept by reference, not copied.
 
     Args:
         layer: with its original experts, in memory or on the meta device.
@@ -26,7 +26,7 @@ def original_kept(layer: MoELayer) -> Iterator[None]:
 
 @contextmanager
 def restored_on_error(layers: Sequence[MoELayer]) -> Iterator[None]:
-    """The same for all layers of a model, but only if the body fails or is interrupted."""
+    """Restore the original tensors of all layers if the body fails or is interrupted."""
     restorers = [_keep(layer) for layer in layers]
     try:
         yield
@@ -37,7 +37,7 @@ def restored_on_error(layers: Sequence[MoELayer]) -> Iterator[None]:
 
 
 def _keep(layer: MoELayer) -> Callable[[], None]:
-    """Hold on to a layer's tensors; the function that is returned puts them back."""
+    """Keep references to a layer's tensors; return a function that restores them."""
     blocks = (layer, *layer.twins)
     experts = [dict(block.experts._parameters) for block in blocks]
     routing = [[entry.tensor for entry in block.routing] for block in blocks]

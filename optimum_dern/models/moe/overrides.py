@@ -1,7 +1,7 @@
-"""Where a layer's routing can be read: the one place with knowledge of single families.
+"""Hooks that record a layer's routing; the only code that is specific to single model families.
 
-Nearly every experts module is called with what it mixes its experts by (hidden states, indices, weights).  Those that
-are not have a hook of their own here, by the name of their experts' class.
+Nearly every experts module is called with hidden states, expert indices and gate weights.  Those that are not have a
+hook of their own here, by the name of their experts' class.
 """
 
 import inspect
@@ -19,14 +19,14 @@ RoutingHook = Callable[[nn.Module, nn.Module, Callable[[Routing], None]], Remova
 
 
 def routing_hook(experts: nn.Module) -> RoutingHook | None:
-    """The function that watches a layer's routing.
+    """Find the hook that records the routing of a layer.
 
     Args:
-        experts: of the layer.
+        experts: the layer's experts module.
 
     Returns:
         `hook(block, experts, receive)`, which calls `receive` with the `Routing` of every forward pass, before the
-        experts have run, until its handle is removed; None where nobody knows how these experts are told theirs.
+        experts have run, until its handle is removed; None if it is unknown how these experts receive their routing.
     """
     if type(experts).__name__ in HOOKS:
         return HOOKS[type(experts).__name__]
@@ -34,7 +34,7 @@ def routing_hook(experts: nn.Module) -> RoutingHook | None:
 
 
 def hook_experts(block: nn.Module, experts: nn.Module, receive: Callable[[Routing], None]) -> RemovableHandle:
-    """The usual case: hidden states (..., d), indices (T, k) and weights (T, k) are the experts' arguments."""
+    """Record the routing from the experts' arguments: hidden states (..., d), indices and gate weights (T, k)."""
 
     def before_experts(module: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden, index, weight = [*args, *kwargs.values()][:3]
@@ -44,7 +44,7 @@ def hook_experts(block: nn.Module, experts: nn.Module, receive: Callable[[Routin
 
 
 def hook_llama4(block: nn.Module, experts: nn.Module, receive: Callable[[Routing], None]) -> RemovableHandle:
-    """Llama 4: its experts get one input per expert and token, scaled by sigmoid scores (0 where not chosen)."""
+    """Record the routing of Llama 4 from its router; gate weights (sigmoid scores) scale the experts' inputs."""
 
     def after_router(router: nn.Module, args: tuple, output: tuple) -> None:
         scores, _ = output  # (T, E)
@@ -58,7 +58,7 @@ HOOKS: dict[str, RoutingHook] = {"Llama4TextExperts": hook_llama4}
 
 
 def _takes_routing(experts: nn.Module) -> bool:
-    """Whether the module can be called as (hidden, indices, weights)."""
+    """Return whether the module can be called as (hidden, indices, weights)."""
     try:
         inspect.signature(experts.forward).bind(None, None, None)
     except TypeError:

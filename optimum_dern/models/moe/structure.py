@@ -1,4 +1,4 @@
-"""Find the MoE layers of any transformers model by the shape of their parameters.
+"""Find the MoE layers of any transformers model by the shapes of their parameters.
 
 No table of class names: an experts module carries 3-D `gate_up_proj` (or `up_proj`) and `down_proj` parameters, its
 parent is the MoE block, and whatever else in the router part of the block has a dimension equal to the number of
@@ -36,7 +36,7 @@ ROUTER_PARTS = ("gate", "router", "moe_statics")
 class RoutingTensor:
     """A router weight, bias or scale with one entry per expert."""
 
-    module: nn.Module  # owns it
+    module: nn.Module  # module that holds the tensor
     name: str  # attribute of the module
     path: str  # name inside the block
     dim: int  # the expert dimension
@@ -52,12 +52,12 @@ class RoutingTensor:
 
 @dataclass(frozen=True, eq=False)
 class MoELayer:
-    """One MoE block: where its parts are and the numbers that limit what may be dropped."""
+    """A MoE block of a model: its modules, router tensors, and the counts that constrain pruning."""
 
-    name: str  # the block's, in the model
+    name: str  # of the block in the model
     block: nn.Module
     experts: nn.Module
-    config: object  # the (sub-)config that sizes the experts
+    config: object  # the (sub-)config with the number of experts
     layout: ExpertLayout
     num_experts: int
     top_k: int
@@ -65,23 +65,23 @@ class MoELayer:
     topk_group: int
     routing: tuple[RoutingTensor, ...]
     twins: tuple["MoELayer", ...] = ()  # other blocks that use the very same weights (DiffusionGemma's two passes)
-    workspace: Workspace = IN_MEMORY  # of what is made from its experts
+    workspace: Workspace = IN_MEMORY  # allocator and memory limits for tensors made from its experts
 
     @property
     def router_weight(self) -> RoutingTensor | None:
-        """The router's matrix (E, d), if it has exactly one."""
+        """The router's weight matrix (E, d), or None if it has none or several."""
         matrices = [r for r in self.routing if r.tensor.dim() == 2 and r.dim == 0 and r.tensor.shape[1] > 1]
         return matrices[0] if len(matrices) == 1 else None
 
     @property
     def router_bias(self) -> RoutingTensor | None:
-        """What that matrix's logits have added to them (E,), if anything."""
+        """The bias (E,) that the router adds to its logits, or None."""
         path = self.router_weight and self.router_weight.path.removesuffix("weight") + "bias"
         return next((r for r in self.routing if r.path == path), None)
 
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
-    """All MoE layers of a model, in the order of its modules; weights may be on the meta device."""
+    """Find all MoE layers of a model, in module order; weights may be on the meta device."""
     found = [_describe(model, name, experts) for name, experts in model.named_modules() if _is_experts(name, experts)]
     same: dict[tuple, list[MoELayer]] = {}
     for layer in found:
@@ -91,7 +91,7 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
 
 
 def find_decoder_layers(model: nn.Module, layer: MoELayer) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers that hold a MoE layer: the outermost ModuleList on its path."""
+    """Find the list of decoder layers that contains a MoE layer (the outermost ModuleList), and its name."""
     parts = layer.name.split(".")
     for end in range(1, len(parts)):
         name = ".".join(parts[:end])
@@ -102,12 +102,12 @@ def find_decoder_layers(model: nn.Module, layer: MoELayer) -> tuple[str, nn.Modu
 
 
 def experts_name(layer: MoELayer) -> str:
-    """Name of a layer's experts module in the model."""
+    """Return the name of a layer's experts module in the model."""
     return next(f"{layer.name}.{name}" for name, module in layer.block.named_modules() if module is layer.experts)
 
 
 def layers_by_position(model: nn.Module, layers: list[MoELayer]) -> dict[int, MoELayer]:
-    """MoE layers by the index of the decoder layer that holds them.
+    """Map the index of each decoder layer to the MoE layer that it contains.
 
     Raises:
         ValueError: they are not all in the same list of decoder layers.
@@ -127,7 +127,7 @@ def _is_experts(name: str, module: nn.Module) -> bool:
     up, down = parameters.get("gate_up_proj", parameters.get("up_proj")), parameters.get("down_proj")
     if up is None or down is None or up.dim() != 3 or down.dim() != 3:
         return False
-    return "shared" not in name.rpartition(".")[2]  # the attribute, not the class: GraniteMoeShared's are routed
+    return "shared" not in name.rpartition(".")[2]  # attribute, not class: GraniteMoeShared's are routed
 
 
 def _describe(model: nn.Module, name: str, experts: nn.Module) -> MoELayer:
@@ -156,7 +156,7 @@ def _describe(model: nn.Module, name: str, experts: nn.Module) -> MoELayer:
 
 
 def _is_transposed(experts: nn.Module) -> bool:
-    """Whether weights are (E, in, out): what the module says, or what its shapes say (Llama 4 has no flags)."""
+    """Return whether weights are stored as (E, in, out), from the module's flag or (Llama 4) from their shapes."""
     declared = getattr(experts, "is_transposed", None)
     if declared is not None or "gate_up_proj" not in experts._parameters:
         return bool(declared)
@@ -175,7 +175,7 @@ def _routing_tensors(block: nn.Module, experts: nn.Module, num_experts: int) -> 
 
 
 def single_count(key: str, value: object) -> object:
-    """A count of a config that may be written once a layer (Hunyuan-A13B: `"moe_topk": [8, 8, ...]`).
+    """Reduce a per-layer list of equal counts in a config to the count (Hunyuan-A13B: `"moe_topk": [8, 8, ...]`).
 
     Args:
         key: of the config.
@@ -198,6 +198,6 @@ def single_count(key: str, value: object) -> object:
 
 
 def _first(config: object, keys: tuple[str, ...], default: int) -> int:
-    """The first of the keys that the config sets."""
+    """Return the value of the first of the keys that the config sets, else the default."""
     found = ((key, value) for key in keys if (value := getattr(config, key, None)) is not None)
     return next((single_count(key, value) for key, value in found), default)

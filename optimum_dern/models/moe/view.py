@@ -1,4 +1,4 @@
-"""Read a MoE layer as segments, and write a compressed one back: the one place that mutates a model."""
+"""Read a MoE layer as segments and write compressed ones back; the only code that modifies a model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Everything that makes up a MoE layer with N experts, ready to be written."""
+    """Expert segments and router tensors of a MoE layer with N experts."""
 
     segments: Segments
     routing: Mapping[str, Tensor]  # router tensors by their path inside the block
@@ -37,19 +37,19 @@ class LayerWeights:
 
 
 def read_layer(layer: MoELayer) -> LayerWeights:
-    """The layer as it is; views of the model's parameters where the layout allows."""
+    """Read a layer's weights, as views of the model's parameters where the layout allows."""
     parameters = {name: tensor.detach() for name, tensor in layer.experts._parameters.items() if tensor is not None}
     routing = {r.path: r.tensor.detach() for r in layer.routing}
     return LayerWeights(segments_from_parameters(parameters, layer.layout, layer.workspace), routing)
 
 
 def retained_routing(layer: MoELayer, weights: LayerWeights, retained: Tensor) -> dict[str, Tensor]:
-    """The router tensors of the retained experts (N,)."""
+    """Select the router tensors of the retained experts (N,), by their path inside the block."""
     return {r.path: retain(weights.routing[r.path], retained, r.dim) for r in layer.routing}
 
 
 def layer_activation(layer: MoELayer) -> Activation:
-    """The layer's own rule from gate and up pre-activations (n, f) to neurons (n, f)."""
+    """Return the model's function from gate and up pre-activations (n, f) to neuron activations (n, f)."""
     experts = layer.experts
     if not layer.layout.gated:
         return lambda gate, up: experts.act_fn(up)
@@ -62,10 +62,10 @@ def layer_activation(layer: MoELayer) -> Activation:
 
 @torch.no_grad()
 def write_layer_(layer: MoELayer, weights: LayerWeights) -> None:
-    """Replace a layer's experts and router, in place, in the dtypes and on the devices that the model has.
+    """Replace a layer's experts and router in place, keeping the model's dtypes and devices.
 
     Args:
-        layer: as found before any compression; it may be written several times.
+        layer: as found before compression; it may be written several times.
         weights: N experts and their router tensors.
     """
     _write_experts(layer, weights.segments)
@@ -75,7 +75,7 @@ def write_layer_(layer: MoELayer, weights: LayerWeights) -> None:
 
 
 def write_routing_(layer: MoELayer, routing: Mapping[str, Tensor]) -> None:
-    """Replace a layer's router alone; its experts fit it again only after `write_layer_`."""
+    """Replace a layer's router in place; its experts have to be replaced by `write_layer_` before it can run."""
     first = layer.routing[0]
     before, after = first.tensor.shape[first.dim], routing[first.path].shape[first.dim]
     for entry in layer.routing:
@@ -85,7 +85,7 @@ def write_routing_(layer: MoELayer, routing: Mapping[str, Tensor]) -> None:
 
 
 def release_experts_(layer: MoELayer) -> None:
-    """Give the memory of a layer's experts back before `write_layer_` puts others into their place."""
+    """Free the memory of a layer's experts, before `write_layer_` replaces them."""
     for name, parameter in layer.experts._parameters.items():
         if parameter is not None:
             empty = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
@@ -93,10 +93,10 @@ def release_experts_(layer: MoELayer) -> None:
 
 
 def write_counts_(model: nn.Module, layers: list[MoELayer], num_experts: int) -> None:
-    """Write the new expert count wherever the model repeats it: its configs and the modules that read them.
+    """Set the new expert count in the model's configs and in modules that store a copy of it.
 
     Args:
-        model: whose layers have all been written.
+        model: all of its MoE layers have been written.
         layers: as found before compression.
         num_experts: N.
     """
@@ -112,12 +112,12 @@ def write_counts_(model: nn.Module, layers: list[MoELayer], num_experts: int) ->
 
 
 def _sizes(config: object, own: object) -> bool:
-    """Whether a module whose config is `own` takes its counts from `config`, as models around a text model do too."""
+    """Return whether a module's own config is `config`, or a multimodal config whose text config it is."""
     return own is config or (hasattr(own, "get_text_config") and own.get_text_config() is config)
 
 
 def _write_experts(layer: MoELayer, segments: Segments) -> None:
-    """One by one, into parameters that the segments' workspace makes."""
+    """Replace the experts, one at a time, by parameters allocated by the segments' workspace."""
     parameters, written = layer.experts._parameters, {}
     for expert in range(len(segments.up)):
         one = parameters_from_segments(segments.select(slice(expert, expert + 1)), layer.layout)
@@ -140,7 +140,7 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _share(layer: MoELayer, twin: MoELayer) -> None:
-    """Let a twin use the tensors that have been written into the layer."""
+    """Share the written tensors of a layer with a twin block."""
     twin.experts._parameters.update(layer.experts._parameters)
     for routing, other in zip(layer.routing, twin.routing, strict=True):
         setattr(other.module, other.name, routing.tensor)
@@ -159,11 +159,11 @@ def _replace_own_counts(module: nn.Module, before: set[int], after: int) -> None
 
 
 def _is_count(value: object, counts: set[int]) -> bool:
-    """Whether a value is one of these counts, or repeats one, once a layer."""
+    """Return whether a value is one of the counts, or a per-layer list that repeats one."""
     values = value if isinstance(value, list | tuple) else [value]
     return len(values) > 0 and all(isinstance(v, int) and v == values[0] for v in values) and values[0] in counts
 
 
 def _recounted(value: object, count: int) -> int | list[int]:
-    """A new count in the form of the old one."""
+    """Return the new count in the form of the old value, a number or a per-layer list."""
     return [count] * len(value) if isinstance(value, list | tuple) else count

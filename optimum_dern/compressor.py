@@ -155,8 +155,8 @@ class DernCompressor:
                 README.md of something else is renamed; adapters and weights of other formats are refused.
             subfolder: of the folder or repository, in which the checkpoint is.
             cache_dir: where a Hub model is kept; by default where transformers keeps its own.
-            local_files_only: download nothing, use what is there.
-            force_download: download anew what is there.
+            local_files_only: download nothing, use only cached files.
+            force_download: download again even if cached.
 
         Returns:
             The report, a list of them for a list of amounts; the last one is also `self.report`.
@@ -230,7 +230,7 @@ class DernCompressor:
             How many experts every layer would keep.
 
         Raises:
-            ValueError: what was found, what is allowed, and the mend.
+            ValueError: the model or config cannot work; the message says why and how to mend it.
         """
         from .engine.run.checks import check_data, check_request
         from .models.adapters import check_no_adapter

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @register_method("prune")
 class Prune:
-    """The pruning method; with selection="reap" it is REAP (arXiv 2510.13999), likewise for other criteria."""
+    """The pruning method; with selection="reap" it is REAP (arXiv 2510.13999)."""
 
     needs_tokens = False
     options = ()

@@ -1,1 +1,1 @@
-"""Calibration data: from whatever the user has to batches of tokens."""
+"""Calibration data: loading text, files and datasets into batches of tokens."""

@@ -1,4 +1,4 @@
-"""Calibration data in every form that users have, to padded token batches.
+"""Load calibration data of any supported form into padded token batches.
 
     a list of str, a datasets.Dataset, .jsonl .json .parquet   one sample per row, cut at `sequence_length`
     .txt                                                       one stream of text, cut into whole windows
@@ -8,7 +8,7 @@
     a folder                                                   all its files, in equal shares
     {source: weight}                                           a mix: `num_samples` is shared in proportion
 
-What a source of a folder or a mix has too little of comes from the others.
+If a source of a folder or a mix has too few samples, the others provide the rest.
 Samples are drawn with a local generator; no global random state changes.
 """
 
@@ -55,22 +55,22 @@ def load_batches(
     seed: int = 0,
     text_column: str = "text",
 ) -> list[dict[str, Tensor]]:
-    """Token batches from any form of data.
+    """Load calibration data into padded token batches.
 
     Args:
-        dataset: see the module's table.
+        dataset: in any form of the table in this module's docstring.
         tokenizer: needed for text; its EOS token separates documents, its padding token (or EOS) pads batches.
         num_samples: at most this many sequences, drawn with `seed`; fewer where the data has fewer.
         sequence_length: tokens a sequence, at most.
         batch_size: sequences a batch; shorter ones are padded on the left and masked.
-        seed: of the draw.
-        text_column: of rows that have several.
+        seed: of the random draw of samples.
+        text_column: column that holds the text, for rows with columns.
 
     Returns:
         Dicts of `input_ids` and `attention_mask`, each (batch, sequence) int64.
 
     Raises:
-        ValueError: data of another form, or without any token.
+        ValueError: data of an unsupported form, or without any token.
         FileNotFoundError: a path that does not exist.
         ImportError: a package that reads this form is missing.
     """
@@ -91,7 +91,7 @@ def load_batches(
 def load_samples(
     dataset: Any, tokenizer: Any, num_samples: int, sequence_length: int, seed: int, text_column: str = "text"
 ) -> list[tuple[Tensor, Tensor]]:
-    """Sequences of token ids and their masks, each (S,) int64 with S <= `sequence_length`."""
+    """Load calibration data as unpadded token ids and masks, each (S,) int64 with S <= `sequence_length`."""
     if isinstance(dataset, Mapping):
         dataset = read_mapping(dataset)
     if isinstance(dataset, Mapping):
@@ -112,10 +112,10 @@ def load_samples(
 
 
 def check_source(name: str | Path) -> Path:
-    """The path of a source, which exists unless it is a named dataset.
+    """Return the path of a data source, after checking that it exists or is a named dataset.
 
     Raises:
-        FileNotFoundError: it does not.
+        FileNotFoundError: it is neither a path nor a named dataset.
         ValueError: its name is not UTF-8.
     """
     check_utf8(name)
@@ -128,7 +128,7 @@ def check_source(name: str | Path) -> Path:
 
 
 def holds_text(dataset: Any) -> bool:
-    """Whether a dataset needs a tokenizer, as far as its form and first row tell; files of rows count as text."""
+    """Return whether a dataset needs a tokenizer, by its form and first row; files except .pt count as text."""
     if isinstance(dataset, Mapping):
         return any(map(holds_text, dataset))
     if isinstance(dataset, str | Path):
@@ -138,10 +138,10 @@ def holds_text(dataset: Any) -> bool:
 
 
 def read_mapping(data: Mapping) -> list[Mapping] | dict[str, float]:
-    """What a mapping is: token ids as a tokenizer returns them, made the only row, or a mix of sources.
+    """Interpret a mapping: a tokenizer's output becomes a list of one row, sources with weights become a mix.
 
     Raises:
-        ValueError: neither, such as the splits of a `datasets.DatasetDict`, or columns.
+        ValueError: anything else, such as the splits of a `datasets.DatasetDict`, or columns.
     """
     if hasattr(data.get("input_ids"), "__len__"):
         return [data]
@@ -172,7 +172,7 @@ def _mix(weights: dict[str, float], tokenizer: Any, num_samples: int, length: in
 
 
 def _shares(weights: dict[str, float], count: int) -> dict[str, int]:
-    """A whole number for each, in proportion; what is left over goes to the largest fractions."""
+    """Divide a count into whole numbers in proportion to weights, by the largest remainder method."""
     total = sum(weights.values())
     exact = {name: count * weight / total for name, weight in weights.items()}
     shares = {name: int(share) for name, share in exact.items()}
@@ -204,7 +204,7 @@ def _windows(path: Path, tokenizer: Any, num_samples: int, length: int, seed: in
 
 
 def _usable_rows(dataset: Any, column: str) -> Iterator[Any]:
-    """Rows as str or token sequences, empty ones left out."""
+    """Yield the rows of a dataset as text or token sequences, without empty ones."""
     if isinstance(dataset, bytes) or not hasattr(dataset, "__iter__"):
         raise ValueError(
             f"calibration data of type {type(dataset).__name__} is not supported; give a list of str, a list of token "
@@ -224,7 +224,7 @@ def _usable_rows(dataset: Any, column: str) -> Iterator[Any]:
 
 
 def _sequences(row: Any) -> Iterator[Any]:
-    """The sequences of a batch, each without the padding around it; a single one as it is."""
+    """Yield the sequences of a token batch without their padding; a single sequence is yielded unchanged."""
     tokens = row if isinstance(row, Mapping) else {"input_ids": row}
     if not _is_batch(tokens["input_ids"]):
         yield row
@@ -239,7 +239,7 @@ def _sequences(row: Any) -> Iterator[Any]:
 
 
 def _is_batch(ids: Any) -> bool:
-    """Whether ids are those of several sequences: a matrix, or a list of lists or vectors."""
+    """Return whether token ids are a batch of several sequences: a matrix, or a list of lists or vectors."""
     if isinstance(ids, Sequence):
         return len(ids) > 1 and (isinstance(ids[0], Sequence) or getattr(ids[0], "ndim", 0) > 0)
     return getattr(ids, "ndim", 0) > 1 and len(ids) > 1
@@ -255,24 +255,24 @@ def _tokens(row: Any, tokenizer: Any, length: int) -> tuple[Tensor, Tensor]:
 
 
 def check_masks(batches: Sequence[Mapping[str, Tensor]]) -> None:
-    """Raise what `checked_mask` raises for batches that somebody else has made."""
+    """Check the attention masks of batches made by the caller, as in `checked_mask`."""
     for batch in batches:
         if "attention_mask" in batch:
             checked_mask(batch["attention_mask"], batch["input_ids"])
 
 
 def checked_mask(mask: Any, ids: Tensor) -> Tensor:
-    """A sequence's mask, one entry a token.
+    """Convert an attention mask to a vector of zeros and ones, one entry per token.
 
     Args:
-        mask: in any form.
-        ids: its tokens, S in all.
+        mask: as a list, array or tensor.
+        ids: the S token ids that it belongs to.
 
     Returns:
-        (S,) of zeros and ones.
+        (S,) of zeros and ones, 1 for real tokens.
 
     Raises:
-        ValueError: other numbers, such as those of the samples that are packed into a row, or another shape.
+        ValueError: another shape, or other numbers, such as indices of samples packed into one row.
     """
     mask = torch.as_tensor(mask)
     if mask.numel() != ids.numel():
@@ -291,7 +291,7 @@ def checked_mask(mask: Any, ids: Tensor) -> Tensor:
 
 
 def _draw(rows: list, count: int, seed: int) -> list:
-    """`count` of the rows at random, in their own order; all of them where there are not more."""
+    """Draw `count` rows at random, in their original order; all if there are not more."""
     if len(rows) <= count:
         return rows
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
@@ -306,7 +306,7 @@ def _required(tokenizer: Any, source: Any) -> Any:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Restore Python's, numpy's and torch's global random state afterwards."""
+    """Restore Python's, numpy's and torch's global random state on exit."""
     import numpy
 
     python, array = random.getstate(), numpy.random.get_state()

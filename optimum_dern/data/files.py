@@ -1,4 +1,4 @@
-"""Files that hold data: which of a folder do, their rows and text, and errors that name file and line."""
+"""Read data files (text, JSON, Parquet, tensors), with errors that name the file and line."""
 
 import json
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet", ".pt")
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The files of a folder that are read, in the order of their names.
+    """List the data files of a folder, sorted by name.
 
     Raises:
-        ValueError: there is none, or one whose name is not UTF-8.
+        ValueError: no data file, or a name that is not UTF-8.
     """
     files = sorted(file for file in folder.iterdir() if file.suffix in FILE_TYPES)
     if not files:
@@ -28,22 +28,22 @@ def data_files(folder: Path) -> list[Path]:
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """Join the first names into a text, with the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def skipped_names(folder: Path) -> list[str]:
-    """What else is in a folder: files of other types, and folders."""
+    """List the entries of a folder that are not data files."""
     others = sorted(entry for entry in folder.iterdir() if entry.suffix not in FILE_TYPES)
     return [f"{entry.name}/" if entry.is_dir() else entry.name for entry in others]
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
+    """Read a UTF-8 text file.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the file is not UTF-8.
     """
     try:
         return path.read_text("utf-8")
@@ -53,10 +53,10 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, path: Path, line: int = 1) -> Any:
-    """The value of a JSON text that begins at a line of a file.
+    """Parse JSON text that starts at a line of a file.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not JSON.
     """
     try:
         return json.loads(text)
@@ -66,10 +66,10 @@ def parse_json(text: str, path: Path, line: int = 1) -> Any:
 
 
 def read_rows(path: Path) -> Any:
-    """One entry a sequence, from a file that is no plain text.
+    """Read the rows of a data file other than plain text, one per sequence.
 
     Raises:
-        ValueError: a file of another type, or with something else in it.
+        ValueError: an unsupported file type or content.
     """
     if path.suffix == ".jsonl":
         lines = enumerate(read_text(path).split("\n"), 1)
@@ -91,7 +91,7 @@ def read_rows(path: Path) -> Any:
 
 
 def _checked_list(rows: Any, path: Path) -> list:
-    """Refuse a dict of columns, or a single stream of ids."""
+    """Return rows if they are a list; refuse anything else, such as a dict of columns."""
     if not isinstance(rows, list):
         raise ValueError(
             f"{path.name} holds a {type(rows).__name__}; give a list of rows, or a 2-D tensor in a .pt file"

@@ -1,4 +1,4 @@
-"""Number the calibration tokens across all processes, and pick evenly spaced ones of them."""
+"""Global numbering of calibration tokens across processes, and evenly spaced samples of them."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ ENOUGH_TOKENS, ENOUGH_PER_NEURON = 65_536, 32
 
 
 def token_order(masks: Sequence[Tensor], processes: Processes = ALONE) -> Tensor:
-    """Number the real tokens as if one process had all micro-batches.
+    """Number this process's non-padding tokens as if one process had all micro-batches.
 
     Args:
         masks: of this process's micro-batches, (batch, sequence) bool.
@@ -34,25 +34,25 @@ def token_order(masks: Sequence[Tensor], processes: Processes = ALONE) -> Tensor
 
 
 def enough_tokens(neurons: int, top_k: int) -> int:
-    """How many tokens closed forms need where the refit of the neurons goes on from what they find.
+    """Return how many tokens the closed-form refits need if a neuron refit follows.
 
     Args:
-        neurons: of all retained experts together.
-        top_k: experts a token.
+        neurons: number of neurons of all retained experts together.
+        top_k: experts per token.
     """
     return max(ENOUGH_TOKENS, ENOUGH_PER_NEURON * neurons // top_k)
 
 
 def evenly_spaced(order: Tensor, wanted: int, processes: Processes = ALONE) -> Tensor:
-    """Mark about as many tokens as are wanted, the same ones whoever holds them.
+    """Mark about `wanted` evenly spaced tokens, independent of their distribution over processes.
 
     Args:
-        order: (T,) numbers of the tokens, of `token_order`.
+        order: (T,) numbers of the tokens, from `token_order`.
         wanted: how many, over all processes.
         processes: that share the tokens.
 
     Returns:
-        (T,) bool, True for all where there are no more than wanted.
+        (T,) bool, True for all tokens if there are no more than wanted.
     """
     total = int(processes.reduce(torch.tensor(len(order), device=processes.device)))
     return order * wanted % max(total, 1) < wanted

@@ -1,1 +1,1 @@
-"""The machine that a run is on: its processors, devices, processes and disks."""
+"""Machine-level support of a run: threads, devices, processes, memory and scratch files."""

@@ -1,4 +1,4 @@
-"""Large blocks go back to the system when they are freed."""
+"""Configure glibc's allocator to return large freed blocks to the system."""
 
 import ctypes
 import sys
@@ -11,11 +11,11 @@ MIB = 1 << 20
 
 
 def return_large_blocks() -> None:
-    """Tell glibc to map every block of a MiB or more by itself, for this process; nothing on other systems.
+    """Make glibc allocate blocks of 1 MiB or more by mmap in this process; does nothing on other systems.
 
-    By itself it raises that limit to 32 MiB once such blocks are freed, so weights that are loaded one expert at a
-    time end up in the heap, which cannot shrink around what is still in use.  It costs time where arithmetic makes
-    many such blocks (twice as long for small models), so only a run with a memory bound asks for it.
+    By default glibc raises this threshold up to 32 MiB once such blocks are freed, so weights that are loaded one
+    expert at a time end up in the heap, which cannot shrink below blocks still in use.  It costs time where arithmetic
+    makes many such blocks (small models take twice as long), so only runs with a memory limit use it.
     """
     if sys.platform == "linux":
         library = ctypes.CDLL(None)

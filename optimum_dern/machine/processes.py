@@ -1,8 +1,8 @@
-"""Several processes at one compression: who they are, and what they tell each other.
+"""Distributed compression: ranks, devices and collectives of the processes that share one run.
 
 `accelerate launch` and `torchrun` start the same program several times.  Each process then runs its share of the
-calibration sequences through every layer; what they sum up is reduced, so that all take the same decisions and hold
-the same layer afterwards.  Rank 0 alone writes, prints and holds the lock on the output folder.
+calibration sequences through every layer; sums over tokens are reduced, so that all processes make the same decisions
+and hold the same layer afterwards.  Rank 0 alone writes, prints and holds the lock on the output folder.
 """
 
 import logging
@@ -24,9 +24,9 @@ from ..core.layer.reduction import Reduce, alone
 __all__ = ["ALONE", "ProcessFailed", "Processes", "joined_processes"]
 
 T = TypeVar("T")
-TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 downloads; a process that has ended is noticed at once
+TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 downloads; if a process ends, they notice at once
 FAILED = "optimum_dern/failed"
-LAUNCHERS = {  # variables with a process's rank, and with its number on its machine
+LAUNCHERS = {  # environment variables of the rank and of the local rank
     "RANK": "LOCAL_RANK",  # torchrun, accelerate launch
     "SLURM_PROCID": "SLURM_LOCALID",
     "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
@@ -35,31 +35,31 @@ LAUNCHERS = {  # variables with a process's rank, and with its number on its mac
 
 
 class ProcessFailed(ConnectionError):
-    """Another process of the run has failed or does not answer."""
+    """Another process of the run has failed or does not respond."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, as one of them sees them; by default it is alone, and nothing is sent.
+    """The processes of a run from the view of one of them; by default a single process without communication.
 
-    What is reduced or broadcast is the same to the bit in every process.
+    Reduced or broadcast tensors are the same to the bit in every process.
     """
 
     rank: int = 0
     count: int = 1
     device: torch.device = torch.device("cpu")  # where this one computes
-    store: dist.Store | None = None  # outlives a process that fails, where the launcher keeps it
+    store: dist.Store | None = None  # shared key-value store; may outlive a failed process
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and prints."""
+        """Whether this is rank 0, the process that writes and prints."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """The items that are this process's: every `count`-th.
+        """Return this process's share of the items: every `count`-th.
 
         Raises:
-            ValueError: too few for every process to get one.
+            ValueError: fewer items than processes.
         """
         if len(items) < self.count:
             raise ValueError(
@@ -70,7 +70,7 @@ class Processes:
 
     @property
     def reduce(self) -> Reduce:
-        """Over all processes."""
+        """The function that reduces a tensor over all processes."""
         return alone if self.count == 1 else self._reduce_all
 
     def _reduce_all(self, local: Tensor, operation: str = "sum") -> Tensor:
@@ -79,7 +79,7 @@ class Processes:
         return local
 
     def map(self, function: Callable[[int], tuple[Tensor, ...]], items: Iterable[int]) -> Iterator[tuple[Tensor, ...]]:
-        """As the builtin, in every process, while each process computes only its share."""
+        """Apply a function to items like the builtin `map`, with the calls distributed over the processes."""
         items = list(items)
         if self.count == 1:
             yield from map(function, items)
@@ -100,10 +100,10 @@ class Processes:
             yield values
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """What a function returns in rank 0, in every process; nobody goes on before.
+        """Call a function in rank 0 only, and return its result in every process.
 
         Raises:
-            ProcessFailed: in the other processes, where it raises in rank 0.
+            ProcessFailed: in the other processes, if the function raises in rank 0.
         """
         if self.count == 1:
             return function()
@@ -112,7 +112,7 @@ class Processes:
             if self.is_main:
                 outcome[0] = function()
         except Exception as error:
-            self.is_first_to_fail()  # before the others hear of it
+            self.is_first_to_fail()  # before the others are notified
             _talk(dist.broadcast_object_list, [None, str(error)])
             raise
         _talk(dist.broadcast_object_list, outcome)
@@ -121,39 +121,39 @@ class Processes:
         return outcome[0]
 
     def main_first(self, function: Callable[[], T]) -> T:
-        """What a function returns in each process, called in rank 0 before it is called in the others."""
+        """Call a function in every process, in rank 0 before the others, and return each process's own result."""
         results: list[T] = []
         self.on_main(lambda: results.append(function()))
         return results[0] if self.is_main else function()
 
     def is_first_to_fail(self) -> bool:
-        """Whether no other process has failed before, so that this one has to tell why."""
+        """Return whether this process is the first to fail, and so the one to report the error."""
         if self.store is None:
             return True
         try:
             return self.store.compare_set(FAILED, "", str(self.rank)) == str(self.rank).encode()
-        except RuntimeError:  # the store has gone with the process that kept it
+        except RuntimeError:  # the store ended with the process that hosted it
             return True
 
 
 ALONE = Processes()
-_joined: ContextVar[Processes] = ContextVar("joined")  # of the context that has found them; those inside use it too
+_joined: ContextVar[Processes] = ContextVar("joined")  # set by `joined_processes`, for nested calls
 
 
 @contextmanager
 def joined_processes(device: str | None = None, timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
-    """Find the other processes of a run that a launcher has started, for as long as the context is open.
+    """Join the processes that a launcher has started into a process group, until the context exits.
 
     Args:
-        device: "cpu" or "cuda", of which each process takes its own; by default a GPU where there is one.  A process
-            that is alone may name any device.
-        timeout: how long to wait for a process that is there and does not answer.
+        device: "cpu" or "cuda", where each process uses its own GPU; by default cuda if available.  A single process
+            may name any device.
+        timeout: how long to wait for a process that is running but does not respond.
 
     Yields:
-        The processes; a group that the caller has initialised is used as it is.
+        The processes; a process group that the caller has already initialised is reused.
 
     Raises:
-        ValueError: a device that the processes cannot have each for itself.
+        ValueError: a device that several processes cannot share, or too few GPUs.
         ProcessFailed: the processes cannot find each other.
     """
     if dist.is_available() and dist.is_initialized():
@@ -181,7 +181,7 @@ def joined_processes(device: str | None = None, timeout: timedelta = TIMEOUT) ->
 
 
 def _own_device(device: str | None, rank: int, count: int) -> torch.device:
-    """The device that a process computes on: of several GPUs, the one of its number on this machine."""
+    """Return the device of a process: with several processes on GPUs, the GPU of its local rank."""
     own = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if count == 1 or own.type == "cpu":
         return own
@@ -197,9 +197,9 @@ def _own_device(device: str | None, rank: int, count: int) -> torch.device:
 
 
 def _local_rank(rank: int) -> int:
-    """The number of a process on its machine, by the launcher that has given it its rank.
+    """Return the local rank of a process, from the environment variables of its launcher.
 
-    Variables with another rank are another launcher's, such as those of the batch script around it.
+    Variables whose rank differs belong to another launcher, such as an enclosing batch job.
     """
     for name, local in LAUNCHERS.items():
         if local in os.environ and os.environ.get(name, str(rank)) == str(rank):
@@ -211,13 +211,13 @@ def _local_rank(rank: int) -> int:
 
 
 def _current(device: torch.device) -> AbstractContextManager:
-    """Make a GPU the one that CUDA calls without a device mean, for as long as the context is open."""
+    """Make a GPU the current CUDA device until the context exits."""
     return torch.cuda.device(device) if device.type == "cuda" and device.index is not None else nullcontext()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Progress bars and warnings are left to rank 0 while the context is open."""
+    """Silence progress bars and warnings in processes other than rank 0 until the context exits."""
     from transformers.utils import logging as transformers_logging
 
     logger = logging.getLogger("optimum_dern")
@@ -236,11 +236,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _talk(collective: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call a function of `torch.distributed`, and tell its errors of the connection as those of another process."""
+    """Call a function of `torch.distributed`; raise its connection errors as `ProcessFailed`."""
     try:
         return collective(*args, **kwargs)
     except RuntimeError as error:
-        # Gloo has no class of its own for what its transport reports, only the file that it names.
+        # Gloo's transport errors have no exception class of their own; only the file name in the message tells.
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
             raise
         raise ProcessFailed(

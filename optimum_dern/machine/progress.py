@@ -1,4 +1,4 @@
-"""Progress bars that honour transformers' own switch, and memory in use."""
+"""Progress bars that follow transformers' setting, and measurements of memory use."""
 
 import resource
 import sys
@@ -12,32 +12,32 @@ __all__ = ["peak_memory_bytes", "progress_bar", "resident_bytes"]
 
 
 def progress_bar(items: Iterable, description: str, total: int | None = None) -> Iterable:
-    """A tqdm bar; `transformers.logging.disable_progress_bar()` silences it."""
+    """Wrap items in a tqdm bar, which `transformers.logging.disable_progress_bar()` turns off."""
     from transformers.utils import logging
 
     return logging.tqdm(items, desc=description, total=total)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Highest memory use so far: of the GPU for a CUDA device, else of the process."""
+    """Return the peak memory so far, of the GPU for a CUDA device, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = _process_status()
-    if "VmHWM" in status:  # unlike ru_maxrss it does not start at what the parent process had
+    if "VmHWM" in status:  # unlike ru_maxrss it does not include the parent process's memory
         return status["VmHWM"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resident_bytes(device: torch.device) -> int:
-    """Memory in use now: of the GPU for a CUDA device, else of the process (0 where the system does not tell)."""
+    """Return the memory in use, of the GPU for a CUDA device, else of the process (0 if unknown)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _process_status().get("VmRSS", 0)
 
 
 def _process_status() -> dict[str, int]:
-    """The memory lines of Linux's /proc/self/status, in bytes."""
+    """Read the memory entries of Linux's /proc/self/status, in bytes."""
     path = Path("/proc/self/status")
     lines = path.read_text().splitlines() if path.exists() else []
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Vm")}

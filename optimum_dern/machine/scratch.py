@@ -1,8 +1,8 @@
-"""Tensors in files instead of memory, for what is as large as a layer that does not fit.
+"""Tensors in memory-mapped files, for layers that do not fit into memory.
 
-Each tensor is a memory-mapped file without a name: its space is given back with the tensor, and no file is left behind
-however the process ends.  The system may write mapped pages back and reuse their memory at any time; a watching thread
-hands back those that are still mapped beyond a bound, so that the process does not even seem to hold them.
+Each tensor is an unnamed file: its space is freed with the tensor, and no file is left behind however the process
+ends.  The system may write mapped pages to disk and reuse their memory at any time; a background thread unmaps pages
+beyond a limit, so that they do not count as resident memory of the process either.
 """
 
 import mmap
@@ -23,28 +23,28 @@ from ..core.layer.workspace import Workspace
 __all__ = ["CopiesInFiles", "Scratch", "open_workspace"]
 
 SMALL = 1 << 20  # smaller tensors stay in memory
-INTERVAL = 0.01  # seconds between two looks of the watching thread
+INTERVAL = 0.01  # seconds between two checks of the background thread
 BLOCK = 64 << 20  # bytes of a file that holds several tensors
 STATISTICS = Path("/proc/self/statm")
 
 
 class Scratch:
-    """Makes tensors in a folder.
+    """Allocator of tensors in memory-mapped files of a folder.
 
     Args:
-        folder: on a disk with room for them.
+        folder: on a disk with enough space.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._mapped: WeakSet[mmap.mmap] = WeakSet()
-        self._lock = threading.Lock()  # tensors are made while the watching thread looks at them
+        self._lock = threading.Lock()  # the background thread iterates over the tensors while others are created
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """As `torch.empty`; tensors that are small or not on the CPU are made in memory.
+        """Allocate a tensor like `torch.empty`; small tensors and those not on the CPU are in memory.
 
         Raises:
-            OSError: no room on the disk.
+            OSError: not enough space on the disk.
         """
         size = torch.Size(shape).numel() * dtype.itemsize
         if size < SMALL or torch.device(device).type != "cpu":
@@ -55,7 +55,7 @@ class Scratch:
         return torch.frombuffer(mapped, dtype=dtype).view(tuple(shape))
 
     def unmap_pages(self) -> None:
-        """Let go of the pages of all tensors; their content stays, and comes back when it is used."""
+        """Unmap the resident pages of all tensors; their content stays in the files and is read again when used."""
         with self._lock:
             present = list(self._mapped)
         for mapped in present:
@@ -63,7 +63,7 @@ class Scratch:
 
     @contextmanager
     def bounded(self, resident: int) -> Iterator[None]:
-        """While the context is open, keep mapped pages near a bound in bytes, where the system tells how many are."""
+        """Keep resident pages near a limit in bytes until the context exits, on systems that report them."""
         if not STATISTICS.exists():
             yield
             return
@@ -74,7 +74,7 @@ class Scratch:
             while not done.wait(INTERVAL):
                 if resident_in_files() - others > resident:
                     self.unmap_pages()
-                    others = resident_in_files()  # more of them may be in use by now
+                    others = resident_in_files()  # libraries may have mapped more by now
 
         thread = threading.Thread(target=watch, name="scratch", daemon=True)
         thread.start()
@@ -86,7 +86,7 @@ class Scratch:
 
 
 class CopiesInFiles:
-    """Copies of many tensors, in few files of a folder."""
+    """Copies of many tensors in a few memory-mapped files of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -94,7 +94,7 @@ class CopiesInFiles:
         self._used = 0  # bytes of the last file
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """A copy in a file."""
+        """Copy a tensor into a memory-mapped file."""
         if not self._mapped or self._used + tensor.nbytes > len(self._mapped[-1]):
             self._mapped.append(map_file(self.folder, max(tensor.nbytes, BLOCK)))
             self._used = 0
@@ -103,21 +103,21 @@ class CopiesInFiles:
         return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def unmap_pages(self) -> None:
-        """Let go of the pages of all copies; their content stays."""
+        """Unmap the resident pages of all copies; their content stays in the files."""
         for mapped in self._mapped:
             unmap_pages(mapped)
 
 
 def resident_in_files() -> int:
-    """Bytes of this process's memory that are pages of files."""
+    """Return the bytes of this process's resident memory that are pages of files."""
     return int(STATISTICS.read_bytes().split()[2]) * mmap.PAGESIZE
 
 
 def map_file(folder: Path, size: int) -> mmap.mmap:
-    """A memory-mapped file without a name, whose space is reserved: writing to it cannot fail later.
+    """Create an unnamed memory-mapped file with reserved disk space, so that later writes cannot fail.
 
     Raises:
-        OSError: no room on the disk.
+        OSError: not enough space on the disk.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
@@ -132,19 +132,19 @@ def map_file(folder: Path, size: int) -> mmap.mmap:
 
 
 def unmap_pages(mapped: mmap.mmap) -> None:
-    """Let go of a file's pages, where the system can; they come back when they are used."""
-    if hasattr(mmap, "MADV_DONTNEED"):  # of a file that is shared, this loses nothing
+    """Unmap the resident pages of a file where the system supports it; they are read again when used."""
+    if hasattr(mmap, "MADV_DONTNEED"):  # loses no data of a shared mapping
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @contextmanager
 def open_workspace(folder: Path | None, resident: int, max_elements: int) -> Iterator[Workspace]:
-    """The workspace of a run, for as long as the context is open.
+    """Open the workspace of a run: its allocator and memory limits, until the context exits.
 
     Args:
-        folder: for files of what is as large as a layer's experts; None where that stays in memory.
-        resident: bytes of these files' pages that may be in memory at once.
-        max_elements: numbers of each other kind that a step may hold.
+        folder: for files of tensors as large as a layer's experts; None to keep them in memory.
+        resident: most bytes of these files that may be in memory at once.
+        max_elements: most elements of any other temporary tensor of a step.
     """
     if folder is None:
         yield Workspace(max_elements=max_elements)

@@ -1,8 +1,8 @@
-"""How many threads torch computes with: one for every core that is idle at the start.
+"""Number of torch threads: one for every core that is idle when the program starts.
 
-Threads that wait for one another spin.  On cores that others work on, two of them take up to ten times as long as one
-alone; on idle ones the spinning is worth its while.  torch counts all cores of a machine, whoever works on them and
-whatever part of them this process may have.
+OpenMP threads wait for one another by spinning.  On cores that other processes use, two threads can take ten times as
+long as one; on idle cores spinning is fastest.  torch by default uses all cores of a machine, even if they are busy or
+not available to this process.
 """
 
 import math
@@ -16,16 +16,16 @@ from pathlib import Path
 __all__ = ["allowed_cores", "choose_threads", "same_threads"]
 
 SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-SPINS = "10000"  # of GNU's OpenMP: no slower than its default on idle cores, and much faster on shared ones
-MOMENT = 0.15  # seconds in which the others are watched
+SPINS = "10000"  # for GNU's OpenMP: as fast as its default on idle cores, and much faster on shared ones
+MOMENT = 0.15  # seconds over which the cores' load is measured
 PROC, CGROUP = Path("/proc/stat"), Path("/sys/fs/cgroup")
 
 
 def choose_threads(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have torch, which must not be imported yet, compute with as many threads as there are idle cores.
+    """Set torch's number of threads to that of the idle cores; call it before torch is imported.
 
     Args:
-        environment: in which that is set; left as it is where the user has set anything of the kind.
+        environment: variables to set; left unchanged if the user has set any OpenMP or MKL variable of `SETTINGS`.
     """
     if not any(name in environment for name in SETTINGS):
         environment["GOMP_SPINCOUNT"] = SPINS
@@ -33,7 +33,7 @@ def choose_threads(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def idle_cores() -> int:
-    """How many cores this process may use that nobody else does just now: at least one."""
+    """Return how many of the allowed cores are currently idle, at least one."""
     allowed = allowed_cores()
     before = _busy_and_all()
     if allowed == 1 or before is None:
@@ -45,14 +45,14 @@ def idle_cores() -> int:
 
 
 def allowed_cores() -> int:
-    """How many cores this process may use: those it is bound to, and no more than its container has time for."""
+    """Return how many cores this process may use, by its CPU affinity and its container's CPU quota."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(bound, _quota())))
 
 
 def _quota() -> float:
-    """Cores' worth of time that the control group has; infinite where nothing limits it."""
-    for file in (CGROUP / "cpu.max", CGROUP / "cpu" / "cpu.cfs_quota_us"):  # of version 2, and of version 1
+    """Return the CPU quota of the control group in cores, or infinity."""
+    for file in (CGROUP / "cpu.max", CGROUP / "cpu" / "cpu.cfs_quota_us"):  # cgroup version 2, then version 1
         if file.is_file():
             parts = file.read_text().split()
             if len(parts) == 1:
@@ -63,7 +63,7 @@ def _quota() -> float:
 
 
 def _busy_and_all() -> tuple[int, int] | None:
-    """Ticks that all cores have worked, and that have passed for them; None where the system does not tell."""
+    """Read the busy and the total ticks of all cores; None if the system does not report them."""
     if not PROC.is_file():
         return None
     user, nice, system, idle, waiting, *rest = map(int, PROC.read_text().splitlines()[0].split()[1:9])
@@ -73,10 +73,10 @@ def _busy_and_all() -> tuple[int, int] | None:
 
 @contextmanager
 def same_threads(file: Path) -> Iterator[None]:
-    """Compute with as many threads as the run that began in a folder: sums then have the same bits.
+    """Use the number of threads of the run that is resumed, so that sums have the same bits.
 
     Args:
-        file: that keeps their number; written where there is none yet.
+        file: stores the number of threads; written if it does not exist.
     """
     import torch
 

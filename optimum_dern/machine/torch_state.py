@@ -1,4 +1,4 @@
-"""What compression needs of torch itself, whatever the caller has set."""
+"""Independence of the caller's torch settings, and checks of the device."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +11,7 @@ __all__ = ["check_device", "check_precision", "plain_torch"]
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """New tensors are made on the CPU, may have gradients, and keep their precision; the caller's state comes back."""
+    """Turn off inference mode, autocast and any default device other than the CPU, until the context exits."""
     accelerator = torch.accelerator.current_accelerator()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -24,7 +24,7 @@ def plain_torch() -> Iterator[None]:
 
 
 def check_device(device: object) -> None:
-    """Refuse a device, by name or not, that is not there or cannot add up in double precision; none is initialised.
+    """Refuse a device that does not exist or lacks float64, without initialising it.
 
     Raises:
         ValueError: naming it and the mend.
@@ -47,7 +47,7 @@ def check_device(device: object) -> None:
 
 
 def check_precision(device: object) -> None:
-    """Refuse a device, by name or not, that cannot add up in double precision.
+    """Refuse a device that lacks float64.
 
     Raises:
         ValueError: naming it and the mend.

@@ -1,1 +1,1 @@
-"""What a run reports, as plain data."""
+"""Results of a compression as plain data: the report, its descriptions and statistics."""

@@ -1,4 +1,4 @@
-"""What calibration data was, for reports and provenance: a line, a digest, and counts."""
+"""Description of calibration data for reports and provenance: name, SHA-256 and counts."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ __all__ = ["describe_calibration", "describe_dataset", "fingerprint", "recordabl
 
 
 def describe_calibration(dataset: Any, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Description, digest, and numbers of sequences and real tokens, JSON-able; it is published."""
+    """Describe calibration data as JSON-able values for publication: name, SHA-256, sequences and tokens."""
     return {
         "dataset": describe_dataset(_without_folders(dataset)),
         "sha256": fingerprint(batches),
@@ -24,9 +24,9 @@ def describe_calibration(dataset: Any, batches: Sequence[Mapping[str, Tensor]]) 
 
 
 def recordable_dataset(dataset: Any) -> Any:
-    """The dataset where it is a name, a file or a mix of them, so that a run can be repeated; else its description.
+    """Return a dataset in a form that a config can store: names, paths or a mix of them, else a description.
 
-    It is published: of a path that leads out of the working folder, only the name is recorded.
+    The result is published: of a path outside the working folder, only the name is kept.
     """
     if dataset is None:
         return None
@@ -35,7 +35,7 @@ def recordable_dataset(dataset: Any) -> Any:
 
 
 def describe_dataset(dataset: Any) -> str:
-    """A line for reports: the name or path, or the kind and size of an object."""
+    """Describe a dataset in one line: its name or path, or the type and size of an object."""
     if dataset is None:
         return "none"
     if isinstance(dataset, str | Path):
@@ -57,7 +57,7 @@ def _without_folders(dataset: Any) -> Any:
 
 
 def fingerprint(batches: Sequence[Mapping[str, Tensor]]) -> str:
-    """SHA-256 of the token ids and masks: the same data in the same batches gives the same digest."""
+    """Compute the SHA-256 of the batches' token ids and attention masks."""
     digest = hashlib.sha256()
     for batch in batches:
         for name in ("input_ids", "attention_mask"):

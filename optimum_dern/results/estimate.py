@@ -1,4 +1,4 @@
-"""A measured number and its standard error, over items that were drawn independently."""
+"""Means with standard errors over independently drawn items."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its standard error, nan where there is one item only."""
+    """A mean and its standard error, which is nan for a single item."""
 
     value: float
     standard_error: float
@@ -29,14 +29,14 @@ class Estimate:
 
 
 def mean_and_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """Mean over tokens and its standard error, sequences as independent draws, tokens within one as dependent.
+    """Compute the mean over tokens and its standard error, with whole sequences as the independent draws.
 
     Args:
-        sums: per sequence, over its tokens.
-        counts: tokens of each sequence.
+        sums: sum over the tokens of each sequence.
+        counts: number of tokens of each sequence.
 
     Returns:
-        The ratio of the totals, and the error of that ratio: nan for a single sequence, which tells nothing of it.
+        The ratio of the totals, and the standard error of that ratio, nan for a single sequence.
 
     Raises:
         ValueError: no token.
@@ -53,22 +53,22 @@ def mean_and_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float,
 
 
 def json_error(error: float) -> float | None:
-    """A standard error for JSON, which has no nan."""
+    """Convert a standard error for JSON, with None for nan."""
     return None if math.isnan(error) else error
 
 
 def error_text(error: float | None) -> str:
-    """A standard error for people; a dash where there is none."""
+    """Format a standard error, with a dash if there is none."""
     return "–" if error is None or math.isnan(error) else f"{error:.4f}"
 
 
 def plus_minus(value: float, error: float | None) -> str:
-    """A value and its standard error for people."""
+    """Format a value and its standard error."""
     return f"{value:.4f} ± {error_text(error)}"
 
 
 def mean_estimate(values: Sequence[float]) -> Estimate:
-    """The mean of independent items.
+    """Estimate the mean of independent items.
 
     Args:
         values: one per item, at least one.
@@ -77,14 +77,14 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
 
 
 def perplexity_estimate(log_likelihoods: Sequence[float]) -> Estimate:
-    """exp(-mean), as for LAMBADA's last words; its error is that of the mean, carried through the exponential."""
+    """Estimate the perplexity exp(-mean) of log-likelihoods, with its error propagated from that of the mean."""
     mean = mean_estimate(log_likelihoods)
     value = math.inf if mean.value < -709 else math.exp(-mean.value)
     return Estimate(value, value * mean.standard_error)
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
-    """Mean of `second - first` over items that both were measured on.
+    """Estimate the mean of `second - first` over items on which both were measured.
 
     Two models mostly fail on the same items, so this error is smaller than what the two separate errors suggest.
 

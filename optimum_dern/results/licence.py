@@ -1,4 +1,4 @@
-"""What the card of the source model says that the compressed model's card has to say, too: licence and origin."""
+"""Licence and base model metadata of the source's model card, for the compressed model's card."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ KEYS = ("license", "license_name", "license_link")
 
 
 def source_metadata(source: str | None, revision: str | None) -> dict[str, Any]:
-    """Licence and origin of a source model, where it or its card tells.
+    """Read the licence and base model of a source model from its name and its model card.
 
     Args:
         source: folder or Hub id.
@@ -43,7 +43,7 @@ def _licence(card: dict[str, Any], source: str, revision: str | None, is_hub_id:
 
 
 def _card_data(source: str, revision: str | None, is_hub_id: bool) -> dict[str, Any]:
-    """The metadata of a source's card, where that is on this machine."""
+    """Read the metadata of a source's model card, if that is available locally."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
     from yaml import YAMLError
 
@@ -53,12 +53,12 @@ def _card_data(source: str, revision: str | None, is_hub_id: bool) -> dict[str, 
         return {}
     try:
         return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, YAMLError):  # a card that nobody can read says nothing
+    except (ValueError, YAMLError):  # an unreadable card has no metadata
         return {}
 
 
 def _is_hub_id(name: Any) -> bool:
-    """Whether a name has the form `namespace/name`, which no path of this machine has."""
+    """Return whether a name is a valid Hub id of the form `namespace/name`."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

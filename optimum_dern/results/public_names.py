@@ -1,7 +1,7 @@
-"""What published files call a model or a dataset: never by the folders of the machine that they lay on.
+"""Names of models and datasets in published files, without the local folders that contain them.
 
-A Hub id, the name of a dataset and a path inside the working folder tell others something; an absolute path tells them
-only whose machine it was.
+A Hub id, the name of a dataset and a path inside the working folder are useful to others; an absolute path only
+reveals whose machine it was.
 """
 
 import os
@@ -13,10 +13,10 @@ __all__ = ["public_paths", "public_source"]
 
 
 def public_source(name: str | None) -> str | None:
-    """The Hub id of a model, or the name of its folder.
+    """Return the Hub id of a model, or the last part of its local path.
 
     Args:
-        name: id or path, as the user gave it; None for a model that came from nowhere.
+        name: id or path as given by the user; None for a model without a source.
     """
     if name is None:
         return None
@@ -27,14 +27,14 @@ def public_source(name: str | None) -> str | None:
 
 
 def public_paths(names: Iterable[str]) -> dict[str, str]:
-    """What to call sources of data, each by a name of its own.
+    """Map data sources to distinct names that can be published.
 
     Args:
         names: paths, and names of datasets.
 
     Returns:
-        Names by what was given: of a path that leads out of the working folder the last part, and where two would have
-        the same, as many parts more as tell them apart; everything else as it is.
+        The public name of each given name: for a path outside the working folder its last part, or as many parts as
+        are needed to distinguish it from others; for everything else the name itself.
     """
     names = list(names)
     private = [name for name in names if _leads_elsewhere(name)]

@@ -1,4 +1,4 @@
-"""`CompressionReport`: what happened to every layer, and the totals, as plain JSON.
+"""`CompressionReport`: the result of a compression per layer and in total, as plain JSON.
 
 Schema version 3; `docs/source/report.md` explains every field.
 """
@@ -20,30 +20,30 @@ READABLE = (1, 2, 3)  # version 1 had neither `segment_flow` nor `similarity_map
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One MoE layer."""
+    """Result of the compression of one MoE layer."""
 
     name: str  # of the MoE block in the model
     layer: int  # index of its decoder layer
     tokens: int  # calibration tokens, padding left out
-    held_out_tokens: int  # of these, kept away from the refit
-    load: list[float]  # share of the routed tokens per original expert
+    held_out_tokens: int  # of these, excluded from the refits
+    load: list[float]  # fraction of the routed tokens per original expert
     saliency: list[float]  # per original expert
     retained: list[int]  # original indices, in their new order
     errors: dict[str, float]  # relative error of the routed output per candidate, on the held-out tokens
     winner: str  # the candidate that was written
-    moved_share: float | None  # of the dropped segments, how many moved to a retained expert
+    moved_share: float | None  # fraction of the dropped segments that moved to a retained expert
     similarity_quantiles: dict[str, float] | None  # of the dropped segments' best cosines
     seconds: float
     segment_flow: dict[str, Any] | None = None  # moved segments between experts, see `core/pictures/segment_flow.py`
     similarity_map: dict[str, Any] | None = None  # of experts and their neurons, see `core/pictures/similarity_map.py`
-    protected: list[int] = field(default_factory=list)  # original indices that the selection could not drop
+    protected: list[int] = field(default_factory=list)  # original indices of protected experts
     largest_output: float = 0.0  # largest absolute component of any original expert's output
-    skipped: dict[str, str] = field(default_factory=dict)  # step that could not be taken -> reason
+    skipped: dict[str, str] = field(default_factory=dict)  # reason for each step that was skipped
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameters and bytes of a model."""
+    """Parameters, bytes and experts of a model."""
 
     parameters: int
     active_parameters: int  # used by one token
@@ -53,7 +53,7 @@ class ModelSize:
 
 @dataclass
 class CompressionReport:
-    """The last run of a compressor."""
+    """Result of one compression: source, config, calibration data, sizes, layers and evaluation."""
 
     source: str | None  # Hub id, or name of the folder
     revision: str | None
@@ -64,29 +64,29 @@ class CompressionReport:
     before: ModelSize
     after: ModelSize
     layers: list[LayerReport] = field(default_factory=list)
-    evaluation: dict[str, Any] = field(default_factory=dict)  # filled in by whoever evaluates
+    evaluation: dict[str, Any] = field(default_factory=dict)  # filled in by `add_evaluation`
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
-    peak_memory_bytes: int = 0  # of the process, or of the GPU where the model is on one
+    peak_memory_bytes: int = 0  # of the process, or of the GPU if the model is on one
     precision: dict[str, str] = field(default_factory=dict)  # dtypes: stored in the source, computed in, written
-    training: str = ""  # of the compressed weights, by whoever trained them
+    training: str = ""  # description of training after the compression, see `add_training`
     source_card: dict[str, Any] | None = None  # licence and base models that the source's card names
     report_version: int = REPORT_VERSION
-    source_folder: Path | None = field(default=None, compare=False)  # on this machine; in memory only
+    source_folder: Path | None = field(default=None, compare=False)  # local folder of the source; never saved
 
     @property
     def ratio(self) -> float:
-        """Bytes after over bytes before."""
+        """Size of the compressed model in bytes, relative to the original."""
         return self.after.bytes / self.before.bytes
 
     @property
     def evaluation_length(self) -> int | None:
-        """Tokens of the longest sequence that a loss was measured on; None where nothing tells."""
+        """Tokens of the longest sequence in the evaluation; None if it was not recorded."""
         lengths = [pair["after"].get("sequence_length") for pair in self.evaluation.values()]
         return max((length for length in lengths if length), default=None)
 
     def add_evaluation(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-        """Record losses measured before and after, `evaluation.loss.perplexity.TextLoss` by name of the text."""
+        """Record the losses of the original and the compressed model (`TextLoss` by name of the text)."""
         from .estimate import json_error
 
         measured = {"before": before, "after": after}
@@ -99,26 +99,26 @@ class CompressionReport:
         }
 
     def add_training(self, description: str) -> None:
-        """Record how the weights were trained after the compression; losses measured before are no longer theirs."""
+        """Record training of the compressed weights, and discard losses measured before it."""
         self.training, self.evaluation = description, {}
 
     def summary(self) -> dict[str, Any]:
-        """The totals without the layers: sizes, ratio, evaluation, seconds."""
+        """Return the totals without the layers: sizes, ratio, evaluation, seconds and peak memory."""
         names = ("before", "after", "ratio", "evaluation", "seconds", "peak_memory_bytes")
         return {name: value for name, value in self.to_dict().items() if name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-able values, `ratio` included: what is published, so nothing that tells of a machine."""
+        """Return the report as JSON-able values for publication, with `ratio` and without local folders."""
         values = asdict(self) | {"ratio": self.ratio}
         del values["source_folder"]
         return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CompressionReport":
-        """The inverse of `to_dict`.
+        """Create a report from a dictionary made by `to_dict`, of this or an earlier release.
 
         Raises:
-            ValueError: a report of a version that this release does not know.
+            ValueError: an unknown report version.
         """
         version = values.get("report_version")
         if version not in READABLE:
@@ -134,7 +134,7 @@ class CompressionReport:
         return cls(**rest)
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON, a layer a line: their long lists of numbers would fill a line each."""
+        """Write the report as JSON, with one line per layer."""
         values = self.to_dict()
         layers = ",\n    ".join(map(json.dumps, values["layers"]))
         text = json.dumps({**values, "layers": []}, indent=2)
@@ -142,12 +142,12 @@ class CompressionReport:
 
     @classmethod
     def load(cls, path: str | Path) -> "CompressionReport":
-        """Read a report that `save` wrote."""
+        """Load a report written by `save`."""
         return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
 
 
 def _without_folders(values: dict[str, Any]) -> dict[str, Any]:
-    """A report of an earlier release, which recorded whole paths, as this one records it."""
+    """Convert a report of an earlier release, which recorded whole paths, to public names."""
     from .description import describe_dataset, recordable_dataset
     from .licence import source_metadata
     from .public_names import public_source

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ..config import DernConfig
 
 
-FULL_GROUPS = 8  # a full group holds this fraction of the experts: 16 of 128 in the paper
+FULL_GROUPS = 8  # a full group holds one in so many experts: 16 of 128 in the paper
 
 
 @register_method("ream")

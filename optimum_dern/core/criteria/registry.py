@@ -88,6 +88,6 @@ def select(name: str, layer: ObservedLayer, places: Places, seed: int = 0) -> Se
 
 
 def check_criterion(name: str) -> None:
-    """Raise ValueError for a criterion that does not exist."""
+    """Raise ValueError for an unknown selection criterion."""
     if name not in CRITERIA:
         raise ValueError(f"unknown selection criterion {name!r}; choose one of {sorted(CRITERIA)}")

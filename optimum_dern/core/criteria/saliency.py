@@ -25,7 +25,7 @@ def router(statistics: ExpertStatistics) -> Tensor:
 
 
 def frequency(statistics: ExpertStatistics) -> Tensor:
-    """Share of the tokens that reach the expert, |X_i| / T."""
+    """Fraction of the tokens routed to the expert, |X_i| / T."""
     return statistics.count / max(statistics.tokens, 1)
 
 

@@ -1,1 +1,1 @@
-"""DERN on one layer (arXiv 2509.10377): segments are assigned, clustered and merged."""
+"""DERN on one layer (arXiv 2509.10377): assignment, clustering and merging of neuron segments."""

@@ -1,8 +1,8 @@
 """Sums over calibration tokens that are distributed over several processes.
 
-A function that sums over tokens takes a `reduce`, which turns what one process has summed into what all have together,
-the same to the bit in each of them.  By default there is one process.  Whatever a function decides (to stop, to leave
-an expert alone) it decides on reduced numbers, so that all processes go the same way.
+A function that sums over tokens takes a `reduce`, which adds up the sums of all processes; the result is the same to
+the bit in each of them.  The default is a single process.  Decisions, such as to stop or to skip an expert, are made
+on reduced numbers, so that all processes make the same ones.
 """
 
 from typing import Protocol

@@ -1,8 +1,7 @@
 """Sums per expert over the calibration tokens, from which selection criteria compute saliencies.
 
-Sums, not means: two halves of the calibration data, or two processes, merge by adding (one number is a maximum, and
-merges as such).  Everything is float64, so that millions of tokens do not drown the last ones.  Padding never arrives
-here: it is removed when recording.
+They are sums instead of means, so that the statistics of two batches or two processes are merged by adding them (one
+is a maximum and merged as such).  All are float64, for sums over millions of tokens.  Padding has been removed before.
 """
 
 from dataclasses import dataclass, fields

@@ -1,7 +1,7 @@
 """Allocator and memory limits for computations on a layer's experts.
 
-By default everything is in memory.  A layer whose experts do not fit into memory brings a workspace whose tensors are
-in a file: as every computation goes expert by expert, only the pages of one expert then have to be there.
+By default tensors are in memory.  For a layer whose experts do not fit, a workspace allocates them in memory-mapped
+files: all computations go expert by expert, so only one expert's pages have to be resident.
 """
 
 from collections.abc import Callable

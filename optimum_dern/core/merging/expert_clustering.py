@@ -68,7 +68,7 @@ def _spread(directions: Tensor, count: int, pinned: list[int], generator: torch.
     chosen = pinned or [int(torch.randint(len(directions), (1,), generator=generator))]
     while len(chosen) < count:
         chance = (1 - (directions @ directions[chosen].T).amax(dim=1)).clamp(min=0) + 1e-12
-        chance[chosen] = 0  # copies of a start may be drawn, the start itself may not
+        chance[chosen] = 0  # equal points may be drawn, the chosen ones may not
         chosen = [*chosen, int(torch.multinomial(chance, 1, generator=generator))]
     return chosen
 

@@ -1,8 +1,8 @@
 """Cosine similarities of a layer's experts, of whole experts and of their neurons, for the report.
 
-The observation that DERN (arXiv 2509.10377) starts from: two experts whose weights are alike as wholes may have
-neurons that match one another well, badly, or not at all.  Nothing here decides anything, so the work is bounded:
-large layers are sampled, with a random generator of their own.
+The observation that DERN (arXiv 2509.10377) starts from: two experts whose weights are similar as a whole may
+have neurons that match one another well, badly, or not at all.  The map does not affect the compression, so its work
+is limited: large layers are sampled, with a random generator of their own.
 """
 
 import math

@@ -171,7 +171,7 @@ def _reduced(
     own: Iterator[tuple[int, list[Tensor]]], max_elements: int, reduce: Reduce
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """Sum gradients over all processes, batching as many experts per message as memory allows."""
-    if reduce is alone:  # nothing is sent, so nothing needs to be laid together
+    if reduce is alone:  # a single process sends nothing, so gradients need no batching
         yield from own
         return
     waiting: list[tuple[int, list[Tensor]]] = []

@@ -32,7 +32,7 @@ AGREEMENT = 0.99  # fraction of tokens that a rule must explain; not all, becaus
 
 
 class RouterRule(NamedTuple):
-    """How a router computes gate weights from logits."""
+    """The rule by which a router computes gate weights from logits."""
 
     phi: str  # "exp" or "sigmoid"
     over_all: bool  # normalised over all experts instead of the chosen ones

@@ -175,8 +175,8 @@ class DernOptions:
     )
     refit_ridge: float | None = _option(
         None,
-        "ridge penalty of the closed-form refits, relative to the mean eigenvalue of their normal equations (default: "
-        "1e-2; with guard and without neuron_refit, the best of 1e-3, 1e-2 and 1e-1)",
+        "ridge penalty of the refits of down projections and router, relative to the mean eigenvalue of their normal "
+        "equations (default: 1e-2; with guard and without neuron_refit, the best of 1e-3, 1e-2 and 1e-1)",
         group="for ablations",
     )
     refit_sweeps: int = _option(

@@ -50,19 +50,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evaluation-length",
         type=int,
         metavar="N",
-        help="tokens a sequence of --evaluate (default: what the model is made for, at most 2048)",
+        help="tokens per sequence of --evaluate (default: the model's maximum length, at most 2048)",
     )
     parser.add_argument(
         "--statistics",
         metavar="FILE",
         type=Path,
-        help="dern_statistics.safetensors of a oneshot run, instead of --dataset, without refit and guard",
+        help="dern_statistics.safetensors of an earlier oneshot run, instead of --dataset; for runs without refit and "
+        "guard, such as --preset paper",
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line instead of a table")
     parser.add_argument("--restart", action="store_true", help="discard an unfinished run in OUTPUT")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
-    parser.add_argument("--max-shard-size", metavar="SIZE", help='of one file, such as "5GB" (default: the source\'s)')
-    parser.add_argument("--max-memory", metavar="SIZE", help='refuse what would take more, such as "8GiB"')
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the result (default: as stored)"
+    )
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help='largest file, such as "5GB" (default: as in the source)'
+    )
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", help='memory limit, such as "8GiB"; a run that would exceed it is refused'
+    )
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
     add_config_arguments(parser, several=True)
 

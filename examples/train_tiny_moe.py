@@ -209,9 +209,9 @@ def train(kind: str, data: Path, output: Path, steps: int) -> None:
 def write_config(model: torch.nn.Module, path: Path) -> None:
     """The config that transformers saved, its rotary embedding and expert counts under the names of older readers."""
     from optimum_dern.checkpoint.config.config_json import compressed_config
-    from optimum_dern.checkpoint.output.publishing import write_json
+    from optimum_dern.text_files import replace_json
 
-    write_json(path, compressed_config(json.loads(path.read_text("utf-8")), None, model.config))
+    replace_json(path, compressed_config(json.loads(path.read_text("utf-8")), None, model.config))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import WORK_NAME
+from ..checkpoint.output.prepare import check_output
 from .arguments import add_config_arguments, add_model_arguments, check_model_name, config_from_arguments
 from .tables import print_table
 
@@ -103,7 +103,7 @@ def _compress(args: argparse.Namespace) -> tuple[dict[Path, Any], dict[str, list
     """Everything up to finished checkpoints: their reports by folder, and the texts to evaluate on."""
     config = config_from_arguments(args)
     check_model_name(args.model)
-    _check_output(args)
+    check_output(Path(args.model).expanduser(), args.output, args.overwrite)
     _check_sources(config.dataset, args.evaluate)
     if args.evaluation_length is not None and not args.evaluate:
         raise ValueError(
@@ -161,16 +161,6 @@ def _evaluate(reports: dict[Path, Any], args: argparse.Namespace, texts: dict[st
     for folder, report in reports.items():
         report.add_evaluation(before, evaluate_checkpoint(folder, texts, device, **own_code))
         write_report(folder, report)
-
-
-def _check_output(args: argparse.Namespace) -> None:
-    if args.output.exists() and not args.output.is_dir():
-        raise ValueError(f"{args.output} is a file; give a folder for the compressed checkpoint")
-    unfinished = (args.output / WORK_NAME).is_dir()
-    if args.output.is_dir() and any(args.output.iterdir()) and not (args.overwrite or unfinished):
-        raise ValueError(f"{args.output} is not empty; choose another folder or add --overwrite")
-    if Path(args.model).exists() and Path(args.model).resolve() == args.output.resolve():
-        raise ValueError("MODEL and OUTPUT are the same folder; the source would be lost, choose another output")
 
 
 def _check_sources(*sources: Any) -> None:

@@ -142,11 +142,11 @@ def _load_model(args: argparse.Namespace, name: str, **source: Any) -> Any:
 
     if not args.streamed:
         return load_model(name, args.device, args.dtype, **source)
-    import torch
 
     from ..evaluation.loss.streamed import StreamedCheckpoint
+    from ..machine.torch_state import default_device
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = default_device(args.device)
     return StreamedCheckpoint(name, device, dtype=args.dtype, **source)
 
 

@@ -33,13 +33,12 @@ def run(args: argparse.Namespace) -> None:
     config = config_from_arguments(args)
     check_model_name(args.model)
 
-    import torch
-
     from ..checkpoint.output.shards import parse_bytes
     from ..checkpoint.source.find import find_checkpoint
     from ..engine.cost.duration import measure_rate, predict_seconds
     from ..engine.cost.memory import plan_memory
     from ..engine.run.checks import check_names, check_request, needs_data
+    from ..machine.torch_state import default_device
     from ..models.context_length import bounded_length
     from ..models.moe.structure import find_moe_layers
     from ..models.size import measure_model, predict_size
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         tokens = 0  # as in compress, which then runs no text through the model
     bound = parse_bytes(args.max_memory) if args.max_memory else None
     memory = plan_memory(model, layers, tokens, config, count, bound)
-    rate = measure_rate(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    rate = measure_rate(default_device())
     facts = {
         "model": args.model,
         "model_type": model.config.model_type,

@@ -93,10 +93,10 @@ def harness_model(model: Any, tokenizer: Any = None, batch_size: int = 8, **opti
     wrapper = _lm_eval("lm_eval.models.huggingface").HFLM
     defaults: dict[str, Any] = {"backend": "causal", "batch_size": batch_size, "softmax_dtype": "float32"}
     if isinstance(model, str | Path):
-        import torch
+        from ..machine.torch_state import default_device
 
         model = str(model)
-        defaults |= {"dtype": "float32", "device": "cuda" if torch.cuda.is_available() else "cpu"}
+        defaults |= {"dtype": "float32", "device": str(default_device())}
     elif tokenizer is None:
         raise ValueError("a model in memory needs its tokenizer, too")
     if tokenizer is not None:

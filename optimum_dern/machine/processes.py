@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.layer.reduction import Reduce, alone
+from .torch_state import default_device
 
 
 __all__ = ["ALONE", "ProcessFailed", "Processes", "joined_processes"]
@@ -182,7 +183,7 @@ def joined_processes(device: str | None = None, timeout: timedelta = TIMEOUT) ->
 
 def _own_device(device: str | None, rank: int, count: int) -> torch.device:
     """Return the device of a process: with several processes on GPUs, the GPU of its local rank."""
-    own = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    own = default_device(device)
     if count == 1 or own.type == "cpu":
         return own
     if own.type != "cuda" or own.index is not None:

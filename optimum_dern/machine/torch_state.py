@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 
-__all__ = ["check_device", "check_precision", "plain_torch"]
+__all__ = ["check_device", "check_precision", "default_device", "plain_torch"]
 
 
 @contextmanager
@@ -21,6 +21,11 @@ def plain_torch() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def default_device(device: str | None = None) -> torch.device:
+    """The device to compute on: the one that is named, else a CUDA GPU where there is one, else the CPU."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def check_device(device: object) -> None:

@@ -16,13 +16,12 @@ def load_model(model: str | Path, device: str | None = None, dtype: Any = None, 
         dtype: a `torch.dtype` or its name; by default as stored.
         **source: `revision`, `token` and `trust_remote_code`.
     """
-    import torch
-
+    from ..machine.torch_state import default_device
     from .dtype import parse_dtype
 
     dtype = parse_dtype(dtype) or "auto"
     loaded = model_class(model, **source).from_pretrained(model, dtype=dtype, **source)
-    return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return loaded.to(default_device(device)).eval()
 
 
 def model_class(model: str | Path, **source: Any) -> type:

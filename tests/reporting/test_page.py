@@ -84,7 +84,7 @@ def test_numbers_that_json_has_not():
 
 
 def test_an_earlier_report():
-    """Version 1 had neither flows nor maps, and fewer options; it still makes a page, and is saved as the present one."""
+    """Version 1 had neither flows nor maps, and fewer options; it still makes a page, and is saved as of today."""
     values = sample_report().to_dict() | {"report_version": 1}
     for layer in values["layers"]:
         del layer["segment_flow"], layer["similarity_map"]

@@ -87,9 +87,10 @@ def compare_models(
     import torch
     from transformers import AutoConfig
 
+    from ...machine.torch_state import default_device
     from ..loss.perplexity import evaluation_length
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(default_device(device))
     paths = [str(original), *map(str, compressed)]
     texts = {"data": None if data is None else str(data), "limit": limit}
     if data is not None:

@@ -1,1 +1,1 @@
-"""What a compression takes, predicted from shapes alone: memory, disk and time."""
+"""Predictions of the memory, disk space and time that a compression takes, from tensor shapes alone."""

@@ -1,4 +1,4 @@
-"""How long a compression will take: its arithmetic, counted from shapes, over a rate that is measured for a moment.
+"""Predicted duration of a compression: operations counted from tensor shapes, divided by a rate measured briefly.
 
 An estimate: it counts products of matrices only, and assumes that a third of the recombination's k-means iterations
 run and that every step of the refits is tried.
@@ -24,31 +24,31 @@ OVERHEAD = 1.5  # everything that is not a product of matrices
 def predict_seconds(
     layers: Sequence[MoELayer], tokens: int, config: DernConfig, num_experts: int, rate: float
 ) -> float:
-    """Seconds that all layers take.
+    """Predict the seconds that compressing all MoE layers takes.
 
     Args:
-        layers: MoE layers; weights need not be there.
-        tokens: of the calibration data.
-        config: what is done to a layer.
-        num_experts: N.
-        rate: operations per second, of `measure_rate`.
+        layers: MoE layers; their weights need not be loaded.
+        tokens: number of calibration tokens.
+        config: of the compression.
+        num_experts: N, experts that each layer keeps.
+        rate: operations per second, from `measure_rate`.
     """
     return OVERHEAD * sum(count_operations(layer, tokens, config, num_experts) for layer in layers) / rate
 
 
 def count_operations(layer: MoELayer, tokens: int, config: DernConfig, num_experts: int) -> float:
-    """Floating-point operations of one layer, a multiplication and an addition being two."""
+    """Count the floating-point operations of compressing one layer; a multiply-add counts as two."""
     shape = layer_shape(layer, tokens, num_experts)
     attention = 8.0 * tokens * shape.inputs**2
-    walk = 2 * attention + experts_operations(shape)  # seen, and run once compressed
-    walk += config.corrects_drift * 2 * (experts_operations(shape) + attention)  # the original, in both streams
+    walk = 2 * attention + experts_operations(shape)  # run to record its routing, and again once compressed
+    walk += config.corrects_drift * 2 * (experts_operations(shape) + attention)  # original layer, both streams
     return walk + sum(phase.operations for phase in layer_phases(shape, config))
 
 
 def measure_rate(device: torch.device, seconds: float = 0.3) -> float:
-    """Operations per second of float32 matrix products on a device: the fastest of those that fit into a moment.
+    """Measure a device's rate of float32 matrix products, in operations per second, from the fastest of several runs.
 
-    Their mean would tell how busy the machine is just now, and take it for its speed.
+    A mean over the runs would mistake a busy machine for a slow one.
     """
     matrix = torch.randn(PROBE_SIZE, PROBE_SIZE, device=device, generator=torch.Generator(device).manual_seed(0))
     matrix @ matrix

@@ -1,4 +1,4 @@
-"""What a layer-by-layer compression holds at once, predicted from shapes alone, and what keeps it within a bound."""
+"""Prediction of the peak memory of a compression from tensor shapes, and a plan that keeps it below `max_memory`."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,32 +21,32 @@ SMALLEST = MAX_ELEMENTS >> 4  # smaller blocks save little and take long
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes at the moment when most is needed, and how a run gets by with them."""
+    """Predicted peak memory of a run in bytes, and what the run keeps in files to stay below it."""
 
     interpreter: int
-    outside: int  # what surrounds the decoder layers, such as embeddings
+    outside: int  # modules outside the decoder layers, such as embeddings
     layer: int  # the largest decoder layer
-    working: int  # beside it: candidates, refits, and what the calibration tokens show of the layer
+    working: int  # beside it: candidates, refits, and the layer's inputs and outputs on the calibration tokens
     hidden: int  # hidden states of all calibration tokens
-    scratch: int = 0  # most bytes of files of experts
+    scratch: int = 0  # largest size of the files that hold experts
     spilled: bool = False  # the hidden states are in a file
-    experts_in_file: bool = False  # and so are a layer's weights, and what is made from its experts
-    max_elements: int = MAX_ELEMENTS  # numbers that a step holds of each other kind
+    experts_in_file: bool = False  # a layer's weights and the candidates' experts are in files, too
+    max_elements: int = MAX_ELEMENTS  # elements of a step's largest temporary tensors
 
     @property
     def mapped(self) -> int:
-        """Bytes of files that may be in memory at once, and count as used."""
+        """Bytes of memory-mapped files that may be resident at once, and count as used memory."""
         return MAPPED if self.experts_in_file else 0
 
     @property
     def peak(self) -> int:
-        """Bytes of memory."""
+        """Predicted peak memory in bytes."""
         most = self.working if self.experts_in_file else max(self.outside, self.layer + self.working)
         return self.interpreter + self.mapped + most + (0 if self.spilled else self.hidden)
 
     @property
     def disk(self) -> int:
-        """Bytes of working files."""
+        """Bytes of disk space for working files, which are removed after the run."""
         return self.scratch + (self.hidden if self.spilled else 0)
 
 
@@ -58,18 +58,18 @@ def plan_memory(
     num_experts: int | Sequence[int],
     max_memory: int | None = None,
 ) -> MemoryPlan:
-    """Predict the peak, and put into files what has to be there to keep a bound: hidden states, then experts too.
+    """Predict the peak memory, and plan to keep hidden states, then experts too, in files where a bound demands it.
 
     Args:
-        model: its weights need not be there.
+        model: its weights need not be loaded.
         layers: its MoE layers.
-        tokens: of the calibration data.
-        config: what is done to a layer.
-        num_experts: N, or that of each result where one pass gives several.
-        max_memory: bytes, or None for no bound.
+        tokens: number of calibration tokens.
+        config: of the compression.
+        num_experts: N, or the N of every result where one pass makes several.
+        max_memory: bound in bytes, or None for no bound.
 
     Raises:
-        ValueError: a bound that cannot be kept; the message tells the least that can.
+        ValueError: the bound is too low; the message tells the lowest possible one.
     """
     counts = [num_experts] if isinstance(num_experts, int) else num_experts
     plans = list(_plans(model, layers, tokens, config, counts))
@@ -87,12 +87,12 @@ def plan_memory(
 def _plans(
     model: Any, layers: Sequence[MoELayer], tokens: int, config: DernConfig, counts: Sequence[int]
 ) -> Iterator[MemoryPlan]:
-    """From the fastest to the one that takes least memory."""
+    """Yield the possible plans, from the fastest to the one that takes least memory."""
     _, decoder_layers = find_decoder_layers(model, layers[0])
     largest = max(_bytes(layer) for layer in decoder_layers)
     outside = _bytes(model) - sum(_bytes(layer) for layer in decoder_layers)
-    streams = len(counts) if config.calibration_order == "sequential" else 1  # each result sees its own layers
-    streams += config.corrects_drift  # and the original's
+    streams = len(counts) if config.calibration_order == "sequential" else 1  # each result has a stream of its own
+    streams += config.corrects_drift  # and that of the original model
     hidden = streams * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
 
     def plan(spilled: bool, in_file: bool, max_elements: int = MAX_ELEMENTS) -> MemoryPlan:

@@ -1,7 +1,7 @@
-"""The phases of compressing one MoE layer, with what is in memory during each of them and what it computes.
+"""The phases of compressing one MoE layer, with the memory and the operations that each of them takes.
 
-Every step says itself what it costs (`core.layer.cost`); here is only what stays between the steps: the calibration
-tokens as the layer sees them, the candidates, and their fits.
+Every step declares its own cost (`core.layer.cost`); this module adds what stays in memory between the steps: the
+layer's inputs and outputs on the calibration tokens, the candidates, and their refitted weights.
 """
 
 from collections.abc import Iterator
@@ -22,22 +22,22 @@ __all__ = ["Phase", "layer_phases", "layer_shape"]
 
 
 class Phase(NamedTuple):
-    """What is beside the original layer at one time."""
+    """Memory in use beside the original layer during one phase, and the operations of the phase."""
 
     name: str
-    tokens: int  # bytes of what the calibration tokens show, and of one expert at a time
-    experts: int  # bytes of copies of all retained experts; negative where the original ones are gone
-    operations: float  # of floating-point numbers
+    tokens: int  # bytes of the layer's inputs and outputs on the calibration tokens, and of one expert at a time
+    experts: int  # bytes of copies of all retained experts, less those of the original experts once they are freed
+    operations: float  # floating-point operations
 
 
 def layer_shape(layer: MoELayer, tokens: int, num_experts: int, max_elements: int = MAX_ELEMENTS) -> LayerShape:
-    """The sizes of a layer; its weights need not be there.
+    """Read the sizes of a layer, whose weights need not be loaded.
 
     Args:
         layer: with its original experts.
         tokens: calibration tokens of this process.
-        num_experts: N.
-        max_elements: numbers that a step may hold at once.
+        num_experts: N, experts that the layer keeps.
+        max_elements: elements that a step's temporary tensors may have.
     """
     down, layout = layer.experts.down_proj, layer.layout
     width, size = (down.shape[1], down.shape[2]) if layout.transposed else (down.shape[2], down.shape[1])
@@ -58,23 +58,23 @@ def layer_shape(layer: MoELayer, tokens: int, num_experts: int, max_elements: in
 
 
 def layer_phases(shape: LayerShape, config: DernConfig, shared: bool = False) -> list[Phase]:
-    """The phases of one layer, in turn.
+    """List the phases of compressing one layer, in the order in which they run.
 
     Args:
-        shape: of the layer.
-        config: what is done to it.
-        shared: other results need the original experts afterwards.
+        shape: sizes of the layer.
+        config: of the compression.
+        shared: the original experts stay in memory, since other results of the same pass need them.
     """
     standing = Standing(shape, config)
     return [*_original_phases(standing), *_fitting_phases(standing, 0 if shared else standing.original)]
 
 
 class Standing:
-    """Bytes of what stays in memory from step to step.
+    """Sizes in bytes of what stays in memory between the steps.
 
     Args:
-        shape: of the layer.
-        config: what is done to it.
+        shape: sizes of the layer.
+        config: of the compression.
     """
 
     def __init__(self, shape: LayerShape, config: DernConfig) -> None:
@@ -90,7 +90,7 @@ class Standing:
 
 
 def _original_phases(standing: Standing) -> Iterator[Phase]:
-    """As long as the original experts are there."""
+    """Yield the phases that run while the original experts are in memory."""
     shape, config = standing.shape, standing.config
     measured = measure_experts_cost(shape)
     yield Phase("measure", standing.tokens + max(standing.received, measured.held), 0, measured.operations)
@@ -107,7 +107,7 @@ def _original_phases(standing: Standing) -> Iterator[Phase]:
 
 
 def _fitting_phases(standing: Standing, gone: int) -> Iterator[Phase]:
-    """From the moment when the original experts are gone, if nobody else needs them."""
+    """Yield the phases that run after the original experts have been freed; `gone` is the number of bytes freed."""
     shape, config, sets, tokens = standing.shape, standing.config, standing.sets, standing.tokens
     kept, judged = standing.candidates * standing.candidate - gone, _judged(standing)
     operations = standing.candidates * judged.operations
@@ -131,7 +131,7 @@ def _fitting_phases(standing: Standing, gone: int) -> Iterator[Phase]:
 
 
 def _judged(standing: Standing) -> Cost:
-    """What judging one variant takes, on a tenth of the tokens; nothing where there is no guard."""
+    """Cost of the guard's evaluation of one variant on a tenth of the tokens; zero without the guard."""
     shape = standing.shape
     if not standing.config.guard:
         return Cost()

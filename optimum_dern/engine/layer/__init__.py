@@ -1,1 +1,1 @@
-"""One MoE layer, from E experts to N: measure it, propose candidates, fit them, judge them, write the best."""
+"""Compression of one MoE layer from E to N experts: measure it, make candidates, fit and judge them, write one."""

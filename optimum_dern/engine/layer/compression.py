@@ -1,4 +1,4 @@
-"""Compress one MoE layer: select experts, let the method propose candidates, fit and judge them, write the winner."""
+"""Compress one MoE layer: select experts, let the method make candidates, fit and judge them, write the best one."""
 
 import time
 from collections.abc import Sequence
@@ -35,9 +35,9 @@ def compress_layer_(
     """Compress one MoE layer, in place.
 
     Args:
-        measured: the layer with its calibration tokens.
-        config: what to do.
-        num_experts: N.
+        measured: the layer with its inputs and outputs on the calibration tokens.
+        config: of the compression.
+        num_experts: N, experts that the layer keeps.
         started: when the work on the layer began, by `time.perf_counter`.
         earlier: reports of the MoE layers before it.
     """
@@ -52,7 +52,7 @@ def compress_layer_(
     facts = {name: value for candidate in candidates.values() for name, value in candidate.facts.items()}
     likeness = similarity_map(observed.segments, config.similarity_weights, seed)
     neurons = num_experts * observed.segments.up.shape[1]
-    del observed, problem  # what nobody else holds on to need not wait for the candidates' refits
+    del observed, problem  # frees their memory before the refits, which take most
     release_experts_(layer)
     judged = choose_variant(candidates, _objective(measured, held_out, neurons, config), config)
     measured.write_(judged.winner.candidate)
@@ -80,12 +80,12 @@ def compress_layer_(
 def find_places(
     measured: MeasuredLayer, config: DernConfig, num_experts: int, earlier: Sequence[LayerReport] = ()
 ) -> Places:
-    """How many experts of a layer stay, and which in any case.
+    """Determine how many experts a layer keeps, and which of them are protected from removal.
 
     Args:
         measured: the layer.
         config: `protect_experts` names experts, or asks for those with outlier outputs.
-        num_experts: N.
+        num_experts: N, experts that the layer keeps.
         earlier: reports of the MoE layers before it.
     """
     layer, protected = measured.layer, config.protect_experts or {}
@@ -98,7 +98,7 @@ def find_places(
 
 
 def _proposals(problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
-    """The method's candidates, every one with the experts whose router entries it takes."""
+    """Make the method's candidates, each of them with the indices of the experts whose router rows it keeps."""
     candidates = get_method(config.method).compress_layer(problem, config)
     return {
         name: candidate if candidate.retained is not None else replace(candidate, retained=problem.retained)
@@ -107,6 +107,6 @@ def _proposals(problem: LayerProblem, config: DernConfig) -> dict[str, Candidate
 
 
 def _objective(measured: MeasuredLayer, held_out: Tensor, neurons: int, config: DernConfig) -> Objective:
-    """What the candidates aim at."""
+    """Make the objective that the candidates are fitted to and judged by."""
     wanted = sampled_tokens(config, neurons, measured.layer.top_k, measured.statistics.tokens)
     return Objective(measured, held_out, wanted)

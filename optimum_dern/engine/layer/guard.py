@@ -16,7 +16,7 @@ __all__ = ["Judged", "choose_variant"]
 
 @dataclass
 class Judged:
-    """The variant to write, the errors of all that were judged, and the steps that could not be taken."""
+    """The best variant, the held-out errors of all variants, and the steps that could not be taken."""
 
     errors: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)  # step -> reason
@@ -24,10 +24,10 @@ class Judged:
 
 
 def choose_variant(candidates: dict[str, Candidate], objective: Objective, config: DernConfig) -> Judged:
-    """Fit, judge and choose.
+    """Fit the candidates of a layer, judge them on held-out tokens, and choose the best.
 
     Args:
-        candidates: by name, the method's own result last; emptied, so that losers' memory is free early.
+        candidates: by name, the method's own result last; emptied, so that the memory of the others is freed early.
         objective: what they are fitted to and judged by.
         config: `refit`, `router_refit`, `neuron_refit` and `guard` switch those steps.
 
@@ -49,7 +49,7 @@ def choose_variant(candidates: dict[str, Candidate], objective: Objective, confi
 
     finalists = _finalists(candidates, objective, config, judged)
     results = []
-    while finalists:  # nobody else holds on to what a step replaces
+    while finalists:  # popped, so that the weights that a step replaces are freed
         results.append(_refined(steps, *finalists.pop(0), objective, judged))
     judged.winner = min(results, key=lambda result: result[0])[1]  # the first of equals
     return judged
@@ -58,7 +58,7 @@ def choose_variant(candidates: dict[str, Candidate], objective: Objective, confi
 def _finalists(
     candidates: dict[str, Candidate], objective: Objective, config: DernConfig, judged: Judged
 ) -> list[tuple[float, Variant]]:
-    """The best first variant of every set of retained experts, with its error."""
+    """Find the best first variant of every set of retained experts; returns them with their held-out errors."""
     best: dict[tuple[int, ...], tuple[float, Variant]] = {}
     for origin in list(candidates):
         candidate = candidates.pop(origin)
@@ -72,7 +72,7 @@ def _finalists(
 def _first_variants(
     origin: str, candidate: Candidate, objective: Objective, config: DernConfig, judged: Judged
 ) -> Iterator[tuple[float, Variant]]:
-    """A candidate as it is, with its experts' outputs scaled, and the better of these refitted, with their errors."""
+    """Yield a candidate unfitted, with scaled expert outputs, and the better of both refitted, each with its error."""
     plain = _unfitted(origin, candidate, objective, config)
     yield (error := _judge(plain, objective, judged)), plain
     if config.refit:
@@ -86,7 +86,7 @@ def _first_variants(
 def _refined(
     steps: Iterable[Step], error: float, variant: Variant, objective: Objective, judged: Judged
 ) -> tuple[float, Variant]:
-    """The variant after those of the steps that lower its error, and that error."""
+    """Take each step that lowers the variant's held-out error; returns that error and the variant."""
     for step in steps:
         made = _taken(step, variant, objective, judged)
         if made is not variant and (lower := _judge(made, objective, judged)) < error:
@@ -95,7 +95,7 @@ def _refined(
 
 
 def _taken(step: Step, variant: Variant, objective: Objective, judged: Judged) -> Variant:
-    """What a step makes of a variant; the same one, and a note of why, where the router stands in its way."""
+    """Apply a step to a variant; where the router does not allow it, note the reason and return the same variant."""
     try:
         return step(variant, objective)
     except UnknownRouter as reason:
@@ -110,5 +110,5 @@ def _unfitted(origin: str, candidate: Candidate, objective: Objective, config: D
 
 def _judge(variant: Variant, objective: Objective, judged: Judged) -> float:
     error = objective.error(variant)
-    judged.errors[variant.name] = min(error, judged.errors.get(variant.name, error))  # other ridges share a name
+    judged.errors[variant.name] = min(error, judged.errors.get(variant.name, error))  # the ridge is not in the name
     return error

@@ -1,4 +1,4 @@
-"""`MeasuredLayer`: a MoE layer with its calibration tokens, from the measurement to the rewritten weights."""
+"""`MeasuredLayer`: a MoE layer with its routing and outputs on the calibration tokens, used until it is rewritten."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,35 +21,38 @@ __all__ = ["Goal", "MeasuredLayer"]
 
 
 class Goal(NamedTuple):
-    """What refits aim at where that is not the layer's own output, for T tokens."""
+    """Target of the refits for T tokens, where it is not the layer's own output."""
 
-    target: Tensor  # (T, o) each token times its weight
-    token_weight: Tensor  # (T, 1) by which an error counts
+    target: Tensor  # (T, o) output to reproduce, each token multiplied by its weight
+    token_weight: Tensor  # (T, 1) weight of each token's error
 
 
 @dataclass(frozen=True)
 class MeasuredLayer:
-    """A MoE layer with E experts and what T calibration tokens show of it; T is 0 where no token is needed."""
+    """A MoE layer of E experts with its routing, output and statistics on T calibration tokens; without data T is 0.
+
+    It has the methods that route the tokens with a candidate's router and write a candidate into the model.
+    """
 
     layer: MoELayer
-    position: int  # of its decoder layer
-    routing: Routing  # T real tokens, as the original router sends them
+    position: int  # index of its decoder layer
+    routing: Routing  # T real tokens, routed by the original router
     target: Tensor  # (T, o) the layer's routed output
     statistics: ExpertStatistics  # of the tokens of all processes
-    held_out: Tensor  # (T,) bool: tokens that judge the candidates where there is a guard
+    held_out: Tensor  # (T,) bool: held-out tokens, on which the guard judges the candidates
     masks: Sequence[Tensor]  # per micro-batch, (batch, sequence) bool, True for a real token
-    block_calls: Sequence[tuple[tuple, dict]]  # arguments of the MoE block per micro-batch, to route again
-    order: Tensor  # (T,) number of each token among those of all processes
+    block_calls: Sequence[tuple[tuple, dict]]  # arguments of the MoE block per micro-batch, to route tokens again
+    order: Tensor  # (T,) index of each token among those of all processes
     router: Mapping[str, Tensor]  # router tensors of all E experts, by their path in the block
     processes: Processes  # that share the tokens
     residual: Tensor | None = None  # (T, d) the residual stream before the experts, where the criterion needs it
-    goal: Goal | None = None  # what refits aim at, where that is not `target`
+    goal: Goal | None = None  # target of the refits, where it is not `target`
 
     def observe(self, held_out: Tensor) -> ObservedLayer:
-        """What criteria and methods see of the layer; its segments are views of the model's parameters.
+        """Make the view of the layer that criteria and methods get; its segments share the model's memory.
 
         Args:
-            held_out: (T,) bool, tokens that no fit may see.
+            held_out: (T,) bool, tokens that must not be used for fitting.
         """
         layer = self.layer
         rows, bias = layer.router_weight, layer.router_bias
@@ -71,7 +74,7 @@ class MeasuredLayer:
         )
 
     def router_of(self, candidate: Candidate) -> tuple[Tensor, Tensor | None] | None:
-        """A candidate's router rows (N, d) and bias (N,); None where the router has no single matrix."""
+        """Return a candidate's router rows (N, d) and bias (N,), or None where the router has no single matrix."""
         rows, bias = self.layer.router_weight, self.layer.router_bias
         if rows is None:
             return None
@@ -79,8 +82,8 @@ class MeasuredLayer:
         return tensors[rows.path], bias and tensors[bias.path]
 
     def reroute(self, candidate: Candidate) -> Routing:
-        """Route the same T tokens by a candidate's router, which is then in the model."""
-        if not self.block_calls:  # no token is at hand
+        """Route the same T tokens with a candidate's router, which is written into the model for that."""
+        if not self.block_calls:  # there are no tokens
             return self.routing
         write_routing_(self.layer, self._router_tensors(candidate))
         with record_routing(self.layer.block, self.layer.experts, stop=True) as record:
@@ -89,18 +92,18 @@ class MeasuredLayer:
         return record.without_padding(self.masks)
 
     def write_(self, candidate: Candidate) -> None:
-        """Put a candidate's experts and router into the model."""
+        """Write a candidate's experts and router into the model."""
         write_layer_(self.layer, LayerWeights(candidate.segments, self._router_tensors(candidate)))
 
     def _router_tensors(self, candidate: Candidate) -> dict[str, Tensor]:
-        """The retained experts' entries of every router tensor, rows that the candidate brings instead of theirs."""
+        """Return the router tensors of the retained experts, with the candidate's own router rows where it has any."""
         tensors = {r.path: retain(self.router[r.path], candidate.retained, r.dim) for r in self.layer.routing}
         if candidate.router_rows is not None:
             tensors[self.layer.router_weight.path] = candidate.router_rows
         return tensors
 
     def _choice_bias(self) -> Tensor | None:
-        """The one other number that the router has for each expert, such as DeepSeek-V3's correction of the load."""
+        """Return the router's per-expert bias for choosing experts, as in DeepSeek-V3; None where it has none."""
         layer = self.layer
         added = layer.router_bias and layer.router_bias.path
         vectors = [r.path for r in layer.routing if r.tensor.numel() == layer.num_experts and r.path != added]

@@ -1,4 +1,4 @@
-"""Measure one MoE layer on the calibration tokens: its routing, its output, and sums per expert."""
+"""Measure one MoE layer on the calibration tokens: its routing, its output, and statistics of every expert."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,18 +30,18 @@ def measure_layer(
     held_out: Tensor,
     processes: Processes = ALONE,
 ) -> MeasuredLayer:
-    """Measure a layer as it is.
+    """Measure a MoE layer with its original experts on the calibration tokens.
 
     Args:
         layer: with its original experts, in memory.
-        position: of its decoder layer.
-        record: of its calls.
+        position: index of its decoder layer.
+        record: of the layer's calls and routing.
         masks: per micro-batch, (batch, sequence) bool, True for a real token.
         held_out: (T,) bool over the real tokens.
         processes: that share the tokens.
 
     Raises:
-        ValueError: no token reached the layer, or something is not finite, in the layer's own dtype, too.
+        ValueError: no token reached the layer; weights, inputs or outputs are not finite, or overflow its dtype.
     """
     routing, weights, overflows = record.without_padding(masks), read_layer(layer), []
     segments = weights.segments
@@ -76,12 +76,12 @@ def measure_layer(
 def unseen_layer(
     layer: MoELayer, position: int, statistics: ExpertStatistics | None = None, processes: Processes = ALONE
 ) -> MeasuredLayer:
-    """A layer of which no token is at hand, for what needs none.
+    """Make a `MeasuredLayer` without calibration tokens, for methods and criteria that need none.
 
     Args:
         layer: in memory.
-        position: of its decoder layer.
-        statistics: of an earlier run; zeros by default.
+        position: index of its decoder layer.
+        statistics: recorded by an earlier run; zeros by default.
         processes: that share the work.
 
     Raises:
@@ -131,7 +131,7 @@ def _check_weights(layer: MoELayer, segments: Segments) -> None:
 
 
 def _check_range(layer: MoELayer, segments: Segments, statistics: ExpertStatistics) -> None:
-    """Refuse statistics that are not finite, or outputs that the layer's dtype does not hold."""
+    """Refuse statistics that are not finite, and expert outputs that overflow the layer's dtype."""
     sums = [value for value in vars(statistics).values() if isinstance(value, Tensor)]
     if not all(bool(torch.isfinite(value).all()) for value in sums):
         raise ValueError(f"the outputs of {layer.name} contain NaN or infinity; check the weights and the dtype")
@@ -140,7 +140,7 @@ def _check_range(layer: MoELayer, segments: Segments, statistics: ExpertStatisti
 
 
 def _watched(activation: Activation, overflows: list[Tensor]) -> Activation:
-    """The activation, which notes whether float16, in which the model computes it, gives something not finite."""
+    """Wrap the activation so that it records whether it overflows in float16, the model's own dtype."""
 
     def watched(gate: Tensor | None, up: Tensor) -> Tensor:
         overflows.append(~torch.isfinite(activation(gate if gate is None else gate.half(), up.half())).all())

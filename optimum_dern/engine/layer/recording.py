@@ -1,7 +1,7 @@
-"""Hooks that record how a MoE layer routes its tokens, and that are always removed.
+"""Forward hooks that record how a MoE layer routes its tokens, removed at the end of a context.
 
 Routing is read from the arguments of the experts module (hidden states, indices, weights): exactly the tensors that
-the model mixes its experts with, whatever its router does.  `models.moe.overrides` knows the exceptions.
+the model mixes its experts with, whatever its router does.  `models.moe.overrides` has the exceptions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,18 +17,18 @@ __all__ = ["RoutingRecord", "StopForward", "record_routing", "run_until_stopped"
 
 
 class StopForward(Exception):
-    """Ends a forward pass that has seen enough."""
+    """Raised by a hook to end a forward pass early, once everything is recorded."""
 
 
 class RoutingRecord:
-    """Per micro-batch: what the experts received, and the call of the block around them."""
+    """The inputs and routing of the experts, and the arguments of the MoE block around them, per micro-batch."""
 
     def __init__(self) -> None:
         self.routings: list[Routing] = []
         self.block_calls: list[tuple[tuple, dict]] = []
 
     def without_padding(self, masks: Sequence[Tensor]) -> Routing:
-        """All micro-batches together, real tokens only.
+        """Concatenate the routing of all micro-batches, without padding tokens.
 
         Args:
             masks: per micro-batch, (batch, sequence) bool, True for a real token.
@@ -43,7 +43,7 @@ def record_routing(block: nn.Module, experts: nn.Module, stop: bool = False) -> 
 
     Args:
         block: the MoE block around the experts.
-        experts: whose routing `models.moe.overrides` can read.
+        experts: the experts module, of a kind that `models.moe.overrides` can read the routing of.
         stop: raise `StopForward` instead of computing the experts.
     """
     record = RoutingRecord()
@@ -68,7 +68,7 @@ def record_routing(block: nn.Module, experts: nn.Module, stop: bool = False) -> 
 
 
 def run_until_stopped(module: nn.Module, *args, **kwargs) -> None:
-    """Call a module whose hooks may end the pass with `StopForward`."""
+    """Call a module whose hooks may end the forward pass with `StopForward`."""
     try:
         module(*args, **kwargs)
     except StopForward:

@@ -1,7 +1,7 @@
-"""The residual stream before the experts of a layer, for the criterion that asks how far the experts turn it.
+"""Hooks that record the residual stream before the experts, for the criterion that compares their output with it.
 
-Nothing tells it outright: a MoE block gets the stream normalised.  But what the experts receive is the very tensor
-that one of the decoder layer's parts has just returned, their norm, and what that part was given is the stream.
+A MoE block does not get the residual stream itself, only its normalised form.  But the tensor that the experts receive
+is the output of one of the decoder layer's modules, their norm, and that module's input is the residual stream.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,13 +19,13 @@ __all__ = ["ResidualRecord", "record_residual"]
 
 
 class ResidualRecord:
-    """Per micro-batch, the residual stream before the experts."""
+    """The residual stream before the experts, per micro-batch."""
 
     def __init__(self) -> None:
         self.streams: list[Tensor] = []
 
     def without_padding(self, masks: Sequence[Tensor]) -> Tensor:
-        """All micro-batches together, real tokens only: (T, d).
+        """Concatenate the residual stream of all micro-batches, without padding tokens: (T, d).
 
         Args:
             masks: per micro-batch, (batch, sequence) bool, True for a real token.
@@ -38,17 +38,17 @@ class ResidualRecord:
 def record_residual(decoder_layer: nn.Module, layer: MoELayer) -> Iterator[ResidualRecord]:
     """Record the residual stream of every call of a decoder layer while the context is open.
 
-    Where something else ends the pass at the experts, open this first.
+    Open this context before one whose hook ends the forward pass at the experts.
 
     Args:
-        decoder_layer: around the MoE layer.
+        decoder_layer: the decoder layer around the MoE layer.
         layer: its MoE layer.
 
     Raises:
-        ValueError: the experts do not receive what a part of the decoder layer has returned.
+        ValueError: the experts' input is not the output of one of the decoder layer's modules.
     """
     record = ResidualRecord()
-    norms: list[tuple[Tensor, Tensor]] = []  # of this call; held, so that no address is used twice
+    norms: list[tuple[Tensor, Tensor]] = []  # of this call; kept alive, so that addresses stay unique
 
     def begin(module: nn.Module, args: tuple) -> None:
         norms.clear()

@@ -1,7 +1,7 @@
-"""The steps that fit a candidate to the original layer's output, and what each of them holds and computes.
+"""The steps that fit a candidate to the original layer's output, and the memory and operations that each takes.
 
-A step is called with a variant and the objective, and returns the variant that it has made.  Every step but the scale
-ends with fitted down projections, so that "refit" is among the steps of whatever it returns.
+A step is called with a variant and the objective, and returns a new variant.  Every step but the scale ends with
+refitted down projections, so that "refit" is among the steps of the variants that it returns.
 """
 
 from collections.abc import Iterator
@@ -35,25 +35,25 @@ __all__ = [
     "sampled_tokens",
 ]
 
-RIDGE = 1e-2  # of the first refit where the config leaves it open
-RIDGES = (1e-3, 1e-1)  # then tried instead
+RIDGE = 1e-2  # of the first refit where the config sets none
+RIDGES = (1e-3, 1e-1)  # tried afterwards, each kept where it lowers the held-out error
 
 
 class Step(Protocol):
-    """One way to fit a variant."""
+    """A step that fits a variant to the objective."""
 
-    sampled: bool  # whether it sees the sample for closed forms, or all tokens that may be fitted
+    sampled: bool  # whether it uses only the tokens sampled for closed-form refits, or all tokens for fitting
 
     def __call__(self, variant: Variant, objective: Objective) -> Variant:
-        """The variant after the step; `UnknownRouter` where it cannot be taken."""
+        """Return the variant after the step; raises `UnknownRouter` where the router does not allow the step."""
 
     def costs(self, shape: LayerShape) -> list[Cost]:
-        """What its parts take, in turn, beside the candidates and the tokens."""
+        """List the costs of its parts, in order, without the memory of the candidates and the tokens."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Every expert's output times the factor that fits the target best."""
+    """Step that scales every expert's output by the factor that fits the target best (least squares)."""
 
     sampled = True
 
@@ -70,7 +70,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class DownRefit:
-    """The down projections in closed form, from where they are, near those of the anchor."""
+    """Step that refits the down projections in closed form, regularised towards those of the variant's anchor."""
 
     sweeps: int = 1
     sampled = True
@@ -87,7 +87,7 @@ class DownRefit:
 
 @dataclass(frozen=True)
 class OtherRidge:
-    """The refit of the down projections once more, with another ridge; what was never refitted stays as it is."""
+    """Step that refits already refitted down projections with another ridge; other variants stay as they are."""
 
     ridge: float
     sampled = True
@@ -101,7 +101,7 @@ class OtherRidge:
 
 @dataclass(frozen=True)
 class RouterRefit:
-    """The router's rows by a Gauss-Newton step, then the down projections for the new routing."""
+    """Step that refits the router's rows by a Gauss-Newton step, then the down projections for the new routing."""
 
     sampled = True
 
@@ -129,7 +129,7 @@ class RouterRefit:
 
 @dataclass(frozen=True)
 class NeuronRefit:
-    """Gate, up and down projections together by minibatch descent."""
+    """Step that refits gate, up and down projections together by minibatch gradient descent."""
 
     seed: int = 0
     sampled = False
@@ -146,24 +146,24 @@ class NeuronRefit:
 
 
 def first_refit(config: DernConfig) -> DownRefit:
-    """The refit that every candidate gets; one sweep is enough where the guard lets the neurons' refit go on."""
+    """Return the refit that every candidate gets; one sweep suffices where a guarded neuron refit follows."""
     return DownRefit(1 if config.guard and config.neuron_refit else config.refit_sweeps)
 
 
 def sampled_tokens(config: DernConfig, neurons: int, top_k: int, tokens: int) -> int:
-    """How many tokens the closed forms see: all, or enough where the refit of the neurons goes on from there.
+    """Return how many tokens closed-form refits use: all of them, or only enough where the neuron refit follows.
 
     Args:
         config: of the compression.
-        neurons: of all retained experts together.
-        top_k: experts a token.
-        tokens: of the calibration data.
+        neurons: number of neurons of all retained experts together.
+        top_k: experts per token.
+        tokens: number of calibration tokens.
     """
     return min(tokens, enough_tokens(neurons, top_k)) if config.neuron_refit else tokens
 
 
 def further_steps(config: DernConfig) -> Iterator[Step]:
-    """The steps that follow the first refit of a candidate, in turn; none where a config asks for no refit."""
+    """Yield the steps that follow the first refit of a candidate, in order; none where the config disables refits."""
     if not config.refit:
         return
     if config.guard and not config.neuron_refit and config.refit_ridge is None:

@@ -1,4 +1,4 @@
-"""`Variant`: a candidate after some steps of fitting."""
+"""`Variant`: a candidate after none, one or several fitting steps."""
 
 from dataclasses import dataclass, replace
 
@@ -12,26 +12,26 @@ __all__ = ["Variant"]
 
 @dataclass(frozen=True)
 class Variant:
-    """A candidate as it is or fitted, and which steps have made it so."""
+    """A candidate, unfitted or fitted, with its routing and the names of the fitting steps taken."""
 
     origin: str  # the method's name for the candidate
     candidate: Candidate
-    routing: Routing  # T tokens, by the candidate's router
-    anchor: Segments  # before the down projections were refitted: the ridge pulls towards these
-    ridge: float  # how strongly, relative to the mean eigenvalue of the refit's equations
+    routing: Routing  # T tokens, routed by the candidate's router
+    anchor: Segments  # weights that the ridge of a down-projection refit regularises towards
+    ridge: float  # its strength, relative to the mean eigenvalue of the normal equations
     steps: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """Its origin and steps, as reports have it."""
+        """Name in reports: the candidate's name and the steps taken, joined by plus signs."""
         return "+".join([self.origin, *self.steps])
 
     def after(self, *steps: str, segments: Segments) -> "Variant":
-        """The variant that a step has made.
+        """Return the variant with refitted experts, and the steps that refitted them added to its own.
 
         Args:
-            *steps: names of what was fitted; a scale is forgotten, as fitting the down projections contains it.
-            segments: N experts, fitted.
+            *steps: names of the steps; "scale" is removed from the variant's, since the refit includes a scale.
+            segments: the N refitted experts.
         """
         done = tuple(step for step in self.steps if step != "scale")
         candidate = replace(self.candidate, segments=segments)

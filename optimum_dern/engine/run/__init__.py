@@ -1,1 +1,1 @@
-"""A whole run: checked, prepared, carried out in memory or from disk to disk, reported."""
+"""A whole compression run: checks, preparation, compression in memory or from disk to disk, and its report."""

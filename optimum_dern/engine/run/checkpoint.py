@@ -1,4 +1,4 @@
-"""Compress a checkpoint on disk into others, a decoder layer in memory at a time, with resume."""
+"""Compress a checkpoint on disk into one or several others, one decoder layer in memory at a time, with resume."""
 
 import copy
 import json
@@ -46,7 +46,7 @@ logger = getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """One of the checkpoints that a task makes."""
+    """One of the output checkpoints of a task, with its manifest and its shards."""
 
     config: DernConfig
     num_experts: int
@@ -57,17 +57,17 @@ class Result:
 
 
 def compress_checkpoint(task: CheckpointTask) -> list[CompressionReport]:
-    """Compress, write, and publish into the output folder.
+    """Compress a checkpoint layer by layer into the output folder, resuming an interrupted run of the same task.
 
     Args:
-        task: checked.
+        task: the checked task.
 
     Returns:
-        The report of each result, layers of earlier, interrupted runs included.
+        The report of each result, including layers compressed by earlier, interrupted runs.
 
     Raises:
-        ValueError: an unfinished run in the output folder that differs.
-        RuntimeError: another run is at the output folder.
+        ValueError: the output folder has an unfinished run of a different task.
+        RuntimeError: another run is using the output folder.
         ProcessFailed: another process of this run has ended.
     """
     processes = task.processes
@@ -91,9 +91,9 @@ def compress_checkpoint(task: CheckpointTask) -> list[CompressionReport]:
 
 
 def _open_results(task: CheckpointTask, names: NameMap, work: Path) -> list[Result]:
-    """The results of a task, as far as an earlier run has come with them."""
+    """Open the results of a task, each with the manifest that an earlier, interrupted run may have left."""
     processes, several = task.processes, len(task.counts) > 1
-    if several:  # the run as a whole; each result has a manifest of its own
+    if several:  # a manifest of the run as a whole; each result has one of its own, too
         processes.on_main(lambda: Manifest(work, fingerprint(task, task.configs, list(task.counts))).save())
     results = []
     for config, count, name in zip(task.configs, task.counts, result_names(task.counts), strict=True):
@@ -115,7 +115,7 @@ def _open_manifest(folder: Path, fingerprint: dict[str, Any]) -> Manifest:
 
 
 def _compress(task: CheckpointTask, names: NameMap, work: Path, results: Sequence[Result]) -> None:
-    """Everything up to the moment when all tensors of these results are on the disk."""
+    """Compress all layers, write all tensors of these results into the working folder, and record their reports."""
     started, model, layers, processes = time.perf_counter(), task.model, task.layers, task.processes
     before = measure_model(model, layers)
     after = [predict_size(model, layers, result.num_experts) for result in results]
@@ -155,7 +155,7 @@ def _open_output(task: CheckpointTask, loader: PartLoader, result: Result) -> Ch
 
 @contextmanager
 def _working_folder(output: Path, processes: Processes) -> Iterator[Path]:
-    """The working folder inside an output folder, kept from other runs; removed when the work is done."""
+    """Open the working folder inside an output folder, locked against other runs; removed on success."""
     with ExitStack() as stack:
         yield processes.on_main(lambda: stack.enter_context(_locked(output / WORK_NAME)))
 
@@ -171,7 +171,7 @@ def _locked(work: Path) -> Iterator[Path]:
 
 
 def _is_begun(work: Path) -> bool:
-    """Whether an earlier run has finished a MoE layer: less is not worth going on with, and blocks no other run."""
+    """Whether an earlier run has finished at least one MoE layer; with less, its working folder is discarded."""
     states = [json.loads(file.read_text("utf-8")) for file in work.rglob("manifest.json")]
     return any(report is not None for state in states for report in state["layers"].values())
 
@@ -185,7 +185,7 @@ def _empty(work: Path) -> None:
 
 
 def _check_shared(manifest: Manifest) -> None:
-    """Layers of an earlier run are read back by every process."""
+    """Refuse a working folder that this process cannot see: every process reads finished layers from it."""
     if not manifest.path.exists():
         raise FileNotFoundError(
             f"a process of this run does not find {manifest.path}; machines need an output folder that they share"
@@ -204,10 +204,10 @@ def _publish_all(
 
 
 def _publish(task: CheckpointTask, result: Result, report: CompressionReport) -> None:
-    """Everything into its final place; what makes the folder a checkpoint comes last."""
+    """Move a result's files into the output folder, the weights last, so that an incomplete folder never loads."""
     output, manifest = result.folder, result.manifest
     writer = ShardWriter(manifest.path.parent, result.shards, complete=True)
-    model, layers = copy.deepcopy((task.model, list(task.layers)))  # other results count from the original
+    model, layers = copy.deepcopy((task.model, list(task.layers)))  # other results start from the original counts
     write_counts_(model, layers, result.num_experts)
     stale = {*output.glob("model*.safetensors"), *output.glob("model*.index.json")}
     set_card_aside(output)
@@ -215,7 +215,7 @@ def _publish(task: CheckpointTask, result: Result, report: CompressionReport) ->
     remove_stale(output, companions(task.reader.folder))
     replace_json(output / MANIFEST_NAME, {"tensors": dict(sorted(manifest.tensors.items()))})
     write_sidecars(model, output, report, task.reader.config)
-    write_report(output, report)  # the card, too, where an earlier checkpoint has left one
+    write_report(output, report)  # replaces the card of an earlier checkpoint, too
     for file in stale - {output / name for name in writer.plan}:
         file.unlink()
     writer.publish(output)

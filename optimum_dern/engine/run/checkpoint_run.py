@@ -1,4 +1,4 @@
-"""What is asked of a run over a checkpoint, once it is checked, and what makes two runs the same."""
+"""`CheckpointTask`, a checked request to compress a checkpoint, and the fingerprint by which a run can be resumed."""
 
 import hashlib
 from collections.abc import Sequence
@@ -25,33 +25,33 @@ DATA_OPTIONS = ("num_samples", "sequence_length", "batch_size", "text_column")
 
 @dataclass(frozen=True)
 class CheckpointTask:
-    """A checked request: what is compressed into what."""
+    """A checked request to compress a checkpoint: source, calibration data, configs and output folder."""
 
-    model: Any  # skeleton
+    model: Any  # without weights, on the meta device
     layers: Sequence[MoELayer]
     reader: CheckpointReader
     name: str  # of the source, as the user gave it
     revision: str | None
-    batches: Sequence[dict]  # none where no token is needed
-    calibration: dict[str, Any]  # what they are, or were
+    batches: Sequence[dict]  # calibration batches; empty where no tokens are needed
+    calibration: dict[str, Any]  # description of the calibration data, of this run or of the recorded statistics
     configs: Sequence[DernConfig]  # one for each result
     counts: Sequence[int]  # N of each result
-    output: Path  # of a single result, or the folder of several
+    output: Path  # folder of a single result, or around the folders of several
     max_shard_size: int
     memory: MemoryPlan
-    dtype: str | None  # of the output, by the format's name; None as stored
-    precision: dict[str, str]  # dtypes: stored in the source, computed in, written
+    dtype: str | None  # safetensors dtype of the output; None for that of the source
+    precision: dict[str, str]  # dtypes stored in the source, used for computing, and written
     processes: Processes  # that share the work
-    recorded: RecordedStatistics | None = None  # of an earlier run, instead of batches
+    recorded: RecordedStatistics | None = None  # statistics of an earlier run, instead of batches
 
 
 def result_names(counts: Sequence[int]) -> list[str]:
-    """Folders of the results inside the output folder, which is that of a single one."""
+    """Name the folder of each result inside the output folder; a single result is in the output folder itself."""
     return [f"{count}-experts" for count in counts] if len(counts) > 1 else ["."]
 
 
 def describe_recording(task: CheckpointTask) -> dict[str, Any]:
-    """What recorded statistics belong to, and how their data was drawn; it is published."""
+    """Describe the model and the calibration data of recorded statistics, for the metadata published with them."""
     options = task.configs[0].to_dict()
     return {
         "source": public_source(task.name),
@@ -68,7 +68,7 @@ def describe_recording(task: CheckpointTask) -> dict[str, Any]:
 
 
 def fingerprint(task: CheckpointTask, configs: Sequence[DernConfig], experts: int | list[int]) -> dict[str, Any]:
-    """What a result depends on, or, for several configs, what all results together do."""
+    """Collect everything that a result, or several results together, depend on; a run resumes only if it is equal."""
     digest = hashlib.sha256()
     for name, info in sorted(task.reader.stored.items()):
         stat = info.path.stat()

@@ -1,4 +1,4 @@
-"""What is asked for, checked before any long work: names, counts, and where the numbers come from."""
+"""Checks of a request before any long work: names of methods and criteria, expert counts, and the data they need."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,25 +29,25 @@ def check_names(config: DernConfig) -> None:
     """Refuse an unknown method or selection criterion; needs no model.
 
     Raises:
-        ValueError: naming those that exist.
+        ValueError: the name is unknown; the message lists those that exist.
     """
     get_method(config.method)
     check_criterion(config.selection)
 
 
 def check_request(config: DernConfig, model: Any, layers: list[MoELayer]) -> int:
-    """Refuse whatever cannot work on a model, whose weights need not be there yet.
+    """Refuse a config that cannot work on a model, whose weights need not be loaded yet.
 
     Args:
-        config: what is asked for.
-        model: to be compressed.
+        config: of the compression.
+        model: the model to compress.
         layers: its MoE layers.
 
     Returns:
         How many experts every layer would keep.
 
     Raises:
-        ValueError: what was found, what is allowed, and the mend.
+        ValueError: the config or the model cannot work; the message tells what is allowed.
     """
     check_names(config)
     check_model(model, layers)
@@ -59,14 +59,14 @@ def check_request(config: DernConfig, model: Any, layers: list[MoELayer]) -> int
 
 
 def check_data(config: DernConfig, statistics: Any = None) -> None:
-    """Refuse a config without the data that it needs.
+    """Refuse a config that lacks the calibration data, or the recorded statistics, that it needs.
 
     Args:
-        config: what is asked for.
+        config: of the compression.
         statistics: path of recorded statistics, if any are given.
 
     Raises:
-        ValueError: telling what to give.
+        ValueError: data is missing, or recorded statistics are not enough; the message tells what to give.
     """
     reason = why_tokens(config)
     if statistics is not None:
@@ -82,18 +82,18 @@ def check_data(config: DernConfig, statistics: Any = None) -> None:
 
 
 def needs_data(config: DernConfig) -> bool:
-    """Whether a config cannot do without calibration data, or what was recorded of some."""
+    """Whether a config needs calibration data, or statistics recorded from some."""
     return why_tokens(config) is not None or selection_needs(config) == "statistics"
 
 
 def selection_needs(config: DernConfig) -> str:
-    """What it takes to say which experts stay, one of `core.criteria.registry.NEEDS`."""
+    """Return what the selection of experts needs, one of `core.criteria.registry.NEEDS`."""
     protection = "statistics" if config.protect_experts == "super" else "nothing"
     return max(CRITERIA[config.selection].needs, protection, key=NEEDS.index)
 
 
 def why_tokens(config: DernConfig) -> str | None:
-    """What of a config works on the calibration tokens themselves; None where statistics or weights are enough."""
+    """Return why a config needs the calibration tokens themselves; None where statistics or weights are enough."""
     if config.guard:
         return "guard judges candidates on held-out tokens"
     if config.refit:
@@ -110,15 +110,15 @@ def configs_for(
     num_experts: int | Sequence[int] | None = None,
     sparsity: float | Sequence[float] | None = None,
 ) -> list[DernConfig]:
-    """The config once for every amount asked for.
+    """Make one config for every requested number of experts or sparsity.
 
     Args:
-        config: what they have in common; its own amount counts where none is given here.
-        num_experts: one or several.
-        sparsity: one or several, instead of `num_experts`.
+        config: common options; its own `num_experts` or `sparsity` is used where none is given here.
+        num_experts: one number or several.
+        sparsity: one number or several, instead of `num_experts`.
 
     Raises:
-        ValueError: both kinds of amounts, none at all, or one outside its range.
+        ValueError: both are given, a list is empty, or a value is out of range.
     """
     if num_experts is not None and sparsity is not None:
         raise ValueError(f"both sparsity={sparsity} and num_experts={num_experts} are given; give one of them")
@@ -132,15 +132,15 @@ def configs_for(
 
 
 def resolve_counts(configs: Sequence[DernConfig], model: Any, layers: list[MoELayer]) -> list[int]:
-    """How many experts every layer keeps in each result.
+    """Determine how many experts every layer keeps in each result.
 
     Args:
-        configs: of the results.
-        model: to be compressed.
+        configs: one for each result.
+        model: the model to compress.
         layers: its MoE layers.
 
     Raises:
-        ValueError: a count that cannot work, that leaves nothing to do, or that comes twice.
+        ValueError: a count is impossible, is that of the original model, or is asked for twice.
     """
     counts = [check_request(config, model, layers) for config in configs]
     if layers[0].num_experts in counts:

@@ -1,4 +1,4 @@
-"""Compress a model that is in memory as a whole, in place."""
+"""Compress a model that is completely in memory, in place."""
 
 from typing import Any
 
@@ -18,17 +18,17 @@ __all__ = ["compress_in_memory_"]
 def compress_in_memory_(
     model: Any, layers: list[MoELayer], batches: list[dict], config: DernConfig, num_experts: int
 ) -> list[LayerReport]:
-    """Compress a checked model; an error or interrupt puts it back as it was.
+    """Compress a model that has passed the checks, in place; on an error or interrupt it is restored.
 
     Args:
         model: a causal language model.
         layers: its MoE layers.
-        batches: calibration data; none where no token is needed.
-        config: what to do.
-        num_experts: N.
+        batches: calibration batches; empty where no tokens are needed.
+        config: of the compression.
+        num_experts: N, experts that each layer keeps.
 
     Returns:
-        One report a layer.
+        One report per MoE layer.
     """
     with evaluation_mode(model), restored_on_error(layers):
         recipes = [Recipe(config, num_experts)]

@@ -1,4 +1,4 @@
-"""Calibration batches for a model: its own tokenizer, no longer than it can read, no token that it does not have."""
+"""Calibration batches for a model: tokenized by its own tokenizer, cut to its context length, vocabulary checked."""
 
 from collections.abc import Mapping
 from logging import getLogger
@@ -21,19 +21,19 @@ logger = getLogger(__name__)
 def load_model_batches(
     config: DernConfig, model: Any, tokenizer: Any = None, trust_remote_code: bool = False
 ) -> list[dict]:
-    """The calibration data that a config asks for, in the form that a model takes.
+    """Load the calibration data of a config as token batches for a model.
 
     Args:
-        config: what data, how much of it, and how it is drawn.
-        model: its weights need not be there.
+        config: the dataset, how much of it to use, and how to draw it.
+        model: its weights need not be loaded.
         tokenizer: object, Hub id or path, for text; by default the one of the model's checkpoint.
-        trust_remote_code: run a tokenizer's own code.
+        trust_remote_code: allow the tokenizer's own code to run.
 
     Returns:
         Dicts of `input_ids` and `attention_mask`, each (batch, sequence) int64.
 
     Raises:
-        ValueError: data that cannot be read, is empty, or belongs to another vocabulary.
+        ValueError: the data cannot be read, is empty, or has token ids outside the model's vocabulary.
     """
     if tokenizer is None and holds_text(config.dataset):
         tokenizer = source_tokenizer(model, trust_remote_code)

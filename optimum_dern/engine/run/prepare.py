@@ -1,4 +1,4 @@
-"""From a request to a checked task: source found, amounts resolved, data loaded, memory planned, nothing written."""
+"""Turn a request into a checked task: find the source, resolve expert counts, load data, plan memory."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +31,7 @@ __all__ = ["CheckpointRequest", "prepare_task"]
 
 @dataclass(frozen=True)
 class CheckpointRequest:
-    """What `DernCompressor.compress_checkpoint` was asked for, as the user gave it."""
+    """The arguments of `DernCompressor.compress_checkpoint`, unchecked, as the user gave them."""
 
     model: str | Path
     output: str | Path
@@ -46,20 +46,20 @@ class CheckpointRequest:
     statistics: str | Path | None = None
     restart: bool = False
     overwrite: bool = False
-    download: Mapping[str, Any] = field(default_factory=dict)  # where a Hub model is looked for
+    download: Mapping[str, Any] = field(default_factory=dict)  # options of a Hub download, such as `cache_dir`
 
 
 def prepare_task(request: CheckpointRequest, processes: Processes) -> CheckpointTask:
-    """Refuse whatever cannot work, and gather what the work needs.
+    """Check a request, and load everything that compressing the checkpoint needs except its weights.
 
     Args:
         request: as the user gave it.
         processes: that share the work.
 
     Raises:
-        ValueError: a checkpoint, count, dataset, statistics file or output folder that cannot work.
-        FileNotFoundError: weights that are not there, or only pickled ones.
-        RuntimeError: another run is at the output folder.
+        ValueError: the checkpoint, expert count, dataset, statistics file or output folder cannot be used.
+        FileNotFoundError: weights are missing, or stored only as pickle files.
+        RuntimeError: another run is using the output folder.
     """
     check_utf8(request.model, request.output, request.statistics, request.tokenizer)
     shard_size = parse_bytes(request.max_shard_size) if request.max_shard_size else None
@@ -113,7 +113,7 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
 
 
 def _load_batches(request: CheckpointRequest, source: Source) -> list[dict]:
-    config = request.configs[0]  # they differ in their amounts alone
+    config = request.configs[0]  # the configs differ only in `num_experts` or `sparsity`
     if config.dataset is None:
         return []
     tokenizer = source.folder if request.tokenizer is None and holds_text(config.dataset) else request.tokenizer

@@ -1,4 +1,4 @@
-"""The report of a run, from what every kind of run knows at its end."""
+"""The compression report of a run, in memory or from disk to disk."""
 
 import time
 from collections.abc import Sequence
@@ -30,18 +30,18 @@ def make_report(
     device: torch.device,
     precision: dict[str, str],
 ) -> CompressionReport:
-    """What was done, with what, to what.
+    """Make the report of a finished run.
 
     Args:
         config: of the run.
-        model_type: the family.
-        source: name and revision of the original, where they are known.
-        sizes: before and after.
-        layers: one report each.
-        calibration: of `describe_calibration`.
-        started: by `time.perf_counter`.
-        device: whose peak memory counts.
-        precision: dtypes of the source's tensors, of the computation, and of what is written.
+        model_type: from the model's config.
+        source: name and revision of the original model, None where unknown.
+        sizes: of the model before and after.
+        layers: one report per MoE layer.
+        calibration: from `describe_calibration`.
+        started: when the run began, by `time.perf_counter`.
+        device: the device whose peak memory is reported.
+        precision: dtypes stored in the source, used for computing, and written.
     """
     name, revision = source
     folder = None if name is None else Path(name).expanduser()

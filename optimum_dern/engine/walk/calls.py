@@ -1,4 +1,4 @@
-"""The arguments of every decoder layer's calls, recorded from the model without running any layer."""
+"""Recording of the arguments that a model calls its decoder layers with, without running any layer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,9 +18,9 @@ CACHES = ("past_key_values", "cache")  # names of the argument before transforme
 
 
 class Call(NamedTuple):
-    """The arguments of one forward call, hidden states apart."""
+    """The arguments of one forward call of a decoder layer, hidden states apart from the others."""
 
-    hidden: Tensor | None  # kept of the first layer's call only
+    hidden: Tensor | None  # kept for the first layer only
     args: tuple
     kwargs: dict
 
@@ -32,26 +32,26 @@ class Call(NamedTuple):
         return cls(kwargs["hidden_states"], (), rest)
 
     def without_cache(self) -> "Call":
-        """The same call for a layer that runs several times, and must not see its own keys and values again."""
+        """Return the same call without its key-value cache, so that a layer can run several times."""
         args = tuple(None if isinstance(value, Cache) else value for value in self.args)
         found = {name: None for name, value in self.kwargs.items() if name in CACHES or isinstance(value, Cache)}
         return self._replace(args=args, kwargs=self.kwargs | found)
 
 
 class LayerState(NamedTuple):
-    """Stands, in a recorded call, for what the layer before hands on besides its hidden states."""
+    """Placeholder in a recorded call for an output of the previous layer other than its hidden states."""
 
-    output: int  # which of that layer's outputs
+    output: int  # index among the previous layer's outputs
 
 
 class LayerUnpacked(Exception):
-    """The model takes a layer's output apart: its layers return a tuple."""
+    """Raised where the model unpacks a layer's output, which means that its layers return tuples."""
 
 
 class LayerOutput(Tensor):
-    """Hidden states that tell if a model takes them for a tuple; a plain tensor would come apart along its batch."""
+    """Tensor that raises `LayerUnpacked` when unpacked; a plain tensor would be split along its batch dimension."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # whatever is computed from it is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results of operations on it are plain tensors
 
     def __iter__(self):
         raise LayerUnpacked
@@ -61,17 +61,17 @@ class LayerOutput(Tensor):
 def record_layer_calls(
     model: nn.Module, layers: nn.ModuleList, batches: Sequence[dict], keep: Callable[[Tensor], Tensor] = torch.detach
 ) -> list[list[Call]]:
-    """The arguments of every decoder layer for every micro-batch, without running any layer.
+    """Record the arguments of every decoder layer for every micro-batch, without running any layer.
 
-    Each layer's own masks, positions and other arguments are recorded as the model makes them, so a layer run later
-    with other hidden states sees what it sees inside a whole-model forward: causal mask and padding included.  Where
-    layers hand on more than hidden states (sparse attention that shares what it selects), a `LayerState` is recorded.
+    Each layer's masks, positions and other arguments are recorded as the model makes them, so that a layer called
+    with them later computes what it would inside a forward pass of the whole model, causal mask and padding included.
+    Where layers pass on more than hidden states (such as indices of sparse attention), a `LayerState` is recorded.
 
     Args:
         model: a causal language model.
         layers: its decoder layers.
         batches: keyword arguments of the model, one dict per micro-batch.
-        keep: makes what is kept of the hidden states.
+        keep: makes the copy of the hidden states that is kept.
 
     Returns:
         calls[layer][batch]; the hidden states of `calls[0]` are those that enter the first layer.
@@ -89,7 +89,7 @@ def _record(
     output: Callable[[Tensor], object],
     keep: Callable[[Tensor], Tensor],
 ) -> list[list[Call]]:
-    """Record every layer's calls while `output` of the hidden states that it got stands for what it returns."""
+    """Record every layer's calls; `output` turns the hidden states that a layer gets into its stand-in output."""
     calls: list[list[Call]] = [[] for _ in layers]
     shared = SharedTensors()
     device = model.get_input_embeddings().weight.device
@@ -117,13 +117,13 @@ def _record(
 
 @torch.no_grad()
 def replay_last_hidden(model: nn.Module, layers: nn.ModuleList, inputs: dict, hidden: Tensor) -> Tensor:
-    """The logits that a model gives where its decoder layers end with these hidden states; no layer runs.
+    """Compute a model's logits from the output of its last decoder layer, without running any layer.
 
     Args:
         model: a causal language model.
         layers: its decoder layers.
         inputs: keyword arguments of the model.
-        hidden: what the last layer has returned.
+        hidden: output of the last decoder layer.
     """
 
     def logits(output: object) -> Tensor:
@@ -140,7 +140,7 @@ def replay_last_hidden(model: nn.Module, layers: nn.ModuleList, inputs: dict, hi
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Give one module another forward while the context is open."""
+    """Replace the forward function of one module while the context is open."""
     own = module.__dict__.get("forward")
     module.forward = forward
     try:

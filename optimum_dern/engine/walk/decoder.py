@@ -1,13 +1,13 @@
-"""Compress a model layer by layer: record what a layer sees, compress it, go on with what it now gives.
+"""Compress a model layer by layer: record a layer's routing, compress it, and run it to get the next layer's input.
 
     calls of every decoder layer  ->  per layer: load -> probe -> compress -> run -> write, free  ->  next layer
 
-Where layers come from is their provider's business: a model in memory, or a checkpoint on disk.  One pass may serve
-several recipes: the original layer is loaded once, and each of them compresses it in its turn.
+A provider loads the layers, from a model in memory or from a checkpoint on disk.  One pass may serve several recipes:
+each original layer is loaded once, and compressed once for each of them.
 
-Sequential calibration (the default) lets later layers see the outputs of already compressed ones, so that they can
-make up for them: every recipe then has hidden states of its own.  With "oneshot" every layer sees the original model,
-whose hidden states and measurements all recipes share.
+With sequential calibration (the default) later layers get the outputs of already compressed ones, so that their refits
+can correct for them: every recipe then has hidden states of its own.  With "oneshot" every layer gets the outputs of
+original layers, and all recipes share these hidden states and the measurements on them.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ from .walks import LayerProvider, LayersInMemory, Pass, compress_for, open_walks
 
 __all__ = ["compress_layers_", "compress_unseen_layers_", "held_out_tokens"]
 
-HELD_OUT_EVERY = 10  # a tenth of the calibration sequences judges the candidates
+HELD_OUT_EVERY = 10  # a tenth of the calibration sequences is held out to judge the candidates
 
 
 def compress_layers_(
@@ -44,20 +44,20 @@ def compress_layers_(
     processes: Processes = ALONE,
     keep_statistics: Callable[[int, ExpertStatistics], None] | None = None,
 ) -> list[list[LayerReport]]:
-    """Compress every MoE layer of a model: in place for a single recipe, else the model stays as it is.
+    """Compress every MoE layer of a model, in place for a single recipe; with several the model stays unchanged.
 
     Args:
         model: a causal language model in evaluation mode.
         layers: its MoE layers.
         batches: `input_ids` and `attention_mask` of the calibration sequences.
-        recipes: what to make of it; the sinks of several take the layers out of the model.
-        provider: of the layers; by default the model has them in memory.
+        recipes: the results to make; with several, their sinks copy the compressed layers out of the model.
+        provider: loads the decoder layers; by default the model has them in memory.
         spill: folder for files of hidden states; in memory by default.
-        processes: that share the batches, all of which each is given.
-        keep_statistics: gets those of every layer of the original model that is measured, with its position.
+        processes: that share the batches; each is given all of them, and takes its part.
+        keep_statistics: called with the position and statistics of every layer measured on original hidden states.
 
     Returns:
-        For each recipe, one report a layer.
+        For each recipe, one report per MoE layer.
 
     Raises:
         ValueError: a layer received no token, or hidden states that are not finite.
@@ -66,7 +66,7 @@ def compress_layers_(
     _, decoder_layers = find_decoder_layers(model, layers[0])
     positions = layers_by_position(model, layers)
     masks = [batch["attention_mask"].bool() for batch in batches]
-    held_out = held_out_tokens(masks).split([int(mask.sum()) for mask in masks])  # of all batches, then of one's own
+    held_out = held_out_tokens(masks).split([int(mask.sum()) for mask in masks])  # of all processes' batches
     batches, masks, held_out = processes.share(batches), processes.share(masks), torch.cat(processes.share(held_out))
     common = Pass(masks, held_out, processes, keep_originals(recipes), keep_statistics)
     with provider.outside():
@@ -85,18 +85,18 @@ def compress_unseen_layers_(
     provider: LayerProvider | None = None,
     processes: Processes = ALONE,
 ) -> list[list[LayerReport]]:
-    """Compress every MoE layer without running the model: for what needs no token.
+    """Compress every MoE layer without running the model, from its weights or from recorded statistics.
 
     Args:
         model: a causal language model.
         layers: its MoE layers.
         recipes: as in `compress_layers_`.
-        statistics: of an earlier run, for the position of a layer; none for what is decided from the weights alone.
-        provider: of the layers; by default the model has them in memory.
+        statistics: returns those that an earlier run recorded for a layer's position; None to use the weights alone.
+        provider: loads the decoder layers; by default the model has them in memory.
         processes: that share the work.
 
     Returns:
-        For each recipe, one report a layer.
+        For each recipe, one report per MoE layer.
     """
     provider = provider or LayersInMemory()
     positions = layers_by_position(model, layers)
@@ -115,7 +115,7 @@ def compress_unseen_layers_(
 
 
 def held_out_tokens(masks: Sequence[Tensor]) -> Tensor:
-    """Which real tokens belong to the held-out tenth of the sequences.
+    """Mark the real tokens that belong to the held-out tenth of the sequences.
 
     Args:
         masks: per micro-batch, (batch, sequence) bool.

@@ -1,14 +1,14 @@
-"""Drift: the error that earlier compressed layers leave in a layer's input, and the goal of refits that corrects it.
+"""Drift: the error that earlier compressed layers leave in a layer's input, and the refit target that corrects it.
 
-Behind compressed layers a layer reads x' instead of x.  To give y(x'), as the original layer would, keeps
-the error H - H' that has come up before: H is what leaves the original decoder layer in the original model, H' what
-leaves the original layer behind the compressed ones.  The refits aim at
+Behind compressed layers a layer gets the input x' instead of x.  Refitting it to y(x'), the output of the original
+layer, would keep the error H - H': H is the output of the original decoder layer in the original model, H' its output
+behind the compressed layers.  The target of the refits is therefore
 
-    y(x') + c (H - H'),        each token weighed by 1 / |H|,
+    y(x') + c (H - H'),        each token weighted by 1 / |H|,
 
-since the norm that follows makes an error count relative to the size of the stream.  That holds where the experts'
-output reaches the stream as it is.  Whether it does is tried: where the output is scaled or normalised on its way, the
-layer's refits aim at y(x').
+since the norm that follows makes an error count relative to the size of the residual stream.  This requires that the
+experts' output is added to the residual stream unchanged, which is tested: where it is scaled or normalised before,
+the target stays y(x').
 """
 
 from collections.abc import Sequence
@@ -27,17 +27,17 @@ from .stream import HiddenStream
 
 __all__ = ["Drift", "measure_drift"]
 
-TOLERANCE = 0.05  # relative deviation of what arrives from what was added: bfloat16 is at 0.01
+TOLERANCE = 0.05  # relative deviation of a layer's output from the noise added to its experts'; bfloat16 has 0.01
 
 
 class Drift(NamedTuple):
-    """The error that has come up before a layer, for its T real tokens."""
+    """The error that earlier compressed layers leave in a layer's T real tokens, and the tokens' weights."""
 
     error: Tensor  # (T, d) H - H'
-    token_weight: Tensor  # (T, 1) 1 / |H|, 1 on average
+    token_weight: Tensor  # (T, 1) 1 / |H|, normalised to a mean of 1
 
     def goal(self, target: Tensor, share: float) -> Goal:
-        """What refits aim at: a layer's output (T, o) and a share of the drift, weighed by token."""
+        """Make the target of the refits: a layer's output (T, o) plus a share of the drift, weighted by token."""
         weight = self.token_weight.to(target)
         return Goal((target + share * self.error.to(target)) * weight, weight)
 
@@ -52,19 +52,19 @@ def measure_drift(
     masks: Sequence[Tensor],
     processes: Processes = ALONE,
 ) -> Drift | None:
-    """Run the original decoder layer behind the compressed ones, to its end.
+    """Measure the drift at a layer: the original model's output of it minus that behind the compressed layers.
 
     Args:
-        position: of the decoder layer.
+        position: index of the decoder layer.
         decoder_layer: with its original experts.
         layer: its MoE layer.
         stream: hidden states that enter it behind compressed layers.
-        original: those of the original model, one step ahead.
+        original: hidden states of the original model that leave this layer.
         masks: per micro-batch, (batch, sequence) bool, True for a real token.
         processes: that share the micro-batches.
 
     Returns:
-        The drift, or None where the experts' output does not reach the stream as it is.
+        The drift, or None where the experts' output is not added to the residual stream unchanged.
     """
     outputs = stream.outputs(position, decoder_layer)
     first = next(outputs)
@@ -84,7 +84,7 @@ def measure_drift(
 def _arrives(
     position: int, decoder_layer: nn.Module, layer: MoELayer, stream: HiddenStream, before: Tensor, mask: Tensor
 ) -> bool:
-    """Whether what is added to the experts' output is added to the decoder layer's, tried on the first micro-batch."""
+    """Whether noise added to the experts' output reaches the decoder layer's output unchanged (first micro-batch)."""
     generator = torch.Generator().manual_seed(position)
     noise = torch.randn(before.shape, generator=generator).to(before)
     noise *= before[mask.to(before.device)].float().square().mean().sqrt().to(before)

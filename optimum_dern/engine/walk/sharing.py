@@ -1,4 +1,4 @@
-"""Equal tensors kept once: micro-batches of one shape have the same positions, and without padding the same masks."""
+"""Deduplication of equal tensors, such as the positions and masks of micro-batches of the same shape."""
 
 import torch
 from torch import Tensor
@@ -8,21 +8,21 @@ __all__ = ["SharedTensors"]
 
 
 class SharedTensors:
-    """Hands out the first of equal tensors.
+    """Replaces every tensor by the first one that is equal to it, so that equal tensors take memory once.
 
-    An eager attention mask takes sequence length times as many numbers as there are tokens, for every micro-batch.
+    The masks of eager attention would take most: batch x sequence x sequence numbers for every micro-batch.
     """
 
     def __init__(self) -> None:
-        self._first: dict[tuple, list[Tensor]] = {}  # by a digest, which unequal tensors may have in common
-        self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: all layers of a micro-batch get the same ones
+        self._first: dict[tuple, list[Tensor]] = {}  # by a hash, which unequal tensors may share
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # by id: all layers of a micro-batch get the same tensors
 
     def next_batch(self) -> None:
-        """Forget which tensors were seen, so that those of which there is an equal one can go."""
+        """Forget the tensors seen by identity, so that those replaced by an equal one are freed."""
         self._seen.clear()
 
     def share(self, value: object) -> object:
-        """The value, its tensors replaced by the first equal ones, also in tuples."""
+        """Return a value with its tensors, also those in tuples, replaced by the first equal ones."""
         if type(value) is tuple:
             return tuple(map(self.share, value))
         if type(value) is not Tensor:
@@ -42,7 +42,7 @@ class SharedTensors:
 
 
 def _digest(content: Tensor) -> int:
-    """Hash of the bytes of a tensor, to find equal ones by."""
+    """Hash the bytes of a tensor, to look up equal ones."""
     return hash(content.cpu().numpy().tobytes())
 
 

@@ -1,4 +1,4 @@
-"""The hidden states of all calibration sequences, walking through the decoder one layer at a time."""
+"""The hidden states of all calibration sequences, moved through the decoder one layer at a time."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +17,13 @@ Output = Tensor | tuple  # of a decoder layer: hidden states, or those and what 
 
 
 class HiddenStream:
-    """Per micro-batch, the hidden states that enter the next decoder layer.
+    """The hidden states that enter the next decoder layer, per micro-batch.
 
-    Every layer is called with the arguments that the model itself would give it (`record_layer_calls`), so it sees
-    what it sees in a whole-model forward.
+    Every layer is called with the arguments that the model itself gives it (`record_layer_calls`), so it computes what
+    it would in a forward pass of the whole model.
 
     Args:
-        calls: of `record_layer_calls`.
+        calls: from `record_layer_calls`.
         spill: folder for a file of the hidden states; in memory by default.
     """
 
@@ -33,15 +33,15 @@ class HiddenStream:
         self.files = None if spill is None else CopiesInFiles(spill)
         if self.files is not None:
             self.hidden = [self.files.copy(hidden) for hidden in self.hidden]
-        self.calls = [[call._replace(hidden=None) for call in layer] for layer in calls]  # the first ones can go
+        self.calls = [[call._replace(hidden=None) for call in layer] for layer in calls]  # frees the hidden states
         self.states: list[tuple] = [
             () for _ in calls[0]
-        ]  # outputs of the last layer besides them, where any is handed on
+        ]  # other outputs of the previous layer, where the next one takes any
         self.hands_on = any(_is_state(value) for layer in calls for call in layer for value in call.kwargs.values())
 
     @torch.no_grad()
     def step(self, position: int, layer: nn.Module) -> None:
-        """Run one layer and step to the next: its outputs take the place of its inputs, batch by batch."""
+        """Run one layer and replace the hidden states by its outputs, batch by batch."""
         for batch in range(len(self.hidden)):
             output = self._call(position, layer, batch)
             hidden = output[0] if isinstance(output, tuple) else output
@@ -53,7 +53,7 @@ class HiddenStream:
                 self.hidden[batch] = hidden
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The hidden states, a micro-batch at a time."""
+        """Yield the hidden states, one micro-batch at a time."""
         for hidden in self.hidden:
             yield hidden.to(self.device)
             if self.files is not None:
@@ -61,7 +61,7 @@ class HiddenStream:
 
     @torch.no_grad()
     def outputs(self, position: int, layer: nn.Module) -> Iterator[Tensor]:
-        """What one layer would make of the hidden states, a micro-batch at a time; they stay before it."""
+        """Yield the outputs of one layer, one micro-batch at a time, without replacing the hidden states by them."""
         for batch in range(len(self.hidden)):
             output = self._call(position, layer, batch)
             if self.files is not None:
@@ -70,7 +70,7 @@ class HiddenStream:
 
     @torch.no_grad()
     def probe(self, position: int, layer: nn.Module) -> None:
-        """Run one layer for what its hooks see, each micro-batch only until a hook stops it."""
+        """Run one layer for its hooks only, every micro-batch until a hook ends the forward pass."""
         for batch in range(len(self.hidden)):
             try:
                 self._call(position, layer, batch)

@@ -1,7 +1,7 @@
-"""Several results out of one pass: hidden states on their way through the layers, and the recipes that they serve.
+"""`Walk`: hidden states that pass through the decoder, and the recipes whose layers are compressed on them.
 
-Recipes with oneshot calibration share one walk through the original model and what is measured on it.  One with
-sequential calibration has a walk of its own, through the layers that it has compressed itself.
+Recipes with oneshot calibration share one walk through the original layers, and the measurements on it.  Every recipe
+with sequential calibration has a walk of its own, through the layers compressed for it.
 """
 
 import copy
@@ -34,54 +34,54 @@ __all__ = ["LayerProvider", "LayersInMemory", "Pass", "Walk", "compress_for", "o
 
 
 class LayerProvider(Protocol):
-    """Where the original decoder layers come from."""
+    """Source of the original weights: a model in memory, or a checkpoint on disk."""
 
     def outside(self) -> AbstractContextManager:
-        """What surrounds the decoder layers is in memory while the context is open."""
+        """Load everything outside the decoder layers, such as embeddings, while the context is open."""
 
     def loaded(self, position: int) -> AbstractContextManager:
-        """The layer is in memory while the context is open."""
+        """Load the original decoder layer at a position while the context is open."""
 
 
 class LayersInMemory:
-    """Provides the layers of a model that is in memory as a whole."""
+    """Provider of the layers of a model that is completely in memory."""
 
     def outside(self) -> AbstractContextManager:
-        """Nothing to load."""
+        """Do nothing: the weights are in memory."""
         return nullcontext()
 
     def loaded(self, position: int) -> AbstractContextManager:
-        """Nothing to load."""
+        """Do nothing: the weights are in memory."""
         return nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """Hidden states on their way through the layers, and the recipes that they are for."""
+    """Hidden states that pass through the decoder layers, and the recipes whose layers are compressed on them."""
 
     stream: HiddenStream
     recipes: Sequence[Recipe]
-    sequential: bool  # through compressed layers, those of its one recipe
-    original: HiddenStream | None = None  # through the original model, where a recipe makes up for its drift from it
+    sequential: bool  # runs the compressed layers, those of its only recipe
+    original: HiddenStream | None = None  # through the original layers, where the recipe corrects drift
 
     def waiting(self, position: int) -> list[Recipe]:
-        """The recipes that have not done a layer."""
+        """Return the recipes that have not finished a layer."""
         return [recipe for recipe in self.recipes if position not in recipe.sink.finished]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What all walks have in common."""
+    """What all walks of one pass have in common."""
 
     masks: Sequence[Tensor]  # per micro-batch of this process, which tokens are real
     held_out: Tensor  # (T,) bool over the real tokens
     processes: Processes
-    shared: bool  # the original layers, by several recipes or with whoever has the model
+    shared: bool  # whether the original layers are restored, for other recipes or because a sink demands it
     keep_statistics: Callable[[int, ExpertStatistics], None] | None
 
 
 def open_walks(calls: list[list[Call]], recipes: Sequence[Recipe], spill: Path | None) -> list[Walk]:
-    """One walk through the original model for all that see it, and one for each of the others, behind it."""
+    """Make one walk through the original layers for all oneshot recipes, then one for each sequential recipe."""
     oneshot = [recipe for recipe in recipes if recipe.config.calibration_order == "oneshot"]
     walks = []
     if oneshot or any(recipe.config.corrects_drift for recipe in recipes):
@@ -93,7 +93,7 @@ def open_walks(calls: list[list[Call]], recipes: Sequence[Recipe], spill: Path |
 
 
 def _own_containers(calls: list[list[Call]]) -> list[list[Call]]:
-    """The same calls with containers of their own: in some, layers leave things for later ones (Gemma 4)."""
+    """Copy the dicts and lists among the calls' arguments, which some layers write to for later ones (Gemma 4)."""
     copies: dict[int, object] = {}
 
     def own(value: object) -> object:
@@ -113,7 +113,7 @@ def pass_layer(
     provider: LayerProvider,
     common: Pass,
 ) -> None:
-    """Every walk through one decoder layer."""
+    """Take every walk through one decoder layer, compressing it for the recipes that have not finished it."""
     ahead = [walk for walk in walks if walk.sequential and layer is not None and not walk.waiting(position)]
     for walk in ahead:
         with walk.recipes[0].sink.loaded(position):
@@ -144,15 +144,15 @@ def _measure_and_compress(walk: Walk, position: int, decoder_layer: nn.Module, l
 
 
 def _measure(walk: Walk, position: int, decoder_layer: nn.Module, layer: MoELayer, common: Pass) -> MeasuredLayer:
-    """Run the layer for what its recipes need to know; a walk through the original model then goes on behind it."""
+    """Run and measure a MoE layer; a walk through the original layers then moves on to the next one."""
     recipes = walk.waiting(position)
     needs_residual = any(CRITERIA[recipe.config.selection].needs == "residual" for recipe in recipes)
-    with ExitStack() as stack:  # of hooks, the last of which may end the pass
+    with ExitStack() as stack:  # hooks, the last of which may end the forward pass
         residual = stack.enter_context(record_residual(decoder_layer, layer)) if needs_residual else None
         record = stack.enter_context(record_routing(layer.block, layer.experts, stop=walk.sequential))
         (walk.stream.probe if walk.sequential else walk.stream.step)(position, decoder_layer)
     measured = measure_layer(layer, position, record, common.masks, common.held_out, common.processes)
-    if walk.original is not None and not measured.routing.weighs_input:  # else there is no weight of an output
+    if walk.original is not None and not measured.routing.weighs_input:  # else weights do not scale outputs
         streams = walk.stream, walk.original
         drift = measure_drift(position, decoder_layer, layer, *streams, common.masks, common.processes)
         if drift is not None:
@@ -168,14 +168,14 @@ def compress_for(
     behind: nn.Module | None = None,
     measuring: float = 0.0,
 ) -> None:
-    """One layer for one recipe.
+    """Compress one layer for one recipe, and pass it to the recipe's sink.
 
     Args:
         measured: the layer.
-        recipe: what to make of it.
-        shared: put the original experts back afterwards.
-        stream: hidden states that go on behind the compressed layer, if there is one to run.
-        behind: the decoder layer, to be run once it is compressed; None where they go on behind the original one.
+        recipe: config, expert count and sink.
+        shared: restore the original experts afterwards.
+        stream: hidden states before the layer, where `behind` is given.
+        behind: the decoder layer, to run on them once it is compressed; None with oneshot calibration.
         measuring: seconds that the measurement took.
     """
     started, position = time.perf_counter() - measuring, measured.position

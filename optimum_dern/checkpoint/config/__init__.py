@@ -1,1 +1,1 @@
-"""config.json of a compressed checkpoint, in the forms that all readers know."""
+"""config.json of a compressed checkpoint, readable by transformers 4 and 5 and by other libraries."""

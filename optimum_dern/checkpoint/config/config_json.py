@@ -1,8 +1,8 @@
-"""`config.json` of a compressed checkpoint: the source's own file with only what changed written into it.
+"""`config.json` of a compressed checkpoint: the source's file with only the changed values replaced.
 
 transformers 5 rewrites a config when it saves it (`rope_theta` moves into `rope_parameters`, `num_experts` of
-Qwen3-MoE becomes `num_local_experts`), and older readers then fall back to defaults without a word.  So the source's
-JSON is kept key by key, and the difference between the config as loaded and as it is now is applied to it.
+Qwen3-MoE becomes `num_local_experts`), and older readers then silently use defaults.  So the source's JSON is kept key
+by key, and the differences between the config as loaded and the config now are applied to it.
 """
 
 import json
@@ -16,7 +16,7 @@ from .rope_json import ROPE_KEYS, complete_rope
 
 __all__ = ["compressed_config"]
 
-# One key, several names that readers use.
+# Names that readers use for the same key.
 ALIASES = ({"num_experts", "num_local_experts"}, {"dtype", "torch_dtype"})
 IGNORED = {"transformers_version", "architectures", "quantization_config", "model_type"}
 SOURCE_KEYS = ("quantization_config", "transformers_weights")  # about the source's files, not the output's
@@ -24,17 +24,17 @@ MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # these layers
 
 
 def compressed_config(saved: Mapping[str, Any], source: Mapping[str, Any] | None, config: Any) -> dict[str, Any]:
-    """The config.json to publish.
+    """Make the config.json of a compressed checkpoint.
 
     Args:
-        saved: what transformers would write for the compressed model.
+        saved: the JSON that transformers would write for the compressed model.
         source: the source checkpoint's JSON, if there is one.
         config: the compressed model's config object.
 
     Returns:
-        The source's JSON with the differences, expert counts under every alias, the rotary embedding in the older
-        form, too, no quantisation, no MTP layers, no name of a weights' file; the saved JSON, likewise completed,
-        where there is no source of the same type.
+        The source's JSON with the differences applied, expert counts under every alias, the rotary embedding also in
+        the form of transformers 4, no quantisation, no MTP layers and no name of a weight file; without a source of
+        the same type, the saved JSON, completed in the same way.
     """
     if source is None or source.get("model_type") != config.model_type:
         result = json.loads(json.dumps(saved))
@@ -72,7 +72,7 @@ def _apply_changes(target: dict[str, Any], before: Mapping[str, Any], after: Map
 
 
 def _complete_aliases(target: dict[str, Any], config: Any) -> None:
-    """Qwen3-MoE and its kin: transformers 4 reads `num_experts`, transformers 5 stores `num_local_experts`."""
+    """Write the expert count of Qwen3-MoE as `num_experts` (transformers 4) and `num_local_experts` (5)."""
     if config.attribute_map.get("num_experts") == "num_local_experts":
         target["num_experts"] = target["num_local_experts"] = config.num_local_experts
     for key, value in target.items():
@@ -81,7 +81,7 @@ def _complete_aliases(target: dict[str, Any], config: Any) -> None:
 
 
 def _name_without_folders(target: dict[str, Any]) -> None:
-    """Older releases of transformers wrote the folder that a model was loaded from into its config."""
+    """Remove local folders from `_name_or_path`, where older releases of transformers stored them."""
     for key, value in target.items():
         if isinstance(value, dict):
             _name_without_folders(value)

@@ -1,4 +1,4 @@
-"""From a config's JSON to its object, as transformers reads it from a file."""
+"""Build a config object from a config's JSON, as transformers does when it reads a file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,18 +8,17 @@ __all__ = ["config_from_json"]
 
 
 def config_from_json(config_class: type, values: Mapping[str, Any]) -> Any:
-    """The config object of a JSON.
+    """Build a config object from its JSON.
 
     Args:
-        config_class: of transformers.
-        values: the JSON, in which infinities may stand as transformers writes them; it stays as it is, which
-            `from_dict` itself does not promise.
+        config_class: a config class of transformers.
+        values: the JSON, with infinities as transformers writes them; it is not modified, unlike by `from_dict`.
     """
     return config_class.from_dict(_with_floats(values))
 
 
 def _with_floats(value: Any) -> Any:
-    """JSON values with infinities as numbers: transformers writes them as {"__float__": "Infinity"}."""
+    """Convert infinities in JSON values to numbers: transformers writes them as {"__float__": "Infinity"}."""
     if isinstance(value, Mapping):
         number = value.get("__float__")
         return {k: _with_floats(v) for k, v in value.items()} if number is None else float(number)

@@ -1,7 +1,7 @@
-"""The rotary embedding in a `config.json`: what transformers 5 keeps in `rope_parameters`, in the older form, too.
+"""The rotary embedding in a `config.json`: `rope_parameters` of transformers 5, written in the older form, too.
 
-transformers 4 and mlx-lm read `rope_theta`, `rope_scaling` and `partial_rotary_factor` beside the other fields, and
-take their own defaults, without a word, where there are none.  transformers 5 reads both forms.
+transformers 4 and mlx-lm read `rope_theta`, `rope_scaling` and `partial_rotary_factor` at the top level, and silently
+use defaults where they are missing.  transformers 5 reads both forms.
 """
 
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ OF_TRANSFORMERS_4 = ("default", "linear", "dynamic", "yarn", "longrope", "llama3
 
 
 def complete_rope(target: dict[str, Any], config: Any) -> None:
-    """Write beside `rope_parameters`, in a config and all those inside it, the same in the form of transformers 4.
+    """Add the transformers 4 fields for `rope_parameters` to a config's JSON and to the configs nested in it.
 
-    A map with parameters for every type of layer stays as it is: no Mixture-of-Experts family that transformers 4 has
-    uses one.  So does whatever `config`'s class would then read otherwise, and a config that has the older form.
+    Parameters per layer type stay as they are, since no Mixture-of-Experts family of transformers 4 uses them.  So
+    does a config that has the older form already, or that `config`'s class would read differently with it.
 
     Args:
         target: a config's JSON, which is written to.
@@ -39,7 +39,7 @@ def complete_rope(target: dict[str, Any], config: Any) -> None:
 
 
 def _older_form(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that transformers 4 reads; none for a type of rotary embedding that it does not have."""
+    """Return the fields that transformers 4 reads; none for a rope type that it does not know."""
     scaling = {key: value for key, value in rope.items() if key not in ROPE_KEYS}
     kind = scaling.get("rope_type", "default")
     if kind not in OF_TRANSFORMERS_4:
@@ -49,6 +49,6 @@ def _older_form(rope: Mapping[str, Any]) -> dict[str, Any]:
     if rope.get("partial_rotary_factor") is not None:
         older["partial_rotary_factor"] = rope["partial_rotary_factor"]
     original = "original_max_position_embeddings"
-    if kind == "longrope" and original in rope:  # this type alone looks for it there
+    if kind == "longrope" and original in rope:  # only this type reads it at the top level
         older[original] = rope[original]
     return older

@@ -1,1 +1,1 @@
-"""The files of a checkpoint: safetensors, quantised or not, under transformers' names."""
+"""The file format of a checkpoint: safetensors shards, quantised or not, with transformers' tensor names."""

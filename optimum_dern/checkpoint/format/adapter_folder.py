@@ -1,4 +1,4 @@
-"""Folders and repositories that hold an adapter (PEFT) instead of a whole model."""
+"""Detection of folders and repositories that hold a PEFT adapter instead of a whole model."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,14 @@ ADAPTER_NAME = "adapter_config.json"
 
 
 def check_whole_model(model: str | Path, folder: Path) -> None:
-    """Refuse an adapter where a model is asked for.
+    """Refuse a folder that holds an adapter where a whole model is expected.
 
     Args:
         model: as the user gave it.
-        folder: its files, among which no weights of a whole model have been found.
+        folder: with its files, among which no weights of a whole model were found.
 
     Raises:
-        FileNotFoundError: there is an adapter's config.
+        FileNotFoundError: the folder has an adapter's config.
     """
     path = folder / ADAPTER_NAME
     if not path.is_file():

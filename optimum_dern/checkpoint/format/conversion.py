@@ -1,7 +1,6 @@
-"""From the names and layouts of a checkpoint to a model's parameters and back, by transformers' own rules.
+"""Conversion between a checkpoint's tensor names and layouts and a model's parameters, by transformers' own rules.
 
-The only place that uses transformers' loading calls, which are half private: a release that changes them changes
-this file.
+This is the only module that uses transformers' loading functions, which are partly private and may change.
 """
 
 import os
@@ -30,10 +29,10 @@ MTP = re.compile(r"(^|\.)mtp(\.|_)")  # multi-token prediction: no part of the m
 
 
 class NameMap:
-    """Which parameter of a model each tensor of a checkpoint ends up in, and the way back.
+    """Mapping from a checkpoint's tensors to the parameters of a model, and back.
 
     Args:
-        model: its weights need not be there.
+        model: its weights need not be loaded.
         names: of the checkpoint's tensors.
     """
 
@@ -42,8 +41,8 @@ class NameMap:
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         parameters = model.state_dict()
-        self.target: dict[str, str] = {}  # only of tensors that the model has a place for
-        self.filled: set[str] = set()  # all that some tensor goes into: one may be cut into several parameters
+        self.target: dict[str, str] = {}  # only tensors that the model has a parameter for
+        self.filled: set[str] = set()  # parameters that a tensor is loaded into; one may be split into several
         patterns = {pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns}
         for name in names:
             target, found = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
@@ -55,19 +54,19 @@ class NameMap:
         self._used = [entry for entry in mapping if entry.was_used()]
 
     def sources(self, prefix: str) -> list[str]:
-        """Tensors that make up the parameters under a prefix."""
+        """List the checkpoint's tensors of the parameters under a prefix."""
         return [name for name, target in self.target.items() if target.startswith(prefix)]
 
     def original(self, model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters under the names and in the pieces that the checkpoint has them in."""
-        model._weight_conversions = self._used  # every load leaves only what that load has used
+        """Convert parameters to the names and layout that the checkpoint stores them in."""
+        model._weight_conversions = self._used  # each load overwrites them with those that it has used
         return revert_weight_conversion(model, dict(parameters))
 
     def by_expert(self, model: Any, parameter: str, shape: Sequence[int]) -> list[list[str]] | None:
-        """The tensors that make up each expert's part of a parameter; None where all experts share one tensor.
+        """List the tensors that make up each expert's part of a parameter; None where all experts share one tensor.
 
         Args:
-            model: of the parameter.
+            model: the model that has the parameter.
             parameter: its full name.
             shape: of the parameter, experts first.
         """
@@ -78,21 +77,21 @@ class NameMap:
         return [names[expert :: shape[0]] for expert in range(shape[0])]  # one run of all experts per projection
 
     def is_extra_layer(self, name: str, decoder: str, count: int) -> bool:
-        """Whether a tensor belongs to a layer for multi-token prediction, which transformers does not build.
+        """Whether a tensor belongs to a multi-token prediction (MTP) layer, which transformers does not build.
 
         Args:
-            name: of a tensor without a place in the model.
+            name: of a tensor that the model has no parameter for.
             decoder: name of the list of decoder layers.
             count: how many decoder layers the model has.
         """
-        # What the checkpoint calls the list of decoder layers: its names may differ from the model's.
+        # The checkpoint's name of the list of decoder layers, which may differ from the model's.
         stored = {source.split(".0.")[0] for source in self.sources(f"{decoder}.0.") if ".0." in source}
         numbers = [name.removeprefix(f"{own}.").split(".")[0] for own in stored if name.startswith(f"{own}.")]
         return bool(MTP.search(name)) or any(number.isdigit() and int(number) >= count for number in numbers)
 
 
 def _siblings(parameter: str, patterns: Sequence[str]) -> Iterator[str]:
-    """The other parameters that a converter cuts its tensors into, besides its first one."""
+    """Yield the parameters that a converter splits its tensors into, except its first one."""
     first, *others = patterns or [""]
     match = re.search(re.escape(first).replace(r"\\1", "(.+?)"), parameter) if others else None
     for pattern in others if match else ():
@@ -101,22 +100,22 @@ def _siblings(parameter: str, patterns: Sequence[str]) -> Iterator[str]:
 
 
 def load_tensors_(model: Any, tensors: Mapping[str, Any], device: torch.device) -> None:
-    """Fill those parameters of a model that some tensors of its checkpoint make up.
+    """Load some tensors of a checkpoint into the parameters of a model.
 
     Args:
-        model: a skeleton.
+        model: on the meta device.
         tensors: by their names in the checkpoint; read one by one.
-        device: where the parameters shall be.
+        device: to load to.
 
     Raises:
-        ValueError: tensors that do not fit the model.
+        ValueError: the tensors do not fit the model.
     """
     dtype = model.dtype
     config = LoadStateDictConfig(
         device_map={"": device},
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=get_model_conversion_mapping(model),  # made anew: converters keep what they have seen
+        weight_mapping=get_model_conversion_mapping(model),  # new each time: converters have state
     )
     with _loading_quietly():
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config, None)
@@ -127,7 +126,7 @@ def load_tensors_(model: Any, tensors: Mapping[str, Any], device: torch.device) 
 
 
 def release_(module: nn.Module) -> None:
-    """Give a module's weights back, to be loaded again or not."""
+    """Free a module's weights by moving its parameters to the meta device."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
@@ -136,7 +135,7 @@ def release_(module: nn.Module) -> None:
 
 @contextmanager
 def _loading_quietly() -> Iterator[None]:
-    """One tensor at a time instead of all at once, and no progress bar for every layer."""
+    """Make transformers load tensors one at a time, and without progress bars, while the context is open."""
     before, bars = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD"), logging.is_progress_bar_enabled()
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Read a checkpoint in FP8 or MXFP4 tensor by tensor as if it were stored in bfloat16."""
+"""Reader that dequantises an FP8 or MXFP4 checkpoint tensor by tensor, as if it were stored in bfloat16."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,21 +21,21 @@ BYTES = ("U8",)
 
 
 class Packed(NamedTuple):
-    """A weight that several stored tensors make up."""
+    """A quantised weight, stored as several tensors, with the function that dequantises it."""
 
-    info: TensorInfo  # what it looks like once it is dequantised
-    parts: tuple[str, ...]  # the stored tensors
+    info: TensorInfo  # dtype and shape once it is dequantised
+    parts: tuple[str, ...]  # names of the stored tensors
     decode: Callable[..., Tensor]
 
 
 class DequantisingReader:
-    """What `CheckpointReader` is for a plain checkpoint; scales are not there, weights are bfloat16.
+    """`CheckpointReader` of a quantised checkpoint: hides its scales and returns its weights in bfloat16.
 
     Args:
         reader: of the checkpoint as it is stored.
 
     Raises:
-        ValueError: a quantisation, or scales, that this release cannot undo.
+        ValueError: the quantisation is not supported, or its scales do not fit.
     """
 
     def __init__(self, reader: CheckpointReader) -> None:
@@ -55,12 +55,12 @@ class DequantisingReader:
 
     @property
     def bytes(self) -> int:
-        """Of all tensors together, as they are stored."""
+        """Bytes of all tensors as they are stored."""
         return self._reader.bytes
 
     @property
     def bytes_read(self) -> int:
-        """From the files so far."""
+        """Bytes read from the files so far."""
         return self._reader.bytes_read
 
     @property
@@ -69,15 +69,15 @@ class DequantisingReader:
         return self._reader.largest_file
 
     def lazy(self, name: str) -> LazyTensor:
-        """A tensor that is read once it is used."""
+        """Return a tensor that is read when it is used."""
         return LazyTensor(self.infos[name], lambda empty: self.read(name, empty))
 
     def read(self, name: str, empty: Empty = torch.empty) -> Tensor:
-        """A tensor, dequantised.
+        """Read a tensor and dequantise it.
 
         Args:
             name: of the tensor.
-            empty: makes it.
+            empty: allocates its memory.
         """
         packed = self._packed.get(name)
         if packed is None:
@@ -94,18 +94,18 @@ class DequantisingReader:
 
 
 def open_reader(folder: Path) -> CheckpointReader | DequantisingReader:
-    """The reader that a checkpoint's config asks for.
+    """Open a checkpoint with the reader for its quantisation.
 
     Raises:
-        FileNotFoundError: no safetensors, or a shard that is missing.
-        ValueError: a broken file, or a quantisation that this release cannot undo.
+        FileNotFoundError: there are no safetensors files, or a shard is missing.
+        ValueError: a file is broken, or the quantisation is not supported.
     """
     reader = CheckpointReader(folder)
     return reader if check_quantisation(reader.config) is None else DequantisingReader(reader)
 
 
 def _find_fp8(infos: Mapping[str, TensorInfo], quantisation: Mapping[str, Any]) -> tuple[dict[str, Packed], set[str]]:
-    """The FP8 weights by name, and which stored tensors vanish."""
+    """Find the FP8 weights by name, and the stored tensors to hide, such as scales."""
     packed = {}
     for name, info in infos.items():
         scale_name = f"{name}_scale_inv"
@@ -123,7 +123,7 @@ def _find_fp8(infos: Mapping[str, TensorInfo], quantisation: Mapping[str, Any]) 
 
 
 def _find_mxfp4(infos: Mapping[str, TensorInfo], _: Mapping[str, Any]) -> tuple[dict[str, Packed], set[str]]:
-    """The MXFP4 weights by name, and which stored tensors vanish."""
+    """Find the MXFP4 weights by name, and the stored tensors to hide, which are blocks and scales."""
     packed, hidden = {}, set()
     for blocks_name, info in infos.items():
         name = blocks_name.removesuffix("_blocks")

@@ -1,7 +1,7 @@
-"""The dtypes of a checkpoint: what its tensors are stored in, what its model is computed in, what is written.
+"""The dtypes of a run: that of the stored tensors, that of the computation, and that of the written tensors.
 
-transformers computes in the dtype of config.json, whatever the tensors are in; without one there, in that of the
-first weights' first floating tensor.
+transformers computes in the dtype that config.json names, whatever the tensors are stored in; where it names none, in
+that of the first floating-point tensor in the first weight file.
 """
 
 from collections.abc import Mapping
@@ -22,13 +22,13 @@ logger = getLogger(__name__)
 
 
 def loading_dtype(names: Mapping[str, str]) -> torch.dtype | None:
-    """The dtype that transformers loads a model in whose config has none.
+    """Return the dtype in which transformers loads a model whose config names none.
 
     Args:
-        names: of the dtypes of the tensors in the first file of weights, by tensor.
+        names: safetensors dtypes of the tensors in the first weight file, by tensor name.
 
     Returns:
-        That of the first floating tensor, or of the first of all where there is none; None without a tensor.
+        The dtype of the first floating-point tensor, else of the first tensor; None without tensors.
     """
     dtypes = [DTYPES[names[tensor]] for tensor in sorted(names) if names[tensor] in DTYPES]
     floats = (dtype for dtype in dtypes if dtype.is_floating_point and not any(n in str(dtype) for n in NARROW))
@@ -36,12 +36,12 @@ def loading_dtype(names: Mapping[str, str]) -> torch.dtype | None:
 
 
 def describe_precision(model: Any, reader: CheckpointReader, written: str | None) -> dict[str, str]:
-    """Dtypes of a run over a checkpoint, by what they are of; a warning where results are rounded to be written.
+    """Describe the dtypes of a run over a checkpoint, and warn where results are written in another one than computed.
 
     Args:
-        model: skeleton, in the dtype that it is computed in.
+        model: without weights, in the dtype of the computation.
         reader: of the checkpoint.
-        written: the format's name of the dtype that was asked for; None writes what is stored.
+        written: safetensors dtype of the output; None for that of the source.
     """
     stored, computed = _most_common(reader.infos), dtype_name(model.dtype)
     names = {"stored": stored, "computed": computed, "written": written or stored}
@@ -57,7 +57,7 @@ def describe_precision(model: Any, reader: CheckpointReader, written: str | None
 
 
 def _most_common(infos: Mapping[str, TensorInfo]) -> str:
-    """The floating dtype that most bytes have."""
+    """Return the floating-point dtype in which most bytes are stored."""
     sizes: dict[str, int] = {}
     for info in infos.values():
         if info.dtype in DTYPES and DTYPES[info.dtype].is_floating_point:

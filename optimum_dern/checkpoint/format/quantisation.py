@@ -1,8 +1,8 @@
-"""Which quantised checkpoints can be read, and how their tensors become plain numbers.
+"""Detection of a checkpoint's quantisation, and dequantisation of FP8 and MXFP4 tensors.
 
 FP8 (DeepSeek-V3 and others): a weight W of 8-bit floats and `W_scale_inv`, one factor for each block of rows and
-columns, or one for all; the last block of a row or column may be cut off.  MXFP4 (gpt-oss): `W_blocks`, two 4-bit
-floats a byte, and `W_scales`, the exponent of two for each block along a row.
+columns, or one for all; the last block of a row or column may be incomplete.  MXFP4 (gpt-oss): `W_blocks`, two 4-bit
+floats per byte, and `W_scales`, the exponent of two for each block along a row.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ KEYS = ("quantization_config", "compression_config")
 
 
 def check_quantisation(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How a checkpoint is quantised.
+    """Return a checkpoint's `quantization_config`, and refuse one that cannot be dequantised.
 
     Args:
         config: its config.json.
@@ -29,7 +29,7 @@ def check_quantisation(config: Mapping[str, Any]) -> dict[str, Any] | None:
         Its `quantization_config`; None where it is not quantised.
 
     Raises:
-        ValueError: one that is not undone when it is read.
+        ValueError: the quantisation is not supported.
     """
     parts = [config, *(value for value in config.values() if isinstance(value, Mapping))]
     found = next((part[key] for part in parts for key in KEYS if part.get(key)), None)
@@ -38,7 +38,7 @@ def check_quantisation(config: Mapping[str, Any]) -> dict[str, Any] | None:
     bits = [f"{n} bits" for n in (4, 8) if found.get(f"load_in_{n}bit")]
     method = found.get("quant_method") or (f"bitsandbytes, {bits[0]}" if bits else "an unnamed method")
     if method == "mxfp4" and config.get("model_type") != "gpt_oss":
-        method = f"mxfp4 as {config.get('model_type')}"  # whose layout nobody has defined
+        method = f"mxfp4 as {config.get('model_type')}"  # its layout is defined for gpt-oss only
     if method not in ("fp8", "mxfp4"):
         raise ValueError(
             f"the checkpoint is quantised ({method}), and its experts cannot be merged as they are; only fp8 "
@@ -52,7 +52,7 @@ def check_quantisation(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json as the dequantised checkpoint has it."""
+    """Return a config.json without its quantisation entries."""
     return {
         key: {k: v for k, v in value.items() if k not in KEYS} if isinstance(value, dict) else value
         for key, value in config.items()
@@ -61,13 +61,13 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dequantise_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int], empty: Empty = torch.empty) -> Tensor:
-    """Undo FP8.
+    """Dequantise an FP8 weight to bfloat16.
 
     Args:
         weight: (..., rows, columns), 8-bit floats.
         scale: (..., row blocks, column blocks), or one number; bytes are exponents of two, plus 127.
         block: rows and columns of a block.
-        empty: makes a weight of several experts.
+        empty: allocates the memory of a weight of several experts.
 
     Returns:
         The weight in bfloat16, rounded once from float32.
@@ -86,12 +86,12 @@ def dequantise_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int], empty:
 
 
 def dequantise_mxfp4(blocks: Tensor, scales: Tensor, empty: Empty = torch.empty) -> Tensor:
-    """Undo MXFP4.
+    """Dequantise an MXFP4 weight to bfloat16.
 
     Args:
-        blocks: (experts, out, G, B), two numbers a byte.
+        blocks: (experts, out, G, B), two numbers per byte.
         scales: (experts, out, G), exponents of two, plus 127.
-        empty: makes the weight.
+        empty: allocates the memory of the weight.
 
     Returns:
         (experts, in = 2 G B, out) in bfloat16, as gpt-oss computes with it.
@@ -100,7 +100,7 @@ def dequantise_mxfp4(blocks: Tensor, scales: Tensor, empty: Empty = torch.empty)
 
     experts, out, groups, width = blocks.shape
     result = empty((experts, 2 * groups * width, out), dtype=torch.bfloat16)
-    for expert in range(experts):  # its indices take eight times the space of the packed weights
+    for expert in range(experts):  # temporary indices take eight times the memory of the packed weights
         one = slice(expert, expert + 1)
         result[one] = convert_moe_packed_tensors(blocks[one], scales[one], dtype=torch.bfloat16)
     return result

@@ -1,4 +1,4 @@
-"""Read a checkpoint tensor by tensor: which exist, what they look like, and their values when somebody asks."""
+"""Reader of a checkpoint's safetensors files: names, dtypes and shapes from the headers, values tensor by tensor."""
 
 import json
 import os
@@ -17,12 +17,12 @@ __all__ = ["CheckpointReader", "LazyTensor"]
 
 
 class LazyTensor:
-    """A tensor of a checkpoint that is read when it is indexed, as transformers' loading does.
+    """A tensor of a checkpoint that is read when it is indexed, as transformers' loading functions do.
 
     Args:
-        info: what it looks like.
-        read: reads it.
-        empty: makes the tensor that it is read into.
+        info: its dtype and shape.
+        read: reads it, given a function that allocates memory.
+        empty: allocates the memory that it is read into.
     """
 
     def __init__(self, info: TensorInfo, read: Callable[[Empty], Tensor], empty: Empty = torch.empty) -> None:
@@ -32,7 +32,7 @@ class LazyTensor:
         return self.read(self.empty)[index]
 
     def into(self, empty: Empty) -> "LazyTensor":
-        """The same tensor, to be read into another one."""
+        """Return the same tensor, to be read into memory that another function allocates."""
         return LazyTensor(self.info, self.read, empty)
 
     def get_shape(self) -> list[int]:
@@ -40,19 +40,19 @@ class LazyTensor:
         return list(self.info.shape)
 
     def get_dtype(self) -> str:
-        """The tensor's dtype, by the format's name."""
+        """The tensor's dtype, by its name in safetensors."""
         return self.info.dtype
 
 
 class CheckpointReader:
-    """A folder of safetensors files.
+    """Reader of the weights in a folder of safetensors files.
 
     Args:
-        folder: with a config and the files that `weight_files` finds; of those that an index names, all tensors.
+        folder: with a config.json and the weight files that `weight_files` finds, all tensors of which count.
 
     Raises:
-        FileNotFoundError: no safetensors, or a shard that is missing.
-        ValueError: a broken file.
+        FileNotFoundError: there are no safetensors files, or a shard is missing.
+        ValueError: a file is broken.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,17 +62,17 @@ class CheckpointReader:
         for path in weight_files(folder):
             self.infos.update(read_header(path))
         self.bytes_read = 0
-        self.after_read: Callable[[str, Tensor], None] | None = None  # sees every tensor that is read
+        self.after_read: Callable[[str, Tensor], None] | None = None  # called with every tensor that is read
         self._files: dict[Path, int] = {}
 
     @property
     def stored(self) -> dict[str, TensorInfo]:
-        """The tensors of the files; `infos` differs from it where they are dequantised as they are read."""
+        """The tensors in the files; `infos` differs from it for a quantised checkpoint."""
         return self.infos
 
     @property
     def bytes(self) -> int:
-        """Of all tensors together."""
+        """Bytes of all tensors."""
         return sum(info.size for info in self.infos.values())
 
     @property
@@ -81,15 +81,15 @@ class CheckpointReader:
         return max(path.stat().st_size for path in {info.path for info in self.infos.values()})
 
     def lazy(self, name: str) -> LazyTensor:
-        """A tensor that is read once it is used."""
+        """Return a tensor that is read when it is used."""
         return LazyTensor(self.infos[name], lambda empty: self.read(name, empty))
 
     def read(self, name: str, empty: Empty = torch.empty) -> Tensor:
-        """A tensor as it is stored.
+        """Read a tensor as it is stored.
 
         Args:
             name: of the tensor.
-            empty: makes it.
+            empty: allocates its memory.
         """
         info = self.infos[name]
         if info.dtype not in DTYPES:

@@ -1,7 +1,7 @@
-"""The files beside the weights that a checkpoint brings along: tokenizer, generation config, templates, own code.
+"""The files of a checkpoint beside its weights and config: tokenizer, generation config, chat templates, own code.
 
-What is copied is known to belong; programs act on much of what else lies in people's folders (adapters, other
-quantisations, states of a trainer), and would load something else than the result, or nothing.
+Only files that are known to belong to a checkpoint are copied: programs also read others that lie in people's folders
+(adapters, other quantisations, trainer states), and would then load something else than the result.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from pathlib import Path
 __all__ = ["FOLDERS", "TOKENIZER", "companions", "copy_companions", "is_companion", "left_out", "remove_stale"]
 
 FOLDERS = ("additional_chat_templates",)
-# Names in small letters.  What turns text and images into inputs, by any class of transformers, or by code of its own:
+# Patterns for lower-case names.  Files of tokenizers and processors, of any class in transformers or of custom code:
 PREPROCESSING = (
     "*token*.json",
     "*vocab*.json",
@@ -34,7 +34,7 @@ PREPROCESSING = (
 GENERATION = "generation_config.json"
 OTHERS = (GENERATION, "*.py", "*.md", "*.txt", "licen[cs]e*", "copying*", "notice*")
 OWN = ("config.json", "readme.md", "dern_*", "assets/", "model*.safetensors", "model*.safetensors.index.json")
-# Of an earlier checkpoint in the same folder; names that are nobody's own.
+# Files of an earlier checkpoint in the same folder, removed because they would be read with the new one.
 TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 STALE = (
     *TOKENIZER,
@@ -57,13 +57,13 @@ STALE = (
 
 
 def copy_companions(source: Path, target: Path, keep: bool = False, inputs_only: bool = False) -> None:
-    """Copy what a checkpoint needs beside its weights and its config.
+    """Copy the files that a checkpoint needs beside its weights and its config.
 
     Args:
-        source: folder of the original; weights, indexes, its card and what is not known to belong stay behind.
-        target: folder.
-        keep: leave files alone that the target has already.
-        inputs_only: what makes inputs, its code included, and nothing else.
+        source: folder of the original; weights, indexes, its card and unknown files are not copied.
+        target: folder to copy to.
+        keep: do not replace files that the target has already.
+        inputs_only: copy only tokenizer, processor and code files.
     """
     for name in companions(source, inputs_only):
         if not (keep and (target / name).exists()):
@@ -72,7 +72,7 @@ def copy_companions(source: Path, target: Path, keep: bool = False, inputs_only:
 
 
 def companions(source: Path, inputs_only: bool = False) -> list[str]:
-    """What `copy_companions` copies, relative to the folder."""
+    """List the files that `copy_companions` copies, relative to the folder."""
     names = [file.name for file in source.iterdir() if file.is_file() and is_companion(file.name)]
     if inputs_only:
         names = [name for name in names if _matches(name, (*PREPROCESSING, "*.py"))]
@@ -85,7 +85,7 @@ def is_companion(name: str) -> bool:
 
 
 def left_out(source: Path) -> list[str]:
-    """The names, in a checkpoint's folder, of what `copy_companions` knows nothing about."""
+    """List the files and folders in a checkpoint's folder that are not copied because their names are unknown."""
     entries = sorted(source.iterdir())
     files = [entry.name for entry in entries if entry.is_file() and not is_companion(entry.name)]
     folders = [f"{entry.name}/" for entry in entries if entry.is_dir() and entry.name not in FOLDERS]
@@ -93,11 +93,11 @@ def left_out(source: Path) -> list[str]:
 
 
 def remove_stale(folder: Path, written: Collection[str]) -> None:
-    """Remove what an earlier checkpoint in a folder has left that would be read together with a new one.
+    """Remove files of an earlier checkpoint in the same folder that would be read together with the new one.
 
     Args:
-        folder: of the new one.
-        written: its files, relative to the folder; without a tokenizer among them, the one that is there stays.
+        folder: of the new checkpoint.
+        written: its files, relative to the folder; without a tokenizer among them, an existing one is kept.
     """
     files = [file for pattern in ("*", "*/*.jinja") for file in folder.glob(pattern) if file.is_file()]
     names = {file.relative_to(folder).as_posix() for file in files}

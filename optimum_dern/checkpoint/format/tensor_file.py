@@ -1,4 +1,4 @@
-"""Safetensors files read and written at byte offsets: one tensor at a time, without mapping the file into memory.
+"""Reading and writing of safetensors files one tensor at a time, without mapping the file into memory.
 
 The safetensors library maps whole files, whose pages then count as used memory, and writes a file from tensors that
 are all in memory at once.  The format is simple: eight bytes with the header's length, a JSON header, the data.
@@ -27,7 +27,7 @@ __all__ = [
     "write_bytes",
 ]
 
-PIECE = 1 << 22  # numbers that are compared at a time
+PIECE = 1 << 22  # elements that `equal_values` compares at a time
 
 DTYPES = {
     "F64": torch.float64,
@@ -47,20 +47,20 @@ DTYPES = {
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor's bytes are and what they mean."""
+    """A tensor's file, position, dtype and shape, from a safetensors header."""
 
     path: Path
-    dtype: str  # name in the format
+    dtype: str  # its name in safetensors, such as "BF16"
     shape: tuple[int, ...]
-    start: int  # in the file
-    size: int  # bytes
+    start: int  # byte offset in the file
+    size: int  # in bytes
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a file by name.
+    """Read the header of a safetensors file: its tensors by name.
 
     Raises:
-        ValueError: a file that is not safetensors, or shorter than its header says.
+        ValueError: the file is not safetensors, or is shorter than its header says.
     """
     length = path.stat().st_size
     with path.open("rb") as file:
@@ -79,12 +79,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_tensor(info: TensorInfo, file: int, empty: Empty = torch.empty) -> Tensor:
-    """A tensor's own copy of its bytes.
+    """Read a tensor from an open file into memory of its own.
 
     Args:
-        info: which.
+        info: of the tensor, from `read_header`.
         file: descriptor of `info.path`.
-        empty: makes the copy; aligned as torch does it, because alignment can change the last bits of sums.
+        empty: allocates the memory, aligned as by torch, because alignment can change the last bits of sums.
     """
     data = empty([info.size], dtype=torch.uint8)
     view, done = memoryview(data.numpy()), 0
@@ -97,7 +97,7 @@ def read_tensor(info: TensorInfo, file: int, empty: Empty = torch.empty) -> Tens
 
 
 def equal_values(first: TensorInfo, second: TensorInfo, dtype: torch.dtype) -> bool:
-    """Whether two stored tensors are equal in some dtype; read a piece at a time, up to the first difference."""
+    """Whether two stored tensors are equal after conversion to a dtype; reads piece by piece up to a difference."""
     if first.shape != second.shape:
         return False
     with first.path.open("rb") as one, second.path.open("rb") as other:
@@ -106,7 +106,7 @@ def equal_values(first: TensorInfo, second: TensorInfo, dtype: torch.dtype) -> b
 
 
 def _pieces(info: TensorInfo, file: int) -> Iterator[Tensor]:
-    """A tensor's numbers, `PIECE` at a time."""
+    """Yield a tensor's elements, `PIECE` at a time."""
     size = DTYPES[info.dtype].itemsize
     for start in range(0, info.size, PIECE * size):
         length = min(PIECE * size, info.size - start)
@@ -116,15 +116,15 @@ def _pieces(info: TensorInfo, file: int) -> Iterator[Tensor]:
 def create_file(
     path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> dict[str, TensorInfo]:
-    """Write a header and reserve the space of its tensors, whose bytes may then come in any order.
+    """Create a safetensors file with its header and space for the tensors, which can then be written in any order.
 
     Args:
         path: of the new file.
-        tensors: name, dtype name and shape of each.
-        metadata: texts for the header.
+        tensors: name, safetensors dtype and shape of each.
+        metadata: entries for the header's `__metadata__`.
 
     Returns:
-        Where each tensor's bytes belong.
+        The place of each tensor in the file, by name.
     """
     header, places, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, {}, 0
     for name, dtype, shape in sorted(tensors, key=lambda t: (-DTYPES[t[1]].itemsize, t[0])):  # keeps all aligned
@@ -141,10 +141,10 @@ def create_file(
 
 
 def write_bytes(info: TensorInfo, file: int, tensor: Tensor) -> memoryview:
-    """Put a tensor's bytes into its place, and return them.
+    """Write a tensor's bytes into its place in a file, and return them.
 
     Args:
-        info: the place; its dtype and shape are those of the tensor.
+        info: the place, which has the tensor's dtype and shape.
         file: descriptor of `info.path`, open for writing.
         tensor: on the CPU.
     """
@@ -158,5 +158,5 @@ def write_bytes(info: TensorInfo, file: int, tensor: Tensor) -> memoryview:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The format's name of a dtype."""
+    """Return the safetensors name of a dtype."""
     return next(name for name, value in DTYPES.items() if value == dtype)

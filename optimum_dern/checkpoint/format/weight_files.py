@@ -1,7 +1,7 @@
-"""Which files of a folder hold its weights: those that transformers would load, and no others.
+"""The weight files of a checkpoint's folder: those that transformers would load, and no others.
 
 A folder can have several sets of weights: a single file beside the index and the shards of an earlier upload, files
-that an index does not name, variants.  Whoever reads, counts or downloads weights asks here, and all take the same.
+that no index names, variants.  All code that reads, counts or downloads weights finds them with this module.
 """
 
 import json
@@ -17,10 +17,10 @@ PICKLED = ("*.bin", "*.pt", "*.pth")
 
 
 def entry_names(folder: Path) -> tuple[str, ...]:
-    """The files that transformers looks for, each leading to all weights; the first that is there counts.
+    """List the files that transformers looks for, a single weight file or an index; the first that exists is used.
 
     Args:
-        folder: with a config.json, which may name one file.
+        folder: with a config.json, which may name another file.
     """
     config = folder / "config.json"
     named = json.loads(config.read_text("utf-8")).get("transformers_weights") if config.is_file() else None
@@ -28,7 +28,7 @@ def entry_names(folder: Path) -> tuple[str, ...]:
 
 
 def weight_names(folder: Path) -> list[str]:
-    """The names of the weights' files, which need not be there yet; none without a safetensors file or an index."""
+    """List the names of the weight files, present or not; empty without a safetensors file or an index."""
     entry = next((name for name in entry_names(folder) if (folder / name).is_file()), None)
     if entry is None:
         return []
@@ -38,13 +38,13 @@ def weight_names(folder: Path) -> list[str]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether all files of the weights are there."""
+    """Whether all weight files exist in a folder."""
     names = weight_names(folder)
     return bool(names) and all((folder / name).is_file() for name in names)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint.
+    """List the safetensors files of a checkpoint, all of which must exist.
 
     Raises:
         FileNotFoundError: there are none, or some are missing.

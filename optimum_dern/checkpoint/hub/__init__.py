@@ -1,1 +1,1 @@
-"""To the Hugging Face Hub, and back."""
+"""Publishing of checkpoints on the Hugging Face Hub."""

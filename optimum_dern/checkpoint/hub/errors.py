@@ -1,4 +1,4 @@
-"""What a refused or broken push says: what happened, what to do, and what became of the checkpoint."""
+"""Errors of a push to the Hub: what happened, what to do, and where the finished checkpoint is."""
 
 import shlex
 from collections.abc import Iterator
@@ -30,11 +30,11 @@ MENDS = {  # HTTP status -> what it means here, and what to do about it
 
 
 class HubPushError(RuntimeError):
-    """A push that the Hub refused or that broke off.
+    """Raised where the Hub refuses a push, or where the upload fails.
 
     Args:
-        message: what happened, and the mend.
-        status: of the Hub's answer; None where there was none.
+        message: what happened, and what to do.
+        status: HTTP status of the Hub's answer; None where there was no answer.
         folder: with the finished checkpoint; None where the push was refused before anything was written.
     """
 
@@ -45,13 +45,13 @@ class HubPushError(RuntimeError):
 
 @contextmanager
 def explained(api: Any, repo_id: str, folder: Path | None = None, options: list[str] | None = None) -> Iterator[None]:
-    """Turn whatever the Hub's client raises into one error that says what to do, and what became of the checkpoint.
+    """Turn any error of the Hub's client into one that says what to do, and where the finished checkpoint is.
 
     Args:
-        api: the client.
+        api: client of huggingface_hub.
         repo_id: repository.
         folder: with the finished checkpoint; None where nothing has been written yet.
-        options: of the `hf upload` that makes up for this push.
+        options: of the `hf upload` command that replaces this push.
 
     Raises:
         HubPushError: instead of any other error.
@@ -72,7 +72,7 @@ def explained(api: Any, repo_id: str, folder: Path | None = None, options: list[
 
 
 def _diagnose(error: BaseException, endpoint: str) -> tuple[int | None, str]:
-    """The HTTP status, if the Hub gave one, and what went wrong with the mend."""
+    """Return the HTTP status, if there is one, and a text of what went wrong and what to do."""
     from huggingface_hub.errors import LocalTokenNotFoundError
 
     cause: BaseException | None = error

@@ -1,7 +1,7 @@
-"""Publish a checkpoint on the Hugging Face Hub: whatever can be refused, then the folder, then one commit.
+"""Publish a checkpoint on the Hugging Face Hub: check permissions, save it to a folder, upload it in one commit.
 
-Making the checkpoint may have taken hours, so a failed upload never costs it: the folder stays as it is, and the error
-says where it is and which command uploads it.
+Making the checkpoint may have taken hours, so it survives a failed upload: the folder is kept, and the error says
+where it is and which command uploads it.
 """
 
 import re
@@ -38,25 +38,25 @@ def push_checkpoint(
 ) -> str:
     """Save a checkpoint to a folder and publish what was saved in one commit.
 
-    A card that the repository has stays, since cards are edited there.  Everything else is replaced, and weights of an
-    earlier push that are no longer part are deleted.
+    An existing card in the repository is kept, since cards are edited there.  Everything else is replaced, and weight
+    files of an earlier push that the new checkpoint lacks are deleted.
 
     Args:
         save: writes the checkpoint to the folder that it is given.
         repo_id: `name` or `namespace/name`; created if missing.
         private: whether a new repository is private; None leaves it to the account's default.
-        token: of the Hub; by default the one of `hf auth login`.
+        token: for the Hub; by default the one of `hf auth login`.
         revision: branch to commit to.
-        commit_message: of the commit.
+        commit_message: message of the commit.
         create_pr: open a pull request instead of committing.
-        folder: where to save first; by default a temporary one, which stays if the upload fails.
+        folder: where to save first; by default a temporary one, which is kept if the upload fails.
 
     Returns:
         URL of the commit, or of the pull request.
 
     Raises:
-        ValueError: an argument that cannot work; nothing was done.
-        HubPushError: the Hub refused, or the upload broke off; the message names the folder with the checkpoint.
+        ValueError: an argument is invalid; nothing was done.
+        HubPushError: the Hub refused, or the upload failed; the message names the folder with the checkpoint.
     """
     from huggingface_hub import HfApi
 
@@ -105,10 +105,10 @@ def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, folder
 def _prepare_repository(
     api: Any, repo_id: str, private: bool | None, revision: str | None, create_pr: bool
 ) -> tuple[str, list[str]]:
-    """Create the repository if it is missing, and meet every refusal before the checkpoint is written.
+    """Create the repository if it is missing, and check permissions before the checkpoint is written.
 
     Returns:
-        The full id, and the options of `hf upload` that make it do what this push does.
+        The full repository id, and the options of the `hf upload` command that replaces this push.
     """
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if not create_pr:  # an existing repository is found without write permission, too
@@ -129,7 +129,7 @@ def _prepare_repository(
 
 
 def _save(save: Callable[[Path], None], folder: Path) -> dict[str, Path]:
-    """The files that `save` wrote, by name in the repository; what else is in the folder is not ours to publish."""
+    """Save into a folder and return the files written, by name in the repository; others there are not published."""
     before = _stamps(folder)
     save(folder)
     after = _stamps(folder)
@@ -142,7 +142,7 @@ def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _operations(files: dict[str, Path], present: set[str], repo_id: str) -> list[Any]:
-    """What the commit does to a repository that holds the files `present`."""
+    """List the commit's operations for a repository that holds the files `present`."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     if CARD_NAME in present:

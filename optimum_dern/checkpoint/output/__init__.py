@@ -1,1 +1,1 @@
-"""The checkpoint that is written: planned, filled tensor by tensor, resumed, published."""
+"""The compressed checkpoint: its plan, its shards written tensor by tensor with resume, and its sidecar files."""

@@ -1,4 +1,4 @@
-"""The decoder layers of a checkpoint, one at a time: loaded from the source, for one output or several."""
+"""Provider of a checkpoint's decoder layers that copies their unchanged tensors to the outputs when it reads them."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -13,13 +13,13 @@ __all__ = ["CheckpointLayers"]
 
 
 class CheckpointLayers:
-    """Provides the engine with the original decoder layers of a checkpoint.
+    """Loads the original decoder layers of a checkpoint for the engine, one at a time.
 
-    Tensors that pass through are written to all outputs when they are read, so the source is read once.
+    Tensors that compression does not change are written to all outputs when they are read, so the source is read once.
 
     Args:
-        loader: of the source's parts.
-        outputs: that take tensors from it.
+        loader: of the source checkpoint.
+        outputs: compressed checkpoints, one for each result.
     """
 
     def __init__(self, loader: PartLoader, outputs: Sequence[CheckpointOutput]) -> None:
@@ -27,15 +27,15 @@ class CheckpointLayers:
         self.reader.after_read = self._copy
 
     def outside(self) -> AbstractContextManager:
-        """Embeddings and positions, for as long as the context is open."""
+        """Load everything outside the decoder layers, such as embeddings, while the context is open."""
         return self.loader.outside()
 
     def loaded(self, position: int) -> AbstractContextManager:
-        """One decoder layer, for as long as the context is open."""
+        """Load one decoder layer while the context is open."""
         return self.loader.loaded(position)
 
     def copy_rest(self) -> None:
-        """Write the tensors that pass through and were not needed so far."""
+        """Copy the unchanged tensors that have not been read so far, and close all files."""
         self.reader.after_read = None  # no layer is read any more
         for name in sorted(set().union(*(output.missing() for output in self.outputs))):
             self._copy(name, self.reader.read(name))

@@ -1,4 +1,4 @@
-"""What other checkpoints have left in an output folder: nothing there may decide what the result loads as."""
+"""Files of other checkpoints in an output folder, which programs would load instead of the result or with it."""
 
 import re
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ __all__ = ["check_no_foreign", "set_card_aside"]
 logger = getLogger(__name__)
 CARD_NAME = "README.md"
 OURS = re.compile(r"\A---\n.*?^- dern$.*?^---$", re.DOTALL | re.MULTILINE)  # the tag that our cards have
-# Of other formats, adapters and quantisations: read instead of the result, or together with it.
+# Files of other formats, adapters and quantisations.
 FOREIGN = (
     "adapter_config.json",
     "adapter_model*",
@@ -35,13 +35,13 @@ REPLACED = ("model*.safetensors", "model*.safetensors.index.json", "dern_statist
 
 
 def check_no_foreign(folders: Iterable[Path]) -> None:
-    """Refuse output folders with files of another kind of checkpoint; they are not ours to delete.
+    """Refuse output folders with files of another kind of checkpoint, which are never deleted.
 
     Args:
-        folders: that need not exist.
+        folders: output folders, which need not exist.
 
     Raises:
-        ValueError: naming the files.
+        ValueError: there are such files; the message names them.
     """
     for folder in folders:
         names = sorted(file.name for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
@@ -54,7 +54,7 @@ def check_no_foreign(folders: Iterable[Path]) -> None:
 
 
 def set_card_aside(folder: Path) -> None:
-    """Rename a README.md that is not of a compressed checkpoint, so that the result can have its own card."""
+    """Rename a README.md that is not the card of a compressed checkpoint, so that the result can have its own."""
     card = folder / CARD_NAME
     if not card.is_file() or OURS.search(card.read_text("utf-8", errors="replace")):
         return

@@ -1,4 +1,4 @@
-"""Load a compressed checkpoint so that it can be saved and pushed again as what it is."""
+"""Load a compressed checkpoint together with its report, so that it can be saved and pushed with it again."""
 
 import json
 from pathlib import Path
@@ -16,20 +16,20 @@ __all__ = ["load_compressed_model"]
 def load_compressed_model(model: str | Path, revision: str | None = None, token: Any = None, **kwargs: Any) -> Any:
     """Load a checkpoint that `DernCompressor` wrote: the plain transformers model, with its report.
 
-    Plain `from_pretrained` loads it as well; this also brings back `model.dern_report`, and `save_pretrained` and
-    `push_to_hub` keep config, provenance and card.
+    Plain `from_pretrained` loads it as well; this function also sets `model.dern_report`, and makes `save_pretrained`
+    and `push_to_hub` write config, provenance and card with the weights.
 
     Args:
         model: folder or Hub id.
-        revision: of a Hub model.
-        token: for a private one.
-        **kwargs: of transformers' `from_pretrained`, such as `dtype` and `device_map`.
+        revision: branch, tag or commit of a Hub model.
+        token: for a private repository.
+        **kwargs: arguments of transformers' `from_pretrained`, such as `dtype` and `device_map`.
 
     Returns:
         The model, in the class that its config names.
 
     Raises:
-        ValueError: a checkpoint without `dern_report.json`.
+        ValueError: the checkpoint has no `dern_report.json`.
     """
     from transformers.utils import cached_file
 

@@ -1,7 +1,7 @@
-"""What a run over a checkpoint has done so far, so that the same command can go on after an interruption.
+"""The manifest of an unfinished run: its finished layers, so that the same command resumes after an interruption.
 
-The manifest lies in a working folder inside the output, and is replaced as a whole after every finished step.  What
-makes two runs the same is its fingerprint: model, options, calibration data and tools.
+The manifest is a file in the working folder inside the output folder, replaced as a whole after every finished layer.
+A run resumes another one if their fingerprints are equal: model, options, calibration data and library versions.
 """
 
 import fcntl
@@ -18,22 +18,22 @@ __all__ = ["Manifest", "only_process"]
 
 
 class Manifest:
-    """Finished layers and their checksums.
+    """Finished layers and checksums of the written tensors of a run, kept on disk.
 
     Args:
         folder: working folder.
         fingerprint: everything that the result depends on, by name.
 
-    A copy in another process of the run sets `writes` to False: one process writes for all.
+    In the other processes of a run `writes` is set to False: one process writes for all.
 
     Raises:
-        ValueError: the folder holds another run; the message names what differs.
+        ValueError: the folder holds a different run; the message names the differences.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
         self.path = folder / "manifest.json"
         self.writes = True
-        # Written and read once, so that tuples and numbers compare as JSON has them.
+        # Converted to JSON and back, so that it compares equal to a fingerprint read from the file.
         self.state: dict[str, Any] = {"fingerprint": json.loads(json.dumps(fingerprint)), "layers": {}, "tensors": {}}
         if self.path.exists():
             earlier = json.loads(self.path.read_text("utf-8"))
@@ -42,41 +42,41 @@ class Manifest:
 
     @property
     def tensors(self) -> dict[str, str]:
-        """SHA-256 of the bytes of every tensor that is written."""
+        """SHA-256 of the bytes of every written tensor, by name."""
         return self.state["tensors"]
 
     @property
     def layers(self) -> dict[int, Any]:
-        """What was noted about each finished layer, by its position."""
+        """The note of each finished layer, by its position."""
         return {int(position): note for position, note in self.state["layers"].items()}
 
     def finish_layer(self, position: int, note: Any) -> None:
-        """Note that a layer and its tensors are on the disk."""
+        """Note that a layer's tensors are on disk."""
         self.state["layers"][str(position)] = note
         self.save()
 
     @property
     def report(self) -> dict[str, Any] | None:
-        """The run's report, once all tensors are written and only the final places are missing."""
+        """The run's report, once all tensors are written and the files only need to be moved; None before."""
         return self.state.get("report")
 
     def complete(self, report: dict[str, Any]) -> None:
-        """Note that all tensors are on the disk."""
+        """Note that all tensors are on disk, with the run's report."""
         self.state["report"] = report
         self.save()
 
     def save(self) -> None:
-        """Replace the manifest on the disk."""
+        """Replace the manifest's file on disk."""
         if self.writes:
             replace_text(self.path, json.dumps(self.state), durable=True)
 
 
 @contextmanager
 def only_process(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a working folder.
+    """Lock a working folder against other processes while the context is open.
 
     Raises:
-        RuntimeError: another one is at it.
+        RuntimeError: another process holds the lock.
     """
     with (folder / "lock").open("w") as file:
         try:

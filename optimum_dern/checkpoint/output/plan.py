@@ -1,6 +1,6 @@
-"""Which tensors the compressed checkpoint will have: the source's own, those of the experts and routers smaller.
+"""Plan of the compressed checkpoint's tensors: those of the source, with smaller ones for experts and routers.
 
-Decided from names and shapes alone, before any weight is read.
+It is made from names and shapes alone, before any weight is read.
 """
 
 import re
@@ -22,12 +22,12 @@ __all__ = ["OutputPlan", "layer_parameters", "plan_output"]
 
 @dataclass
 class OutputPlan:
-    """What is written, and where it comes from."""
+    """The tensors of a compressed checkpoint, divided into copied and rewritten ones."""
 
-    copied: set[str] = field(default_factory=set)  # tensors that pass through as they are
+    copied: set[str] = field(default_factory=set)  # tensors that compression does not change
     rewritten: dict[str, list[str]] = field(default_factory=dict)  # tensors of each MoE layer, by the block's name
-    dropped: list[str] = field(default_factory=list)  # layers for multi-token prediction
-    tensors: list[OutputTensor] = field(default_factory=list)  # everything, layer by layer
+    dropped: list[str] = field(default_factory=list)  # tensors of multi-token prediction layers
+    tensors: list[OutputTensor] = field(default_factory=list)  # all tensors to write, layer by layer
 
 
 def plan_output(
@@ -38,21 +38,21 @@ def plan_output(
     num_experts: int,
     dtype: str | None = None,
 ) -> OutputPlan:
-    """Plan the compressed checkpoint.
+    """Plan the tensors of the compressed checkpoint.
 
     Args:
-        model: skeleton with E experts.
+        model: without weights, with E experts.
         layers: its MoE layers.
-        reader: the source.
-        names: from the source's tensors to the model's parameters.
-        num_experts: N.
-        dtype: of the tensors that are stored as the experts are, by the format's name; by default as they are.
+        reader: of the source checkpoint.
+        names: mapping from the source's tensors to the model's parameters.
+        num_experts: N, experts that each layer keeps.
+        dtype: safetensors dtype for the tensors stored in the same one as the experts; by default that of the source.
 
     Returns:
         The plan; every tensor of the source is copied, rewritten or dropped in it.
 
     Raises:
-        ValueError: a source whose experts are stored in a way that this release does not know.
+        ValueError: the experts are stored in a layout that is not supported.
     """
     plan = OutputPlan()
     decoder, decoder_layers = find_decoder_layers(model, layers[0])
@@ -89,7 +89,7 @@ def plan_output(
 
 
 def layer_parameters(layer: MoELayer, num_experts: int) -> dict[str, Tensor]:
-    """Empty tensors of the shapes that a layer's experts and router have with so many experts, by their full names."""
+    """Make meta tensors with the shapes of a layer's experts and router for a number of experts, by full name."""
     shapes = {
         f"{experts_name(layer)}.{name}": (num_experts, *parameter.shape[1:])
         for name, parameter in layer.experts._parameters.items()
@@ -103,9 +103,9 @@ def layer_parameters(layer: MoELayer, num_experts: int) -> dict[str, Tensor]:
 
 
 def _shape(stored: Sequence[int], before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:
-    """A stored tensor's shape with N experts, from what transformers would save for E and for N.
+    """Return a stored tensor's shape with N experts, from the shapes that transformers would save for E and for N.
 
-    Fused experts may be stored the other way round; the experts are their first dimension all the same.
+    Fused experts may be stored transposed; their first dimension is always that of the experts.
     """
     if len(stored) == 3:
         return (after[0], *stored[1:])
@@ -125,5 +125,5 @@ def _check_stored(reader: CheckpointReader, name: str, tensor: Tensor, layer: Mo
 
 
 def _natural(name: str) -> list:
-    """Sort key that puts layer 10 after layer 9."""
+    """Return a sort key that puts layer 10 after layer 9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,4 +1,4 @@
-"""Check an output folder before any work."""
+"""Check an output folder before a run starts."""
 
 import shutil
 from collections.abc import Sequence
@@ -35,18 +35,18 @@ def prepare_output(source: Path, output: Path, restart: bool, overwrite: bool, n
     """Check an output folder, and discard an unfinished run in it if asked to.
 
     Args:
-        source: folder of the checkpoint that is to be compressed.
+        source: folder of the checkpoint to compress.
         output: folder, which need not exist.
         restart: discard an unfinished run.
-        overwrite: allow other files in it, but none that would decide what the result loads as.
+        overwrite: allow other files in it, but none that programs would load instead of the result.
         names: of the results' folders in it.
 
     Returns:
-        The folder.
+        The output folder.
 
     Raises:
-        ValueError: a file, the source itself, or a folder with other files.
-        RuntimeError: another process is at it.
+        ValueError: it is a file, the source itself, or a folder with other files.
+        RuntimeError: another process is writing to it.
     """
     check_output(source, output, overwrite or restart)
     work = output / WORK_NAME

@@ -1,8 +1,8 @@
-"""What stands beside the weights of a compressed model, whoever saves it: config, provenance, report and card.
+"""The files written beside a compressed model's weights, also by `save_pretrained`: config, provenance, report, card.
 
-transformers rewrites a config when it saves it, and older readers then fall back to defaults without a word; and it
-puts a card of its own on the Hub.  So a compressed model, while it stays the plain transformers class, gets
-`save_pretrained` and `push_to_hub` of its own: the class's, then the files of this module.
+transformers rewrites a config when it saves it, and older readers then silently use defaults; it also puts a card of
+its own on the Hub.  So a compressed model, which is of a plain transformers class, gets its own `save_pretrained` and
+`push_to_hub`, which call those of the class and then write the files of this module.
 """
 
 import json
@@ -35,11 +35,11 @@ HUB_ARGUMENTS = ("repo_id", "private", "token", "revision", "commit_message", "c
 
 
 def keep_publishable_(model: Any, report: CompressionReport, source: dict[str, Any] | None) -> None:
-    """Let a compressed model save and push itself as `DernCompressor` would, its config true about a head of its own.
+    """Replace a compressed model's `save_pretrained` and `push_to_hub` to write config, report and card as well.
 
     Args:
-        model: compressed, in memory.
-        report: of the compression; it stays at hand as `model.dern_report`.
+        model: compressed, in memory; its config's `tie_word_embeddings` is set to False if its head is not tied.
+        report: of the compression, which becomes `model.dern_report`.
         source: JSON of the config that it was loaded from, if there is one.
     """
     model.dern_report, model.dern_source_config = report, source
@@ -56,17 +56,17 @@ def save_pretrained(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """transformers' `save_pretrained`, and then the source's config with the new counts, provenance and report.
+    """Save with transformers' `save_pretrained`, then write config, provenance, report and card.
 
     Args:
-        save_directory: folder; a card that is there already stays.
-        is_main_process: of several that call this, the one that writes the config.
-        state_dict: to save instead of the model's own.
-        push_to_hub: push to `repo_id` (by default named as the folder) too, with the arguments of `push_to_hub`.
-        **kwargs: of the class's own method.
+        save_directory: folder; an existing card is kept.
+        is_main_process: whether this process, of several that call this, writes the config.
+        state_dict: weights to save instead of the model's own.
+        push_to_hub: also push to `repo_id` (by default the folder's name), with the arguments of `push_to_hub`.
+        **kwargs: arguments of the class's own method.
 
     Raises:
-        ValueError: peft has put layers into the model, whose tensors a plain model does not load.
+        ValueError: peft has added layers to the model, whose tensors a plain model does not load.
     """
     if not getattr(self, "_hf_peft_config_loaded", False):  # else transformers saves the adapters alone
         check_no_adapter(self, "saved")
@@ -83,7 +83,7 @@ def push_to_hub(self, repo_id: str, *, max_shard_size: str | int = "5GB", **opti
 
     Args:
         repo_id: `name` or `namespace/name`; created if missing.
-        max_shard_size: of one safetensors file.
+        max_shard_size: largest size of one safetensors file.
         **options: `private`, `token`, `revision`, `commit_message`, `create_pr`, `folder`: see `push_checkpoint`.
 
     Returns:
@@ -103,10 +103,10 @@ def push_to_hub(self, repo_id: str, *, max_shard_size: str | int = "5GB", **opti
 
 
 def write_sidecars(model: Any, folder: Path, report: CompressionReport, source: dict[str, Any] | None) -> None:
-    """Beside saved weights: config.json as published, provenance, report, its page, and a card where there is none.
+    """Write config.json, provenance, report, report page and, where there is none, a card beside saved weights.
 
     Args:
-        model: compressed.
+        model: the compressed model.
         folder: where transformers has saved it.
         report: of the compression.
         source: JSON of the config that the model was loaded from; None where there is none.
@@ -120,13 +120,13 @@ def write_sidecars(model: Any, folder: Path, report: CompressionReport, source: 
 
 
 def write_report(folder: Path, report: CompressionReport) -> None:
-    """Write a report, and the page and card that go with it, into a checkpoint that is there already."""
+    """Write a report, with its page and card, into the folder of an existing checkpoint."""
     report.save(folder / REPORT_NAME)
     write_presentation(report, folder)
 
 
 def provenance(report: CompressionReport) -> dict[str, Any]:
-    """How a checkpoint was made: the content of `dern_config.json`."""
+    """Describe how a checkpoint was made: the content of `dern_config.json`."""
     return {
         "config": report.config,
         "source": report.source,

@@ -1,7 +1,7 @@
-"""The files of a checkpoint that is written tensor by tensor, in any order, over several runs if need be.
+"""Shards of a checkpoint that is written tensor by tensor, in any order, also by a resumed run.
 
-Names, shapes and dtypes of all tensors are known before the first is computed, so every shard is laid out at the
-start, and each tensor goes to its place when it is ready.  Shards get their final names once all are complete.
+Names, shapes and dtypes of all tensors are known before the first is computed, so every shard is created with its
+header at the start, and each tensor is written to its place when it is ready.  Complete shards are moved at the end.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ __all__ = ["OutputTensor", "ShardWriter", "parse_bytes", "plan_shards"]
 
 
 class OutputTensor(NamedTuple):
-    """A tensor that the compressed checkpoint will have."""
+    """Name, dtype and shape of a tensor of the compressed checkpoint."""
 
     name: str
-    dtype: str  # name in the format
+    dtype: str  # its name in safetensors
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         count = 1
         for dim in self.shape:
             count *= dim
@@ -39,11 +39,11 @@ class OutputTensor(NamedTuple):
 
 
 def plan_shards(tensors: Sequence[OutputTensor], max_shard_size: int) -> dict[str, list[OutputTensor]]:
-    """Divide tensors over files, in their order, no file larger than asked unless a single tensor is.
+    """Divide tensors over shards, in their order; only a shard with a single tensor may exceed the maximum size.
 
     Args:
         tensors: of the whole checkpoint.
-        max_shard_size: bytes.
+        max_shard_size: in bytes.
 
     Returns:
         Tensors by file name.
@@ -62,12 +62,12 @@ def plan_shards(tensors: Sequence[OutputTensor], max_shard_size: int) -> dict[st
 
 
 class ShardWriter:
-    """Writes tensors to their places in shards under a working folder.
+    """Writes tensors to their places in the shards in a working folder.
 
     Args:
-        folder: working folder; shards that an earlier run left there are used on.
+        folder: working folder; shards of an interrupted run there are continued.
         plan: tensors by file name.
-        complete: everything is written already, and some files may have their final place.
+        complete: all tensors are written already, and some shards may have been moved to the output folder.
     """
 
     def __init__(self, folder: Path, plan: Mapping[str, Sequence[OutputTensor]], complete: bool = False) -> None:
@@ -81,10 +81,10 @@ class ShardWriter:
                 os.replace(temporary, path)
             self.places.update(read_header(path))
         self._files = {path: os.open(path, os.O_RDWR) for path in {info.path for info in self.places.values()}}
-        self.close = weakref.finalize(self, _close_files, self._files)  # once, at the latest when nobody uses it
+        self.close = weakref.finalize(self, _close_files, self._files)  # runs once, at the latest on deletion
 
     def write(self, name: str, tensor: Tensor) -> str:
-        """Write one tensor, on the CPU, in its dtype.
+        """Write one tensor, which is on the CPU and in the dtype of its place.
 
         Returns:
             SHA-256 of its bytes.
@@ -92,24 +92,24 @@ class ShardWriter:
         info, digest = self.places[name], hashlib.sha256()
         one_by_one = tensor.dim() == 3 and not tensor.is_contiguous() and tuple(tensor.shape) == info.shape
         start = info.start
-        for part in tensor.split(1) if one_by_one else [tensor]:  # experts the other way round are copied
+        for part in tensor.split(1) if one_by_one else [tensor]:  # transposed experts are copied
             place = info._replace(shape=tuple(part.shape), start=start) if one_by_one else info
             digest.update(write_bytes(place, self._files[info.path], part))
             start += part.nbytes
         return digest.hexdigest()
 
     def lazy(self, name: str) -> LazyTensor:
-        """A tensor that was written, read back once it is used."""
+        """Return a written tensor, which is read back when it is used."""
         info = self.places[name]
         return LazyTensor(info, lambda empty: read_tensor(info, self._files[info.path], empty))
 
     def flush(self) -> None:
-        """Wait until everything that was written is on the disk."""
+        """Wait until everything written is on disk (fsync)."""
         for file in self._files.values():
             os.fsync(file)
 
     def index(self) -> dict | None:
-        """The index of the shards; None for a single file."""
+        """Make the index of the shards; None for a single file."""
         if list(self.plan) == [SINGLE_NAME]:
             return None
         total = sum(tensor.size for tensors in self.plan.values() for tensor in tensors)
@@ -117,7 +117,7 @@ class ShardWriter:
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
 
     def publish(self, output: Path) -> None:
-        """Give finished shards their final place; the index comes last and makes them a checkpoint."""
+        """Move finished shards to the output folder, and write their index last."""
         self.close()
         for name in self.plan:
             if (self.folder / name).exists():  # else moved before an interruption
@@ -134,10 +134,10 @@ def _close_files(files: dict[Path, int]) -> None:
 
 
 def parse_bytes(size: int | str) -> int:
-    """Bytes from a number or a text such as "5GB" (powers of ten) or "8GiB" (powers of two).
+    """Parse a size in bytes from a number or a text such as "5GB" (powers of ten) or "8GiB" (powers of two).
 
     Raises:
-        ValueError: anything else, or less than one byte.
+        ValueError: the value is not a size, or is less than one byte.
     """
     text = str(size).strip().upper()
     number, unit = text.rstrip("KMGTIB"), text[len(text.rstrip("KMGTIB")) :].removesuffix("B")

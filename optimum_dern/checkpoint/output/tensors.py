@@ -1,4 +1,4 @@
-"""One compressed checkpoint on its way to the disk: takes finished layers and tensors that pass through."""
+"""Sink that writes one compressed checkpoint: its compressed layers, and the tensors copied from the source."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,20 +23,20 @@ __all__ = ["CheckpointOutput"]
 
 
 class CheckpointOutput:
-    """Takes the compressed layers of one result.
+    """Sink that writes the compressed layers of one result to its shards, and notes them in its manifest.
 
-    Of several processes, the one whose manifest writes does so for all.
+    Of several processes, only the one whose manifest has `writes` set writes anything.
 
     Args:
-        loader: of the source's parts.
+        loader: of the source checkpoint.
         layers: the model's MoE layers, with E experts.
-        plan: of the output.
-        writer: of the output.
-        manifest: what earlier runs have finished.
-        num_experts: N.
+        plan: of the output's tensors.
+        writer: of the output's shards.
+        manifest: of the layers finished so far, by earlier runs, too.
+        num_experts: N, experts that each layer keeps.
     """
 
-    in_place = True  # the model is a skeleton, whose layers are loaded once
+    in_place = True  # compressed layers need not be restored, since each one is loaded for one use
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class CheckpointOutput:
 
     @contextmanager
     def loaded(self, position: int) -> Iterator[None]:
-        """One decoder layer as an earlier run has written it, for as long as the context is open."""
+        """Load one compressed decoder layer that an earlier run has written, while the context is open."""
         layer = self.positions[position]
         replaced = self.names.original(self.model, layer_parameters(layer, layer.num_experts))
         tensors = {n: tensor for n, tensor in self.loader.tensors(position).items() if n not in replaced}
@@ -66,7 +66,7 @@ class CheckpointOutput:
                 yield
 
     def finish(self, position: int, report: LayerReport | None) -> None:
-        """Write a layer's experts and router, and note that it is done."""
+        """Write a compressed layer's experts and router, and note in the manifest that it is finished."""
         self.finished[position] = report
         if not self.manifest.writes:
             return
@@ -76,16 +76,16 @@ class CheckpointOutput:
         self.manifest.finish_layer(position, report and asdict(report))
 
     def copy(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor of the source, if it passes through and is not there yet."""
+        """Write a tensor of the source, if it is to be copied and is not written yet."""
         if self.manifest.writes and name in self.plan.copied and name not in self.manifest.tensors:
             self.manifest.tensors[name] = self.writer.write(name, tensor.to(self._dtype(name)))
 
     def missing(self) -> set[str]:
-        """Tensors that pass through and are still to be written."""
+        """Return the names of the tensors that are still to be copied from the source."""
         return self.plan.copied - self.manifest.tensors.keys() if self.manifest.writes else set()
 
     def save(self) -> None:
-        """Have everything so far on the disk, and close the files."""
+        """Flush everything written so far to disk, and close the files."""
         self.writer.flush()
         self.manifest.save()
         self.writer.close()
@@ -100,19 +100,19 @@ class CheckpointOutput:
             groups = self.names.by_expert(self.model, parameter, value.shape)
             if groups is None:
                 self._write(self.names.original(self.model, {parameter: value}), retained)
-            for expert, group in enumerate(groups or []):  # one by one: their pieces are copies
+            for expert, group in enumerate(groups or []):  # one by one, as conversion copies them
                 pieces = self.names.original(self.model, {parameter: value[expert : expert + 1]}).values()
                 self._write(dict(zip(group, pieces, strict=True)), retained)
 
     def _write(self, tensors: Mapping[str, Tensor], retained: list[int]) -> None:
         for name, tensor in tensors.items():
-            if tuple(tensor.shape) != self.writer.places[name].shape:  # fused, and stored the other way round
+            if tuple(tensor.shape) != self.writer.places[name].shape:  # fused, and stored transposed
                 tensor = tensor.transpose(-1, -2)
             tensor = self._in_stored_dtype(name, tensor.cpu(), retained)
             self.manifest.tensors[name] = self.writer.write(name, tensor)
 
     def _in_stored_dtype(self, name: str, tensor: Tensor, retained: list[int]) -> Tensor:
-        """A tensor in the output's dtype; unchanged entries that the source has in a finer one come from there."""
+        """Convert a tensor to the output's dtype; unchanged router rows are copied from the source, not rounded."""
         dtype = self._dtype(name)
         if dtype == tensor.dtype:
             return tensor
@@ -126,7 +126,7 @@ class CheckpointOutput:
 
 
 def _shrink_(layer: MoELayer, num_experts: int) -> None:
-    """Give an unloaded layer the shapes that it has with N experts."""
+    """Give a layer without weights the shapes that it has with N experts."""
     weights, first = read_layer(layer), torch.arange(num_experts)
     routing = retained_routing(layer, weights, first)
     write_layer_(layer, LayerWeights(weights.segments.select(first), routing))

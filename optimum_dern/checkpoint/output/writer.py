@@ -1,7 +1,7 @@
-"""Write a compressed model: an ordinary checkpoint, its card, report and provenance.
+"""Save a compressed model that is in memory: an ordinary checkpoint with its card, report and provenance.
 
-Everything is written to a folder beside the output first and renamed into place file by file, the weights' index
-last, so that an interrupted save never leaves a half-written file under a final name.
+Everything is written to a temporary folder first and renamed into place file by file, the index of the weights last,
+so that an interrupted save never leaves a half-written file under a final name.
 """
 
 import os
@@ -32,18 +32,18 @@ LAST = {"config.json": 1, INDEX_NAME: 2}  # renamed into place after everything 
 def save_checkpoint(
     model: Any, output: Path, report: CompressionReport, tokenizer: Any, max_shard_size: str | int
 ) -> None:
-    """Save a compressed model for plain transformers.
+    """Save a compressed model as a checkpoint that plain transformers loads.
 
     Args:
         model: compressed, in memory.
         output: folder.
         report: of the compression.
         tokenizer: object, Hub id, path, or None for the source's own.
-        max_shard_size: of one safetensors file.
+        max_shard_size: largest size of one safetensors file.
 
     Raises:
-        ValueError: the folder that the model was loaded from, or one with files of another kind of checkpoint; a
-            model that the report is not about, or one with adapters.
+        ValueError: the folder is the one that the model was loaded from, or has files of another kind of checkpoint;
+            the report is of another model, or the model has adapters.
     """
     check_no_adapter(model, "saved")
     check_utf8(output, tokenizer)
@@ -63,7 +63,7 @@ def save_checkpoint(
 
 
 def _check_output(output: Path, report: CompressionReport) -> None:
-    """Refuse the source's own folder, and one with files of another kind of checkpoint."""
+    """Refuse the source's folder, and a folder with files of another kind of checkpoint."""
     if output.resolve() == report.source_folder:
         raise ValueError(
             f"{output} is the folder that the model was loaded from; the original would be lost, choose another one"
@@ -72,7 +72,7 @@ def _check_output(output: Path, report: CompressionReport) -> None:
 
 
 def _check_model(model: Any, report: CompressionReport) -> None:
-    """Refuse a model other than the compressed one, or one that was made of it by training."""
+    """Refuse a model that is neither the compressed one nor trained from it, by its expert counts."""
     if getattr(model, "dern_report", None) is report:
         return
     found = [layer.num_experts for layer in find_moe_layers(model)]
@@ -86,7 +86,7 @@ def _check_model(model: Any, report: CompressionReport) -> None:
 
 
 def _save_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save a tokenizer, and what else makes inputs; files are copied, so that none of their code runs."""
+    """Save a tokenizer and processor; files of a local folder are copied, so that none of their code runs."""
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
         return
@@ -107,7 +107,7 @@ def _save_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _save_from_hub(name: str, revision: str | None, folder: Path) -> str:
-    """Save what loads without code of its own: tokenizer and processor; returns why the tokenizer did not."""
+    """Save a Hub model's processor and tokenizer where they load without custom code; returns why they did not."""
     from transformers import AutoProcessor, AutoTokenizer
 
     reasons = []
@@ -120,7 +120,7 @@ def _save_from_hub(name: str, revision: str | None, folder: Path) -> str:
 
 
 def _publish(staging: Path, output: Path) -> None:
-    """Move the finished files into place, the index last, and remove weights that an earlier save left."""
+    """Move the finished files into place, the index last, and remove weight files of an earlier checkpoint."""
     files = sorted((f for f in staging.rglob("*") if f.is_file()), key=lambda f: LAST.get(f.name, 0))
     mode = (staging / "config.json").stat().st_mode  # safetensors makes its files unreadable for others
     for file in files:

@@ -1,1 +1,1 @@
-"""The checkpoint that is compressed: found, checked, and loaded part by part."""
+"""The source checkpoint: finding and downloading it, checking it, and loading it one decoder layer at a time."""

@@ -1,6 +1,6 @@
-"""Whether a checkpoint has all weights of its model, from the headers of its files.
+"""Check, from safetensors headers, that a checkpoint has all weights of its model.
 
-transformers initialises anew what is missing, and so would every reader of what is written from such a checkpoint.
+transformers initialises missing weights at random, and would do so for a checkpoint compressed from such a source.
 """
 
 import re
@@ -19,18 +19,18 @@ logger = getLogger(__name__)
 
 
 def check_complete(model: Any, reader: CheckpointReader, names: NameMap) -> None:
-    """Refuse a checkpoint that lacks weights.
+    """Refuse a checkpoint that lacks weights of its model.
 
-    Those may be missing that transformers does not ask for: tied to weights that are stored, or named by the model's
-    class.  A part that text does not go through, such as a vision tower, may be missing as a whole, with a warning.
+    Weights may be missing that transformers allows to be: those tied to stored ones, and those that the model's class
+    lists.  A module that text does not use, such as a vision tower, may be missing as a whole, with a warning.
 
     Args:
-        model: skeleton, its weights tied as in the checkpoint.
+        model: without weights, its parameters tied as in the checkpoint.
         reader: of the checkpoint.
-        names: from its tensors to the model's parameters.
+        names: mapping from its tensors to the model's parameters.
 
     Raises:
-        ValueError: naming what is missing.
+        ValueError: weights are missing; the message names them.
     """
     missing = _missing(model, names)
     for part in _absent_parts(model, names) if missing else ():
@@ -50,7 +50,7 @@ def check_complete(model: Any, reader: CheckpointReader, names: NameMap) -> None
 
 
 def _missing(model: Any, names: NameMap) -> list[str]:
-    """Parameters that nothing is stored for, under none of the names that they have."""
+    """List the parameters that the checkpoint has no tensor for under any of their names."""
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     same: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -63,7 +63,7 @@ def _missing(model: Any, names: NameMap) -> list[str]:
 
 
 def _absent_parts(model: Any, names: NameMap) -> list[str]:
-    """Outermost modules beside the language model that nothing at all is stored for."""
+    """List the outermost modules beside the language model that the checkpoint has no tensor for at all."""
     layers = find_moe_layers(model)
     if not layers or not model.config.sub_configs:
         return []
@@ -79,7 +79,7 @@ def _absent_parts(model: Any, names: NameMap) -> list[str]:
 
 
 def _beside(reader: CheckpointReader) -> str:
-    """What lies beside the files that were read, as the middle of a message."""
+    """Name the other safetensors files in the folder, as a part of an error message."""
     read = {info.path.name for info in reader.stored.values()}
     others = sorted(path.name for path in reader.folder.glob("*.safetensors") if path.name not in read)
     return f" (beside it, and no part of it: {', '.join(others)})" if others else ""

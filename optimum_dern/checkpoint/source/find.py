@@ -1,4 +1,4 @@
-"""Find a source checkpoint and refuse what is no use before its weights are downloaded."""
+"""Find a source checkpoint, and refuse one that cannot be compressed before its weights are downloaded."""
 
 import json
 from collections.abc import Mapping
@@ -28,22 +28,22 @@ Reader = CheckpointReader | DequantisingReader
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint whose weights may still be on the Hub."""
+    """A source checkpoint, whose weights may not be downloaded yet."""
 
     name: str  # as the user gave it
-    folder: Path  # with everything else
+    folder: Path  # local folder with its files
     commit: str | None  # of a Hub model
-    skeleton: Any  # its model, without weights
+    skeleton: Any  # its model without weights, on the meta device
     token: Any
-    reader: Reader | None  # of weights that are here
+    reader: Reader | None  # None where the weights are not downloaded yet
     download: Mapping[str, Any] = field(default_factory=dict)  # further options of `resolve_checkpoint`
 
     def open_weights(self) -> Reader:
-        """Its tensors, downloaded where they are not here yet.
+        """Open the weights, and download them first where that is needed.
 
         Raises:
-            OSError: the Hub cannot give them.
-            ValueError: weights that are broken or not complete.
+            OSError: the download failed.
+            ValueError: the weights are broken or incomplete.
         """
         if self.reader is not None:
             return self.reader
@@ -62,25 +62,25 @@ def find_checkpoint(
     need_weights: bool = True,
     **download: Any,
 ) -> Source:
-    """Find a checkpoint, and refuse what is no use before its weights are downloaded.
+    """Find a checkpoint, and refuse one that cannot be compressed before its weights are downloaded.
 
     Args:
         model: folder or Hub id.
-        revision: of a Hub model.
-        token: for a private one.
-        trust_remote_code: run its own modelling code.
+        revision: branch, tag or commit of a Hub model.
+        token: for a private repository.
+        trust_remote_code: allow the model's own code to run.
         dtype: to compute in; by default that of its config, or of its tensors where the config has none.
-        need_weights: a folder without weights is an error; else they are looked at where they are.
+        need_weights: refuse a folder without weights; else weights are only checked where they exist.
         **download: `subfolder`, `cache_dir`, `local_files_only` and `force_download`, as in `resolve_checkpoint`.
 
     Returns:
         The checkpoint.
 
     Raises:
-        FileNotFoundError: there is none, or none with safetensors.
-        OSError: the Hub cannot give it.
-        ValueError: a dtype that is none, a family or a quantisation that cannot be compressed, or weights that are
-            broken or not complete.
+        FileNotFoundError: there is no such checkpoint, or it has no safetensors weights.
+        OSError: the download failed.
+        ValueError: the dtype is unknown, the family or quantisation is not supported, or the weights are broken or
+            incomplete.
     """
     folder, commit = resolve_checkpoint(model, revision, token, **download)
     reader = open_reader(folder) if (commit is None if need_weights else has_weights(folder)) else None
@@ -99,7 +99,7 @@ def find_checkpoint(
 def _first_dtypes(
     model: str, folder: Path, commit: str | None, token: Any, reader: Reader | None, download: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Names of the dtypes of the tensors in the first file of weights; none where that is nowhere."""
+    """Return the safetensors dtypes of the tensors in the first weight file; empty where there is none."""
     if reader is None and has_weights(folder):
         reader = open_reader(folder)
     if reader is not None:
@@ -109,7 +109,7 @@ def _first_dtypes(
 
 
 def _match_(skeleton: Any, reader: Reader) -> None:
-    """Have a model without weights tie what its checkpoint ties, and refuse a checkpoint that lacks weights."""
+    """Tie the parameters of a model without weights as its checkpoint does, and refuse an incomplete checkpoint."""
     names = NameMap(skeleton, list(reader.infos))
     match_ties_(skeleton, reader, names)
     check_complete(skeleton, reader, names)
@@ -120,10 +120,10 @@ def open_checkpoint(model: str | Path, **options: Any) -> tuple[Reader, Any, str
 
     Args:
         model: folder or Hub id.
-        **options: of `find_checkpoint`.
+        **options: arguments of `find_checkpoint`.
 
     Returns:
-        Its tensors, its model without weights, and the commit of a Hub model.
+        The reader of its weights, its model without weights, and the commit of a Hub model.
     """
     source = find_checkpoint(model, **options)
     return source.open_weights(), source.skeleton, source.commit

@@ -1,4 +1,4 @@
-"""Parts of a model loaded from its checkpoint and given back: a decoder layer, or what surrounds them all."""
+"""Loads parts of a model from its checkpoint and frees them again: a decoder layer, or everything outside of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,14 +16,14 @@ __all__ = ["PartLoader"]
 
 
 class PartLoader:
-    """Loads parts of a skeleton.
+    """Loads the weights of parts of a model that is on the meta device.
 
     Args:
-        model: skeleton of the whole model.
+        model: the whole model, without weights.
         layers: its MoE layers.
         reader: of its checkpoint.
-        names: from the checkpoint's tensors to the model's parameters.
-        device: where weights are loaded to.
+        names: mapping from the checkpoint's tensors to the model's parameters.
+        device: to load weights to.
     """
 
     def __init__(
@@ -32,21 +32,21 @@ class PartLoader:
         self.model, self.reader, self.names, self.device = model, reader, names, device
         self.decoder, self.decoder_layers = find_decoder_layers(model, layers[0])
         self.positions = layers_by_position(model, layers)
-        self.empty = layers[0].workspace.empty  # makes what is large
+        self.empty = layers[0].workspace.empty  # allocates large tensors, in files where the workspace has them there
 
     @contextmanager
     def outside(self, head: bool = False) -> Iterator[None]:
-        """Have what surrounds the decoder layers in memory while the context is open: embeddings, positions.
+        """Load everything outside the decoder layers, such as embeddings, while the context is open.
 
         Args:
-            head: the output head too.
+            head: load the output head, too.
         """
         around, inside = self.decoder.rpartition(".")[0], f"{self.decoder}."
         prefixes = (f"{around}." if around else "",)
         if head:
             output = self.model.get_output_embeddings()
             prefixes += tuple(f"{name}." for name, module in self.model.named_modules() if module is output)
-        # A tied weight may be stored under another name, outside of what is asked for.
+        # A tied weight may be stored under the name of a parameter outside these prefixes.
         stored = {first for name, first in self.model.all_tied_weights_keys.items() if name.startswith(prefixes)}
         wanted = {
             name: self.reader.lazy(name)
@@ -63,11 +63,11 @@ class PartLoader:
 
     @contextmanager
     def loaded(self, position: int, tensors: Mapping[str, LazyTensor] | None = None) -> Iterator[None]:
-        """Have one decoder layer's weights in memory while the context is open.
+        """Load one decoder layer's weights while the context is open.
 
         Args:
-            position: of the layer.
-            tensors: what to make it from, by name; by default the checkpoint's.
+            position: index of the layer.
+            tensors: to load it from, by their names in the checkpoint; by default the checkpoint's own.
         """
         layer = self.decoder_layers[position]
         tensors = dict(self.tensors(position) if tensors is None else tensors)
@@ -84,13 +84,13 @@ class PartLoader:
             self.reader.close()
 
     def tensors(self, position: int) -> dict[str, LazyTensor]:
-        """The checkpoint's tensors of a decoder layer."""
+        """Return the checkpoint's tensors of a decoder layer, to be read when they are used."""
         return {name: self.reader.lazy(name) for name in self.names.sources(f"{self.decoder}.{position}.")}
 
     def _load_experts(self, layer: MoELayer, tensors: dict[str, LazyTensor]) -> None:
-        """Load experts that are stored one by one, each into its place, and take their tensors out of `tensors`.
+        """Load experts that are stored one by one into the fused parameters, and remove them from `tensors`.
 
-        Loaded all at once, they would be in memory three times while they are put together.
+        Loaded all at once, they would be in memory three times while they are fused.
         """
         parameters = layer.experts._parameters
         for name in [name for name, parameter in parameters.items() if parameter is not None]:
@@ -110,7 +110,7 @@ class PartLoader:
 
     def _load(self, module: nn.Module, tensors: Mapping[str, LazyTensor]) -> None:
         load_tensors_(self.model, {name: lazy.into(self.empty) for name, lazy in tensors.items()}, self.device)
-        for part in module.modules():  # what no checkpoint stores, such as rotary frequencies, is made on the CPU
+        for part in module.modules():  # buffers that no checkpoint stores, such as rotary frequencies, are on the CPU
             for name, buffer in part._buffers.items():
                 if buffer is not None and buffer.device.type != "meta":
                     part._buffers[name] = buffer.to(self.device)

@@ -1,8 +1,8 @@
-"""Fused experts that a checkpoint stores transposed: saved the way round that they were loaded.
+"""Makes `save_pretrained` store fused experts transposed where the source checkpoint stores them transposed.
 
-transformers turns such tensors when it loads them, if their shapes ask for it, and never turns them back: published
-Qwen3-VL-MoE checkpoints hold (E, in, out), what `save_pretrained` writes holds (E, out, in), and older readers refuse
-that.  The converters that a model was loaded with stay with it, and save it; so they are told here what they did.
+transformers transposes such tensors on loading, depending on their shapes, but not on saving: published Qwen3-VL-MoE
+checkpoints hold (E, in, out), `save_pretrained` writes (E, out, in), and older readers refuse that.  A model keeps the
+converters that it was loaded with, and saves with them; this module sets those that have transposed to do so again.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ __all__ = ["keep_orientation_"]
 
 
 def keep_orientation_(model: Any) -> None:
-    """Let `save_pretrained` transpose whatever loading has transposed; call it before the shapes change.
+    """Make `save_pretrained` transpose the tensors that loading has transposed; called before the shapes change.
 
     Args:
-        model: as loaded; one without a local source, or whose tensors were not turned, stays as it is.
+        model: as loaded; without a local source, or without transposed tensors, it stays as it is.
     """
     turning = [(c, op) for c in getattr(model, "_weight_conversions", None) or () for op in _checked_transposes(c)]
     config = source_file(model, "config.json") if turning else None
@@ -30,9 +30,9 @@ def keep_orientation_(model: Any) -> None:
         sources = [info for name, info in stored.items() if converter.source_patterns[0] in name]
         shapes = {tuple(p.shape) for p in parameters.values()}
         if sources and not shapes & {tuple(info.shape) for info in sources}:
-            operation.check_dims = False  # it turned the tensors, so saving turns them back
+            operation.check_dims = False  # loading transposed the tensors, so saving does, too
 
 
 def _checked_transposes(converter: Any) -> list[Any]:
-    """The operations of a converter that look at shapes to decide."""
+    """Return the transpose operations of a converter that depend on the tensor's shape."""
     return [op for op in getattr(converter, "operations", None) or () if getattr(op, "check_dims", False)]

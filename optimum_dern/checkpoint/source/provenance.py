@@ -1,4 +1,4 @@
-"""Where a model came from: its name, revision, config file and tokenizer, as far as they are still at hand."""
+"""The origin of a loaded model: its name, revision, config file and tokenizer, where they are still available."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,16 +23,16 @@ OWN_CODE = "trust_remote_code"
 
 
 def locating_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments of `from_pretrained` that tell where files are, revisions aside."""
+    """Return the arguments of `from_pretrained` that tell where files are, except the revision."""
     return {name: options[name] for name in LOCATING if name in options}
 
 
 def location_options(name: str, files: Sequence[str] | None) -> dict[str, Any]:
-    """The cache and the subfolder that weights were found in, as arguments of `from_pretrained`.
+    """Find the cache and subfolder that weights were loaded from, as arguments of `from_pretrained`.
 
     Args:
         name: folder or Hub id that was given.
-        files: with the weights; None where they came from none.
+        files: paths of the weight files; None where the weights came from no file.
     """
     if not files:
         return {}
@@ -49,12 +49,12 @@ def location_options(name: str, files: Sequence[str] | None) -> dict[str, Any]:
 
 
 def model_source(model: Any) -> tuple[str | None, str | None]:
-    """The name (Hub id or path) and the revision that a model was loaded from; None for what is not known."""
+    """Return the name (Hub id or path) and revision that a model was loaded from, each None where unknown."""
     return model.config.name_or_path or None, getattr(model.config, "_commit_hash", None)
 
 
 def source_file(model: Any, filename: str) -> Path | None:
-    """A file of the checkpoint that a model was loaded from, on this machine; None where there is none."""
+    """Find a local file of the checkpoint that a model was loaded from; None where there is none."""
     from transformers.utils import cached_file
 
     name, revision = model_source(model)
@@ -75,13 +75,13 @@ def source_file(model: Any, filename: str) -> Path | None:
 
 
 def source_config(model: Any) -> dict[str, Any] | None:
-    """The JSON that a model's config was loaded from, or None where it came from no file that is still at hand."""
+    """Read the config.json that a model's config was loaded from; None where no such file is found."""
     path = source_file(model, "config.json")
     return None if path is None else json.loads(path.read_text("utf-8"))
 
 
 def source_tokenizer(model: Any, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of the checkpoint that a model was loaded from; None for a model that was made in memory."""
+    """Load the tokenizer of the checkpoint that a model was loaded from; None for a model created in memory."""
     name, revision = model_source(model)
     location = dict(_loading(model))
     trusts_code = location.pop(OWN_CODE, False) or trust_remote_code
@@ -91,16 +91,16 @@ def source_tokenizer(model: Any, trust_remote_code: bool = False) -> Any:
 def load_tokenizer(
     name: str | Path, revision: str | None = None, trust_remote_code: bool = False, **location: Any
 ) -> Any:
-    """A tokenizer from a folder or the Hub.
+    """Load a tokenizer from a folder or the Hub.
 
     Args:
         name: folder or Hub id.
         revision: branch, tag or commit of a Hub model.
-        trust_remote_code: run code of its own; nobody is asked.
+        trust_remote_code: allow the tokenizer's own code to run, without a prompt.
         **location: `LOCATING` arguments of `from_pretrained`.
 
     Raises:
-        ValueError: it has code of its own that may not run.
+        ValueError: the tokenizer has code of its own, which is not allowed to run.
     """
     from transformers import AutoTokenizer
 
@@ -117,5 +117,5 @@ def load_tokenizer(
 
 
 def _loading(model: Any) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that a model is being loaded with, as far as they are known."""
+    """Return the arguments of `from_pretrained` that a model is being loaded with, where they are known."""
     return getattr(model, "dern_loading", {})

@@ -1,7 +1,7 @@
-"""What one oneshot pass has measured, kept beside its result: `dern_statistics.safetensors`.
+"""`dern_statistics.safetensors`: expert statistics of the original model, recorded by a pass with oneshot calibration.
 
-The sums per expert of every layer of the original model serve further ratios and methods without another pass.  The
-file's metadata says which model and which calibration data they belong to.
+They let further runs choose experts, for other counts and methods, without another pass.  The file's metadata tells
+which model and which calibration data they belong to.
 """
 
 import hashlib
@@ -26,16 +26,16 @@ from ..format.weight_files import INDEX_NAME, SINGLE_NAME
 __all__ = ["STATISTICS_NAME", "RecordedStatistics", "StatisticsWriter", "identify_model", "publish_statistics"]
 
 STATISTICS_NAME, KEY = "dern_statistics.safetensors", "dern_statistics"
-SAMPLE = 64  # bytes of every tensor (of every expert, where one tensor holds them all) that tell models apart
+SAMPLE = 64  # bytes of every tensor (of every expert in a fused tensor) that `identify_model` hashes
 
 
 class StatisticsWriter:
-    """Writes statistics layer by layer; those that an earlier run has written stay.
+    """Writes expert statistics to a file layer by layer; those of an interrupted run are kept.
 
     Args:
         folder: working folder.
         positions: of all MoE layers.
-        describe: what they belong to, JSON-able; asked when the first layer comes.
+        describe: returns the JSON metadata (model and calibration data); called when the first layer is written.
     """
 
     def __init__(self, folder: Path, positions: Collection[int], describe: Callable[[], Mapping[str, Any]]) -> None:
@@ -43,7 +43,7 @@ class StatisticsWriter:
         self.places: dict[str, TensorInfo] = {}
 
     def write(self, position: int, statistics: ExpertStatistics) -> None:
-        """Have the statistics of one layer on the disk."""
+        """Write the statistics of one layer to disk."""
         tensors = {name: torch.as_tensor(value).cpu() for name, value in vars(statistics).items()}
         if not self.path.exists():
             self._create(tensors)
@@ -67,14 +67,14 @@ class StatisticsWriter:
 
 
 class RecordedStatistics:
-    """Statistics of an earlier run.
+    """Expert statistics recorded by an earlier run.
 
     Args:
         path: of the file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is something else.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a statistics file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -89,7 +89,7 @@ class RecordedStatistics:
         self.places = read_header(self.path)
 
     def read(self, position: int) -> ExpertStatistics:
-        """The statistics of one layer."""
+        """Read the statistics of one layer."""
         file = os.open(self.path, os.O_RDONLY)
         try:
             values = {f.name: read_tensor(self.places[f"{position}.{f.name}"], file) for f in fields(ExpertStatistics)}
@@ -98,14 +98,14 @@ class RecordedStatistics:
         return ExpertStatistics(**values | {"tokens": int(values["tokens"])})
 
     def check(self, expected: Mapping[str, Any], positions: Collection[int]) -> None:
-        """Refuse statistics of something else.
+        """Refuse statistics of another model or other calibration data.
 
         Args:
-            expected: parts of what the statistics were described by when they were written.
-            positions: of the MoE layers that they are needed for.
+            expected: entries that the file's metadata must have.
+            positions: of the MoE layers that statistics are needed for.
 
         Raises:
-            ValueError: naming what differs.
+            ValueError: an entry differs or a layer is missing; the message names it.
         """
         different = [name for name, value in expected.items() if self.description.get(name) != value]
         if different:
@@ -124,11 +124,11 @@ class RecordedStatistics:
 
 
 def identify_model(reader: CheckpointReader, dtype: str | None) -> dict[str, Any]:
-    """What tells a model from others, wherever its files lie: a digest of samples of all weights, its config, dtype.
+    """Make a model's identity, independent of where its files are: a hash of samples of its weights, config and dtype.
 
     Args:
         reader: of the checkpoint.
-        dtype: that the model is computed in, where it is not the config's.
+        dtype: of the computation, where it is not the config's.
     """
     digest = hashlib.sha256()
     with ExitStack() as stack:
@@ -145,12 +145,12 @@ def identify_model(reader: CheckpointReader, dtype: str | None) -> dict[str, Any
 
 
 def publish_statistics(work: Path, output: Path) -> None:
-    """Move a finished file beside the checkpoint.
+    """Move the finished statistics file into the output folder.
 
     Args:
-        work: working folder, in which there may be none.
-        output: folder; weights in a single file get an index there, by which readers that would take every
-            safetensors file of a folder for weights (vLLM) leave this one out.
+        work: working folder, in which there may be no such file.
+        output: folder; weights in a single file get an index there, so that readers that otherwise load every
+            safetensors file of a folder as weights (vLLM) do not load the statistics.
     """
     if (work / STATISTICS_NAME).exists():
         os.replace(work / STATISTICS_NAME, output / STATISTICS_NAME)

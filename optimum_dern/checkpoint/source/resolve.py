@@ -1,6 +1,6 @@
-"""From a folder or a Hub id to a local folder with everything that compression needs, and nothing else.
+"""Find the local folder of a checkpoint, and download from the Hub only the files that compression needs.
 
-Weights are fetched apart from the rest, so that whatever can be refused without them is refused before a download
+Weights are downloaded after everything else, so that a model that cannot be compressed is refused before a download
 that may take hours.
 """
 
@@ -24,22 +24,22 @@ LOGIN = "log in with `hf auth login`, or give token=..."
 def resolve_checkpoint(
     model: str | Path, revision: str | None = None, token: Any = None, subfolder: str = "", **download: Any
 ) -> tuple[Path, str | None]:
-    """Find a checkpoint's files, downloading those that are needed and no weights.
+    """Find a checkpoint's folder; of a Hub model, download the files it needs except its weights.
 
     Args:
         model: folder or Hub id.
         revision: branch, tag or commit of a Hub model.
-        token: for a private one.
-        subfolder: of the folder or repository, in which the checkpoint is.
+        token: for a private repository.
+        subfolder: of the folder or repository, where the checkpoint is in one.
         **download: `cache_dir`, `local_files_only` and `force_download` of `snapshot_download`.
 
     Returns:
         The folder, and the commit of a Hub model.
 
     Raises:
-        FileNotFoundError: a path, repository or revision that does not exist, or one without safetensors.
-        PermissionError: a repository that is not for everyone.
-        OSError: the Hub cannot give the files.
+        FileNotFoundError: the path, repository or revision does not exist, or has no safetensors weights.
+        PermissionError: the repository is private or gated.
+        OSError: the download failed.
     """
     inside = f"{subfolder}/" if subfolder else ""
     ignored = [*(f"*{kind}" for kind in LARGE), f"{inside}*/*", f"{inside}.*"]
@@ -51,7 +51,7 @@ def resolve_checkpoint(
 
 
 def check_checkpoint(model: str | Path, revision: str | None = None) -> None:
-    """Raise what `resolve_checkpoint` raises for a checkpoint that is not there; no more than its configs are fetched.
+    """Check that a checkpoint exists, with the errors of `resolve_checkpoint`; only its configs are downloaded.
 
     Args:
         model: folder or Hub id.
@@ -63,25 +63,25 @@ def check_checkpoint(model: str | Path, revision: str | None = None) -> None:
 def fetch_weights(
     model: str, commit: str, folder: Path, token: Any = None, subfolder: str = "", **download: Any
 ) -> None:
-    """Download a Hub model's weights, and what else lies in folders of its repository and is needed.
+    """Download a Hub model's weights, and the needed files in folders of its repository, such as chat templates.
 
     Args:
         model: Hub id.
-        commit: of it.
-        folder: where `resolve_checkpoint` found the rest; weights that are here already stay.
+        commit: of the repository.
+        folder: where `resolve_checkpoint` found the other files; weights that it has already are kept.
         token: for a private repository.
         subfolder: as in `resolve_checkpoint`.
-        **download: likewise.
+        **download: as in `resolve_checkpoint`.
 
     Raises:
-        OSError: the Hub cannot give them.
+        OSError: the download failed.
     """
     inside = f"{subfolder}/" if subfolder else ""
 
     def fetch(names: list[str]) -> None:
         _fetch(model, commit, token, allow_patterns=[f"{inside}{name}" for name in names], **download)
 
-    # A single file goes before an index: whether shards are needed shows once the repository has been asked for one.
+    # A single file takes precedence over an index, so shards are needed only if the repository has no such file.
     fetch([*entry_names(folder), *(f"{name}/*" for name in FOLDERS)])
     shards = [name for name in weight_names(folder) if not (folder / name).is_file()]
     if shards:
@@ -89,17 +89,17 @@ def fetch_weights(
 
 
 def remote_dtypes(model: str, commit: str, folder: Path, token: Any = None, subfolder: str = "") -> dict[str, str]:
-    """Names of the dtypes of the tensors in a Hub model's first file of weights, of which the header is downloaded.
+    """Return the safetensors dtypes in a Hub model's first weight file, of which only the header is downloaded.
 
     Args:
         model: Hub id.
-        commit: of it.
-        folder: where `resolve_checkpoint` found the rest.
+        commit: of the repository.
+        folder: where `resolve_checkpoint` found the other files.
         token: for a private repository.
         subfolder: of the repository.
 
     Raises:
-        OSError: the Hub cannot give it.
+        OSError: the download failed.
     """
     from huggingface_hub import HfApi
 
@@ -114,7 +114,7 @@ def remote_dtypes(model: str, commit: str, folder: Path, token: Any = None, subf
 def _find(
     model: str | Path, revision: str | None, token: Any, subfolder: str = "", **download: Any
 ) -> tuple[Path, str | None]:
-    """A checkpoint's folder, which has a config.json; of a Hub model with the files that match, and its commit."""
+    """Find a checkpoint's folder, which must have a config.json; a Hub model is downloaded, and has a commit."""
     folder, commit = Path(model).expanduser(), None
     if not folder.is_dir():
         if isinstance(model, Path) or folder.is_absolute() or folder.exists() or not _is_hub_id(model):
@@ -151,7 +151,7 @@ def _fetch(model: str, revision: str | None, token: Any, **download: Any) -> Pat
 
 
 def _check_weights(model: str, commit: str, folder: Path, token: Any, inside: str, local: bool) -> None:
-    """Refuse a Hub model without safetensors, its folder having everything else."""
+    """Refuse a Hub model without safetensors weights, whose other files are in `folder`."""
     entries = entry_names(folder)
     if any((folder / name).is_file() for name in entries):
         return
@@ -180,7 +180,7 @@ def _check_weights(model: str, commit: str, folder: Path, token: Any, inside: st
 
 @contextmanager
 def _explained(model: str, revision: str | None) -> Iterator[None]:
-    """Turn whatever the Hub's client raises into one error that says what to do.
+    """Turn any error of the Hub's client into an OSError that says what to do.
 
     Raises:
         OSError: instead of any other error.

@@ -1,7 +1,7 @@
-"""Which weights of a model are one: what its config ties, unless the checkpoint stores them with different values.
+"""Tied weights of a model: those that its config ties, unless the checkpoint stores them with different values.
 
-transformers decides so when it loads a model.  A skeleton, none of whose weights are loaded, has it from the headers,
-and from the values of those tensors that are stored although the config ties them.
+transformers decides this when it loads a model.  For a model without weights it is decided from the headers, and from
+the values of those tensors that are stored although the config ties them.
 """
 
 from typing import Any
@@ -18,12 +18,12 @@ __all__ = ["match_ties_", "record_untied_"]
 
 
 def match_ties_(model: Any, reader: CheckpointReader, names: NameMap) -> None:
-    """Tie a skeleton's weights as transformers would on loading.
+    """Tie the parameters of a model without weights as transformers would on loading.
 
     Args:
-        model: skeleton; its weights are tied as its config says.
+        model: without weights; its parameters are tied as its config says.
         reader: of its checkpoint.
-        names: from the checkpoint's tensors to the model's parameters.
+        names: mapping from the checkpoint's tensors to the model's parameters.
     """
     groups: dict[str, list[str]] = {}
     for name, usual in model.all_tied_weights_keys.items():
@@ -31,7 +31,7 @@ def match_ties_(model: Any, reader: CheckpointReader, names: NameMap) -> None:
     ties = {}
     for members in groups.values():
         stored = [name for name in members if name in names.filled]
-        first = (stored or members)[0]  # what the others take their values from
+        first = (stored or members)[0]  # the others are tied to it
         for name in members:
             if name == first:
                 continue
@@ -45,12 +45,12 @@ def match_ties_(model: Any, reader: CheckpointReader, names: NameMap) -> None:
 
 
 def record_untied_(model: Any) -> None:
-    """Have a config no longer tie an output head that is the model's own.
+    """Set `tie_word_embeddings` to False in a model's config where its output head is not tied.
 
-    Readers other than transformers 5 go by the config, nested ones too, and would leave the stored head out.
+    Readers other than transformers 5 rely on the config, nested ones too, and would ignore the stored head.
 
     Args:
-        model: a skeleton, or loaded by transformers.
+        model: with or without weights.
     """
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
@@ -63,7 +63,7 @@ def record_untied_(model: Any) -> None:
 
 
 def _equal(model: Any, reader: CheckpointReader, names: NameMap, first: str, second: str) -> bool:
-    """Whether two stored parameters have the same values, in the dtype that they are loaded in."""
+    """Whether two stored parameters have the same values, in the dtype in which they are loaded."""
     stored = [[source for source, target in names.target.items() if target == name] for name in (first, second)]
     if len(stored[0]) != len(stored[1]):
         return False
@@ -78,7 +78,7 @@ def _equal(model: Any, reader: CheckpointReader, names: NameMap, first: str, sec
 
 
 def _untie_(model: Any, name: str) -> None:
-    """Give a parameter of a skeleton a place of its own."""
+    """Replace a tied parameter of a model without weights by one of its own."""
     module, _, attribute = name.rpartition(".")
     parameters = model.get_submodule(module)._parameters
     parameters[attribute] = nn.Parameter(torch.empty_like(parameters[attribute]), requires_grad=False)

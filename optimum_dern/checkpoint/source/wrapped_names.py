@@ -1,11 +1,11 @@
-"""Tensors saved through a wrapper of the model, whose names have a part that no plain model knows."""
+"""Detection of tensor names that a wrapper of the model, such as torch.compile or FSDP, has left in a checkpoint."""
 
 from collections.abc import Iterable
 
 
 __all__ = ["explain_wrapped"]
 
-WRAPPERS = {  # part of a name -> whose
+WRAPPERS = {  # part of a tensor's name -> the wrapper that adds it
     "_orig_mod.": "torch.compile",
     "module.": "DataParallel or DeepSpeed",
     "_fsdp_wrapped_module.": "FSDP",
@@ -16,14 +16,14 @@ WRAPPERS = {  # part of a name -> whose
 
 
 def explain_wrapped(wanted: str, stored: Iterable[str]) -> str | None:
-    """What is wrong with a checkpoint's names, and the mend, where a wrapper explains why a tensor is not found.
+    """Explain why a tensor is not found, and what to do, where its stored name has the prefix of a wrapper.
 
     Args:
         wanted: name of the tensor in a plain checkpoint.
         stored: names that the checkpoint has.
 
     Returns:
-        The end of a message; None where no name has such a part.
+        The end of an error message; None where no name has such a prefix.
     """
     for name in stored:
         parts = [part for part in WRAPPERS if f".{part}" in f".{name}"]

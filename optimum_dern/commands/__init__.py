@@ -1,1 +1,1 @@
-"""The command line, in both spellings: `optimum-dern ...` and `optimum-cli dern ...`."""
+"""The command line, as `optimum-dern ...` and as `optimum-cli dern ...`."""

@@ -1,4 +1,4 @@
-"""`compare ORIGINAL COMPRESSED...`: quality, size, memory and speed side by side."""
+"""`compare ORIGINAL COMPRESSED...`: measure the quality, size, memory and speed of several models side by side."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ EPILOG = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Add the arguments of `compare` to its parser."""
     parser.add_argument("original", metavar="ORIGINAL", help="checkpoint folder or Hub id")
     parser.add_argument("compressed", metavar="COMPRESSED", nargs="+", help="the models to set against it")
     quality = parser.add_argument_group("quality")
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure and print."""
+    """Measure the models, and print or write the comparison."""
     _check(args)
 
     from ..evaluation.compare.models import compare_models
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Whatever can be refused before a model is loaded."""
+    """Refuse invalid arguments and missing files before a model is loaded."""
     from ..checkpoint.source.resolve import check_checkpoint
     from ..data.batches import check_source
     from ..evaluation.tasks.load import load_tasks

@@ -1,4 +1,4 @@
-"""`compress MODEL OUTPUT`: one command from a checkpoint to a smaller checkpoint."""
+"""`compress MODEL OUTPUT`: compress a checkpoint into a smaller one, and measure both if asked to."""
 
 import argparse
 import json
@@ -33,7 +33,7 @@ EPILOG = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Add the arguments of `compress` to its parser."""
     add_model_arguments(parser)
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder for the compressed checkpoint")
     parser.add_argument(
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compress, write and evaluate a layer at a time; prints the before/after table."""
+    """Compress, write and evaluate a checkpoint layer by layer, and print the table of before and after."""
     from ..machine.allocator import return_large_blocks
     from ..machine.processes import joined_processes
     from ..machine.torch_state import check_device
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _compress(args: argparse.Namespace) -> tuple[dict[Path, Any], dict[str, list[dict]]]:
-    """Everything up to finished checkpoints: their reports by folder, and the texts to evaluate on."""
+    """Check the arguments and compress; returns the reports by folder, and the texts to evaluate on."""
     config = config_from_arguments(args)
     check_model_name(args.model)
     check_output(Path(args.model).expanduser(), args.output, args.overwrite)
@@ -152,7 +152,7 @@ def _load_texts(args: argparse.Namespace) -> dict[str, list[dict]]:
 
 
 def _evaluate(reports: dict[Path, Any], args: argparse.Namespace, texts: dict[str, list[dict]], device: Any) -> None:
-    """Measure all checkpoints, and put the losses into the reports and the cards."""
+    """Measure the loss of all checkpoints, and write it into their reports and cards."""
     from ..checkpoint.output.publishing import write_report
     from ..evaluation.loss.streamed import evaluate_checkpoint
 
@@ -164,7 +164,7 @@ def _evaluate(reports: dict[Path, Any], args: argparse.Namespace, texts: dict[st
 
 
 def _check_sources(*sources: Any) -> None:
-    """What is not there is not worth loading a model for."""
+    """Refuse missing text files before a model is loaded."""
     from ..data.batches import check_source
 
     for source in sources:

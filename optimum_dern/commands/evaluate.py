@@ -1,4 +1,4 @@
-"""`evaluate MODEL`: loss by text, accuracy by task, and agreement with the original."""
+"""`evaluate MODEL`: measure loss by text, accuracy by task, and agreement with the original model."""
 
 import argparse
 import json
@@ -27,7 +27,7 @@ EPILOG = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Add the arguments of `evaluate` to its parser."""
     add_model_arguments(parser)
     what = parser.add_argument_group("what to measure")
     what.add_argument("--data", metavar="TEXT", nargs="+", default=[], help="held-out files, or folders of files")
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure and print."""
+    """Measure the model, and print or write the results."""
     _check(args)
     from ..evaluation.tasks.load import load_tasks
     from ..text_files import replace_json
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Whatever can be refused before anything is loaded."""
+    """Refuse invalid arguments and missing files before anything is loaded."""
     from ..checkpoint.source.resolve import check_checkpoint
     from ..data.batches import check_source
     from ..machine.torch_state import check_device
@@ -117,7 +117,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _load_texts(args: argparse.Namespace) -> tuple[Any, dict[str, list[dict]], int]:
-    """The model's tokenizer, batches by name of the text, and how long sequences may be in them."""
+    """Load the model's tokenizer and the batches by name of the text; returns them and the sequence length."""
     from transformers import AutoConfig, AutoTokenizer
 
     from ..evaluation.loss.perplexity import evaluation_length, load_texts
@@ -137,7 +137,7 @@ def _load_texts(args: argparse.Namespace) -> tuple[Any, dict[str, list[dict]], i
 
 
 def _load_model(args: argparse.Namespace, name: str, **source: Any) -> Any:
-    """The model whole, or one that streams its layers."""
+    """Load the whole model, or open one that streams its layers."""
     from ..models.loading import load_model
 
     if not args.streamed:
@@ -155,7 +155,7 @@ def _source(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _original_predictions(args: argparse.Namespace, texts: dict[str, list[dict]], scratch: Path) -> Any:
-    """The original's predictions: those of --cache where they are of these tokens, else written now."""
+    """Read the original's predictions from --cache if they are of these tokens, else compute and write them."""
     from ..evaluation.agreement.logits_cache import CACHE_NAME, LogitsCache, cache_logits
 
     folder, name = args.cache or scratch / "cache", f"{args.against}, {args.dtype or 'dtype as stored'}"

@@ -1,4 +1,4 @@
-"""`inspect MODEL`: what would be compressed, and to what size, without loading a weight."""
+"""`inspect MODEL`: show a model's MoE layers, and its predicted size, memory and time, without loading weights."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ EPILOG = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Add the arguments of `inspect` to its parser."""
     add_model_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of a table")
     parser.add_argument("--max-memory", metavar="SIZE", help='refuse what would take more, such as "8GiB"')
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the structure that was found and the sizes before and after."""
+    """Print the MoE layers found, the sizes before and after, and the predicted memory, disk space and time."""
     config = config_from_arguments(args)
     check_model_name(args.model)
 

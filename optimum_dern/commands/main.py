@@ -1,4 +1,4 @@
-"""`optimum-dern`: dispatch to one file a command, errors on one line."""
+"""Entry point of `optimum-dern`: parses the command line, runs a command, and prints errors on one line."""
 
 import argparse
 import sys
@@ -25,14 +25,14 @@ COMMANDS: dict[str, ModuleType] = {
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors look like all others: one line, exit code 2."""
+    """Argument parser that prints errors like the commands do: on one line, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (see {self.prog} --help)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script; exits with 2 on an error."""
+    """Run the console script; exits with code 2 on an error."""
     parser = OneLineParser(prog="optimum-dern", description="Make Mixture-of-Experts models smaller without training.")
     parser.add_argument("--version", action="version", version=f"optimum-dern {versions.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def add_command(parser: argparse.ArgumentParser, module: ModuleType) -> None:
-    """Fill a command's parser; shared by both spellings."""
+    """Fill a command's parser, for `optimum-dern` and for `optimum-cli dern`."""
     parser.description = module.DESCRIPTION
     parser.epilog = module.EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -51,11 +51,11 @@ def add_command(parser: argparse.ArgumentParser, module: ModuleType) -> None:
 
 
 def run_safely(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Run a command; an error becomes one line on stderr and exit code 2 (`--traceback` shows the whole).
+    """Run a command; an error becomes one line on stderr and exit code 2, unless `--traceback` is given.
 
-    What refuses the user's input or data is told as it is, anything else with its type and how to see more.
+    Refusals of the user's input or data are printed as they are, any other error with its type and a hint.
     """
-    if "torch" not in sys.modules:  # else its threads are there
+    if "torch" not in sys.modules:  # else torch has started its threads already
         choose_threads()
     try:
         check_utf8(*vars(args).values())
@@ -70,6 +70,6 @@ def run_safely(run: Callable[[argparse.Namespace], None], args: argparse.Namespa
 
 
 def fail(message: str) -> NoReturn:
-    """One line on stderr and exit code 2."""
+    """Print an error on one line of stderr, and exit with code 2."""
     print(f"optimum-dern: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""`optimum-cli dern ...`: the same commands as `optimum-dern`, as optimum's command classes."""
+"""The commands of `optimum-dern` as command classes of optimum, for `optimum-cli dern ...`."""
 
 from argparse import ArgumentParser
 
@@ -28,7 +28,7 @@ def _command_class(name: str) -> type[BaseOptimumCLICommand]:
 
 
 class DernCommand(BaseOptimumCLICommand):
-    """Root of `optimum-cli dern`."""
+    """The `optimum-cli dern` command, with the subcommands of `optimum-dern`."""
 
     COMMAND = CommandInfo(name="dern", help="Make Mixture-of-Experts models smaller without training.")
     SUBCOMMANDS = tuple(

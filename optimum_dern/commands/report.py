@@ -1,4 +1,4 @@
-"""`report CHECKPOINT`: the report of a compression as a page, from the JSON beside a checkpoint."""
+"""`report CHECKPOINT`: write a compression report, read from its JSON file, as an HTML page."""
 
 import argparse
 from pathlib import Path
@@ -20,7 +20,7 @@ EPILOG = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Add the arguments of `report` to its parser."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="its folder, or its dern_report.json")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write only the page, and to this file")
     parser.add_argument("--card", action="store_true", help="write README.md anew, too; what was edited there is lost")
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the page, and say where it is."""
+    """Write the page, and print its path."""
     if args.card and args.output:
         raise ValueError("--card writes into the checkpoint, and --output elsewhere; give one of them")
     report, folder = _load(args.checkpoint)
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _load(path: Path):
-    """The report, and the folder that it is in."""
+    """Load the report of a checkpoint; returns it and its folder."""
     from ..checkpoint.output.publishing import REPORT_NAME
     from ..results.report import CompressionReport
 

@@ -1,4 +1,4 @@
-"""Plain tables for the terminal."""
+"""Plain-text tables for the terminal."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ __all__ = ["print_table"]
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under a header: the first column to the left, numbers to the right."""
+    """Print a table with the first column aligned to the left and the others to the right."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -17,5 +17,5 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(name, justify="left" if position == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    needed = Console(width=1000).measure(table).maximum  # a narrow terminal wraps: no figure is cut
+    needed = Console(width=1000).measure(table).maximum  # a narrow terminal wraps lines instead of cutting numbers
     Console(width=max(Console().width, needed)).print(table)

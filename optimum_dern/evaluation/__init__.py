@@ -1,1 +1,1 @@
-"""How good a model is, before and after."""
+"""Evaluation of a model: loss on text, accuracy on tasks, agreement with the original, speed and memory."""

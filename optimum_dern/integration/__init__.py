@@ -1,1 +1,1 @@
-"""Where other libraries find this one."""
+"""Integrations with transformers (loading, Trainer), router distillation and lm-eval."""

@@ -1,10 +1,10 @@
-"""Evaluation with lm-eval (EleutherAI's harness), of a model in memory or a saved checkpoint, without the network.
+"""Evaluation with lm-eval (EleutherAI's harness) on local task files, of a model in memory or a saved checkpoint.
 
     results = evaluate_with_lm_eval(model, tokenizer, load_tasks(["suite"], folder))
 
-The tasks' rows are written beside task definitions that include lm-eval's own, so that prompts, scoring and metrics
-are lm-eval's; tasks that it does not have keep their rows' text.  `write_lm_eval_tasks` alone makes the folder for its
-command line:
+The tasks' rows are written to files with task definitions that include lm-eval's own, so that prompts, scoring and
+metrics are lm-eval's; tasks that it does not have use the rows' own texts.  `write_lm_eval_tasks` alone makes the
+folder for lm-eval's command line:
 
     lm_eval run --model hf --model_args pretrained=CHECKPOINT,dtype=float32 --include_path FOLDER --tasks boolq,piqa
 """
@@ -35,13 +35,13 @@ def evaluate_with_lm_eval(
 
     Args:
         model: a causal language model, or the folder or Hub id of a checkpoint, which is loaded in float32.
-        tokenizer: of the model; that of the checkpoint where None.
-        tasks: of `load_tasks` or `make_task`.
-        batch_size: sequences a forward pass.
-        folder: where task definitions are written and stay; a temporary one by default.
+        tokenizer: of the model; None for that of the checkpoint.
+        tasks: from `load_tasks` or `make_task`.
+        batch_size: sequences per forward pass.
+        folder: to write task definitions to and keep them; by default a temporary one.
 
     Returns:
-        What `evaluate_tasks` gives, without `acc_bytes`, item by item from lm-eval's log.
+        Results as from `evaluate_tasks`, without `acc_bytes`, with every item's result from lm-eval's log.
 
     Raises:
         ImportError: lm-eval is not installed.
@@ -70,25 +70,25 @@ def evaluate_with_lm_eval(
 
 
 def check_installed() -> None:
-    """Raise ImportError, with what to do, where lm-eval is missing."""
+    """Raise ImportError, with how to install it, where lm-eval is missing."""
     _lm_eval("lm_eval")
 
 
 def harness_model(model: Any, tokenizer: Any = None, batch_size: int = 8, **options: Any) -> Any:
-    """Wrap a model for `lm_eval.simple_evaluate`; log-likelihoods are taken in float32.
+    """Wrap a model for `lm_eval.simple_evaluate`, with log-likelihoods computed in float32.
 
     Args:
         model: a causal language model, or the folder or Hub id of a checkpoint, which is loaded in float32.
-        tokenizer: of the model; that of the checkpoint where None.
-        batch_size: sequences a forward pass.
-        **options: of lm-eval's `HFLM`, such as `max_length`; they win.
+        tokenizer: of the model; None for that of the checkpoint.
+        batch_size: sequences per forward pass.
+        **options: arguments of lm-eval's `HFLM`, such as `max_length`, which override those set here.
 
     Returns:
         An `HFLM`.
 
     Raises:
         ImportError: lm-eval is not installed.
-        ValueError: a model in memory without a tokenizer.
+        ValueError: the model is in memory and no tokenizer is given.
     """
     wrapper = _lm_eval("lm_eval.models.huggingface").HFLM
     defaults: dict[str, Any] = {"backend": "causal", "batch_size": batch_size, "softmax_dtype": "float32"}
@@ -108,8 +108,8 @@ def write_lm_eval_tasks(tasks: Sequence[Task], folder: str | Path) -> dict[str, 
     """Write tasks as lm-eval reads them, for `TaskManager(include_path=folder)` or `lm_eval run --include_path`.
 
     Args:
-        tasks: of `load_tasks` or `make_task`.
-        folder: where to; made if needed.
+        tasks: from `load_tasks` or `make_task`.
+        folder: to write to; created if needed.
 
     Returns:
         lm-eval's name of every task; `:cloze` becomes `_cloze` in it.
@@ -136,7 +136,7 @@ def write_lm_eval_tasks(tasks: Sequence[Task], folder: str | Path) -> dict[str, 
 
 
 def _write_group(folder: Path, name: str, rows: list[dict], definition: str) -> None:
-    """A task of each subject, by lm-eval's definition for it, and the group of them all."""
+    """Write one task per subject, by lm-eval's definition for it, and the group of all subjects."""
     subjects = dict.fromkeys(row["subject"] for row in rows)
     for subject in subjects:
         part = [row | {"item": i} for i, row in enumerate(rows) if row["subject"] == subject]
@@ -147,7 +147,7 @@ def _write_group(folder: Path, name: str, rows: list[dict], definition: str) -> 
 
 
 def _write_task(folder: Path, name: str, rows: list[dict], definition: dict[str, Any]) -> None:
-    """Rows, and a definition that reads them instead of the data set of the one that it includes."""
+    """Write a task's rows, and a definition that reads them instead of lm-eval's own data set."""
     from datasets import Dataset
 
     data = folder / f"{name}.parquet"  # JSON would be read with guessed types

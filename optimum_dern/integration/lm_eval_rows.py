@@ -1,7 +1,7 @@
-"""Rows of our task files in the form of the data sets that lm-eval's own task definitions read.
+"""Conversion of this package's task rows to rows of the data sets that lm-eval's own task definitions read.
 
-Every function takes a row and returns another, or None where the row's text is not what lm-eval's prompt would make of
-it; the task is then evaluated with the row's text as it is.
+Every function returns the converted row, or None where lm-eval's prompt would not reproduce the row's text; the task
+is then evaluated with the row's text as it is.
 """
 
 import re
@@ -49,7 +49,7 @@ def _openbookqa(row: Row) -> dict:
 
 
 def _hellaswag(row: Row) -> dict | None:
-    """Text that has been through lm-eval's clean-up comes out of it again as it is; it drops what is in brackets."""
+    """Convert a HellaSwag row so that lm-eval's clean-up, which removes text in brackets, reproduces its texts."""
     label, colon, context = row["context"].partition(": ")
     texts = [_protected(text) for text in (label, context, *row["choices"])]
     if not colon or row["context"] != row["context"].strip() or None in texts:
@@ -59,7 +59,7 @@ def _hellaswag(row: Row) -> dict | None:
 
 
 def _protected(text: str) -> str | None:
-    """A text of which stripping, dropping brackets and halving double spaces leaves this one, or None."""
+    """Return a text that lm-eval's clean-up (strip, drop brackets, halve double spaces) turns into this, or None."""
     if re.search(r"\[.*\]", text) or ("[" in text and text != text.strip()):
         return None
     before, after = "[]" * text[:1].isspace(), "[]" * text[-1:].isspace()
@@ -83,7 +83,7 @@ def _lambada(row: Row) -> dict | None:
     return None if " " in row["target"] else {"text": f"{row['context']} {row['target']}"}
 
 
-DEFINITIONS: dict[str, tuple[str, Callable[[Row], dict | None]]] = {  # lm-eval's file, and what makes rows for it
+DEFINITIONS: dict[str, tuple[str, Callable[[Row], dict | None]]] = {  # lm-eval's file, and the converter of its rows
     "arc_challenge": ("arc/arc_challenge.yaml", _arc),
     "arc_easy": ("arc/arc_easy.yaml", _arc),
     "boolq": ("super_glue/boolq/default.yaml", _boolq),
@@ -97,7 +97,7 @@ DEFINITIONS: dict[str, tuple[str, Callable[[Row], dict | None]]] = {  # lm-eval'
 
 
 def plain_row(task: Task, position: int) -> dict[str, Any]:
-    """One item with its own texts, for `plain_definition`."""
+    """Convert one item to a row with its own texts, for `plain_definition`."""
     item = task.items[position]
     if task.kind == "multiple_context":
         contexts = [request.context for request in item.requests]
@@ -110,7 +110,7 @@ def plain_row(task: Task, position: int) -> dict[str, Any]:
 
 
 def plain_definition(task: Task) -> dict[str, Any]:
-    """A task definition of lm-eval for rows of `plain_row`."""
+    """Make a task definition of lm-eval for rows from `plain_row`."""
     metrics = ["acc", "acc_norm"] if task.items[0].lengths else ["acc"]
     common = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "label"}
     if task.kind == "last_word":

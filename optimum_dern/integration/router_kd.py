@@ -1,9 +1,9 @@
-"""Router distillation (arXiv 2603.02217): train nothing but a compressed model's routers, on the original's words.
+"""Router distillation (arXiv 2603.02217): train only a compressed model's routers, on the original's predictions.
 
     L = tau^2 / |T| sum over the predicted tokens t of KL(softmax(z_t / tau) || softmax(z'_t / tau))
 
-with the original's logits z_t and the compressed model's z'_t.  Dropping experts leaves a router that was made for all
-of them; its rows are less than a thousandth of the parameters, so a few hundred steps on any text suffice.
+with the original's logits z_t and the compressed model's z'_t.  After dropping experts a router still has the rows
+that were trained with all of them; they are less than a thousandth of the parameters, so a few hundred steps suffice.
 """
 
 import math
@@ -25,22 +25,22 @@ __all__ = ["RouterDistillationTrainer", "only_routers_trainable", "router_parame
 
 
 class RouterDistillationTrainer(Trainer):
-    """A `Trainer` whose `train` moves the routers alone, towards the original model's next-token distribution.
+    """A `Trainer` whose `train` updates only the routers, towards the original model's next-token distribution.
 
-    `eval_loss` is the divergence, too.  Rows need no labels; where there are some, ignored ones are left out.  Routers
-    in a 16-bit dtype learn in float32 and are rounded after every step.
+    `eval_loss` is the divergence, too.  Rows need no labels; where they have some, tokens with ignored labels are left
+    out.  Routers in a 16-bit dtype are trained in float32 and rounded after every step.
 
     Args:
-        model: compressed.
+        model: the compressed model.
         args: of transformers' `Trainer`.
         teacher: the original model, on any device and quantised or not; or a `LogitsCache` of its predictions for the
             sequences to train and evaluate on, so that the two never need to be in memory together.
-        temperature: tau; a cache is of temperature 1.
+        temperature: tau; must be 1 with a cache.
         **options: of transformers' `Trainer`.
 
     Raises:
-        ValueError: a model without MoE layers, or a temperature that cannot be; in training, a teacher of another
-            vocabulary or without a sequence.
+        ValueError: the model has no MoE layers, or the temperature is invalid; in training, the teacher has another
+            vocabulary, or the cache lacks a sequence.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class RouterDistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # each micro-batch's loss is a mean of its own
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; afterwards every parameter requires a gradient, or not, as before."""
+        """Train as in `Trainer`, with only the routers trainable; afterwards `requires_grad` is as before."""
         with only_routers_trainable(self.model):
             return super().train(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As in `Trainer`, over float32 copies of parameters that are stored in fewer bits."""
+        """Create the optimizer as in `Trainer`, over float32 copies of parameters in a 16-bit dtype."""
         optimizer = super().create_optimizer(*args, **kwargs)
         _keep_float32_copies_(optimizer)
         return optimizer
@@ -71,7 +71,7 @@ class RouterDistillationTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
-        """The divergence of a batch from the teacher."""
+        """Compute the mean divergence from the teacher on a batch."""
         batch = {name: value for name, value in inputs.items() if name != "labels"}
         outputs, predicted = model(**batch, use_cache=False), _predicted(inputs)
         loss = self.teacher.divergence(outputs.logits, batch, predicted) / predicted.sum().clamp(min=1)
@@ -79,10 +79,10 @@ class RouterDistillationTrainer(Trainer):
 
 
 def make_teacher(source: nn.Module | LogitsCache, temperature: float) -> Teacher:
-    """The teacher that a model or a cache makes.
+    """Make a teacher from a model or a cache of its predictions.
 
     Raises:
-        ValueError: a temperature that is not positive, or, of a cache, not 1.
+        ValueError: the temperature is not positive and finite, or, with a cache, not 1.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature!r}, but it must be finite and above 0; the paper's is 1")
@@ -94,10 +94,10 @@ def make_teacher(source: nn.Module | LogitsCache, temperature: float) -> Teacher
 
 
 def router_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The routers' parameters that have one entry per expert.
+    """List the routers' parameters that have one entry per expert.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has none.
     """
     tensors = [routing.tensor for layer in find_moe_layers(model) for routing in layer.routing if routing.is_parameter]
     if not tensors:
@@ -107,7 +107,7 @@ def router_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def only_routers_trainable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Freeze everything but the routers while the context is open, and put every parameter back as it was."""
+    """Freeze everything but the routers while the context is open, and restore `requires_grad` afterwards."""
     routers = router_parameters(model)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
@@ -121,7 +121,7 @@ def only_routers_trainable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 
 def _predicted(inputs: Mapping[str, Tensor]) -> Tensor:
-    """(batch, sequence - 1), whether the next token is a target: by the attention mask, and by labels if there are."""
+    """Mark positions (batch, sequence - 1) whose next token counts, by the attention mask and by labels if given."""
     mask = inputs.get("attention_mask")
     predicted = predicted_positions(torch.ones_like(inputs["input_ids"]) if mask is None else mask)
     labels = inputs.get("labels")
@@ -129,14 +129,14 @@ def _predicted(inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _keep_float32_copies_(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer step float32 copies of 16-bit parameters: a small step is less than half a bit of bfloat16."""
+    """Make an optimizer update float32 copies of 16-bit parameters, in which small steps would be rounded away."""
     copies: list[tuple[nn.Parameter, nn.Parameter]] = []
     for group in optimizer.param_groups:
         for i, parameter in enumerate(group["params"]):
             if parameter.dtype != torch.float32:
                 group["params"][i] = nn.Parameter(parameter.detach().float())
                 copies.append((parameter, group["params"][i]))
-    if not copies:  # float32, or a second training with the same optimizer
+    if not copies:  # all float32, or copied already by an earlier training with the same optimizer
         return
 
     def take_gradients(*_: Any) -> None:

@@ -1,11 +1,11 @@
-"""What a student model is held to: the original model in memory, or its predictions on disk.
+"""Teachers of router distillation: the original model in memory, or its cached predictions on disk.
 
-The divergence of a student q from its teacher p at one position is KL(p || q).  Of cached predictions, with the k most
-probable tokens K, and P and Q the probabilities outside of K,
+The divergence of a student q from its teacher p at one position is KL(p || q).  With cached predictions of the k most
+probable tokens K, and P and Q the probabilities outside of K, it is
 
     sum_K p log(p / q) + P log(P / Q)
 
-takes all other tokens as one: never more than KL(p || q), and equal to it where k is the vocabulary.
+which takes all other tokens as one: a lower bound of KL(p || q), and equal to it where k is the vocabulary's size.
 """
 
 import hashlib
@@ -24,38 +24,38 @@ from ..models.mode import evaluation_mode
 
 __all__ = ["CachedTeacher", "ModelTeacher", "Teacher", "cached_rows"]
 
-SMALLEST = ("ids", "log_probs", "tail")
+SMALLEST = ("ids", "log_probs", "tail")  # the tensors of a cache that the divergence needs
 
 
 class Teacher(Protocol):
-    """What a student can be held to."""
+    """Computes the divergence of a student's logits from the teacher's predictions."""
 
     def divergence(self, student: Tensor, batch: Mapping[str, Tensor], predicted: Tensor) -> Tensor:
-        """Sum over the predicted tokens of the student's divergence, in nats.
+        """Compute the student's divergence, summed over the predicted tokens, in nats.
 
         Args:
-            student: logits (batch, sequence, vocabulary); gradients flow into them alone.
+            student: logits (batch, sequence, vocabulary); gradients flow into them only.
             batch: arguments of the model, `input_ids` among them.
             predicted: (batch, sequence - 1) bool, whether the token after each position counts.
         """
 
 
 class ModelTeacher:
-    """A model in memory, on any device, quantised or not.
+    """Teacher that runs the original model, on any device, quantised or not.
 
     Args:
         model: the original.
-        temperature: by which the logits of both are divided; the divergence is multiplied by its square.
+        temperature: divides the logits of both models; the divergence is multiplied by its square.
     """
 
     def __init__(self, model: nn.Module, temperature: float = 1.0) -> None:
         self.model, self.temperature = model, temperature
 
     def divergence(self, student: Tensor, batch: Mapping[str, Tensor], predicted: Tensor) -> Tensor:
-        """As in `Teacher`.
+        """Compute the divergence from the model's predictions; see `Teacher`.
 
         Raises:
-            ValueError: models of different vocabularies.
+            ValueError: the two models have different vocabularies.
         """
         with torch.no_grad(), evaluation_mode(self.model):
             inputs = {name: value.to(self.model.device) for name, value in batch.items()}
@@ -70,15 +70,15 @@ class ModelTeacher:
 
 
 class CachedTeacher:
-    """The predictions of a model that is no longer in memory, found by the tokens of a sequence.
+    """Teacher that reads the original model's predictions from a cache, looked up by the tokens of a sequence.
 
     Args:
-        cache: of `evaluation.agreement.logits_cache.cache_logits`, over the sequences to learn from.
+        cache: from `evaluation.agreement.logits_cache.cache_logits`, of the sequences to train on.
     """
 
     def __init__(self, cache: LogitsCache) -> None:
         self.cache = cache
-        self.places: dict[bytes, tuple[Path, int, int]] = {}  # file, and which of its positions
+        self.places: dict[bytes, tuple[Path, int, int]] = {}  # file, and the range of positions in it
         for file, ids, mask in _files(cache):
             end = 0
             for row, real, length in zip(ids, mask.bool(), predicted_positions(mask).sum(1).tolist(), strict=True):
@@ -86,10 +86,10 @@ class CachedTeacher:
                 end += length
 
     def divergence(self, student: Tensor, batch: Mapping[str, Tensor], predicted: Tensor) -> Tensor:
-        """As in `Teacher`.
+        """Compute the divergence from the cached predictions; see `Teacher`.
 
         Raises:
-            ValueError: a sequence that is not in the cache, or a student of another vocabulary.
+            ValueError: a sequence is not in the cache, or the student has another vocabulary.
         """
         _check_vocabulary(student.shape[-1], self.cache.vocabulary)
         mask = batch.get("attention_mask")
@@ -98,7 +98,7 @@ class CachedTeacher:
         total = student.new_zeros((), dtype=torch.float32)
         for i, logits in enumerate(student[:, :-1]):
             stored = self._stored(batch["input_ids"][i][mask[i].bool()])
-            kept = predicted[i][cached[i]]  # of the cached positions
+            kept = predicted[i][cached[i]]  # those of the cached positions that count
             stored = {name: value.to(logits.device)[kept.to(logits.device)] for name, value in stored.items()}
             own = log_softmax(logits[cached[i] & predicted[i]].float(), dim=-1)  # (tokens, V)
             total = total + self._from_stored(own, stored)
@@ -114,7 +114,7 @@ class CachedTeacher:
         return total + torch.where(mass > 0, mass * (tail - rest), 0).sum()
 
     def _stored(self, tokens: Tensor) -> dict[str, Tensor]:
-        """What the cache holds of one sequence."""
+        """Read the cached predictions for one sequence."""
         place = self.places.get(_fingerprint(tokens))
         if place is None:
             raise ValueError(
@@ -127,7 +127,7 @@ class CachedTeacher:
 
 
 def cached_rows(cache: LogitsCache) -> list[dict[str, list[int]]]:
-    """The sequences of a cache, without their padding, as rows of a training set."""
+    """List the sequences of a cache, without padding, as rows of a training set."""
     return [
         {"input_ids": row[real].tolist()}
         for _, ids, mask in _files(cache)
@@ -136,7 +136,7 @@ def cached_rows(cache: LogitsCache) -> list[dict[str, list[int]]]:
 
 
 def _files(cache: LogitsCache):
-    """Path, tokens and mask of every batch."""
+    """Yield the path, tokens and mask of every batch of a cache."""
     for path in sorted(cache.folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             yield path, file.get_tensor("input_ids"), file.get_tensor("attention_mask")

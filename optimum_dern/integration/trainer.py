@@ -1,11 +1,11 @@
-"""How far a model in training is from the original: a callback for transformers' `Trainer`.
+"""Callback for transformers' `Trainer` that logs loss, and KL divergence from the original model, in training.
 
-    cache = cache_logits(original, texts, "predictions")  # before the compression, in place
+    cache = cache_logits(original, texts, "predictions")  # before the model is compressed in place
     trainer.add_callback(DernEvaluationCallback(trainer, cache))
 
-A loss says how well a model predicts a text, not whether it still is the model that was compressed: healing on one
-domain lowers the loss there and may drift away from the original elsewhere.  So the divergence from the original, and
-the share of tokens for which both have the same first choice, stand beside it.
+A loss says how well a model predicts a text, not how close it is to the original: healing on one domain lowers the
+loss there, and may move the model away from the original elsewhere.  So the callback also logs the divergence from the
+original, and the share of tokens for which both have the same most probable token.
 """
 
 from collections.abc import Callable
@@ -24,16 +24,16 @@ PREFIX = "eval_dern_"
 
 
 class DernEvaluationCallback(TrainerCallback):
-    """Whenever a `Trainer` evaluates, log loss and perplexity on some texts, and the distance from the original.
+    """Callback that logs loss, perplexity and agreement with the original model whenever a `Trainer` evaluates.
 
-    The values go to the trainer's log and to what `evaluate` returns: `eval_dern_loss`, `eval_dern_perplexity`,
-    `eval_dern_kl` (nats per token, estimated without bias) and `eval_dern_top1`, means over the predicted tokens of
-    all texts; of several texts also each one's, such as `eval_dern_books_kl`.  `metric_for_best_model` may name any of
-    them.  Every process measures the same, so that none waits for another; nothing of the model changes.
+    The values go to the trainer's log and to the result of `evaluate`: `eval_dern_loss`, `eval_dern_perplexity`,
+    `eval_dern_kl` (nats per token, an unbiased estimate) and `eval_dern_top1`, means over the predicted tokens of all
+    texts; with several texts also the values of each, such as `eval_dern_books_kl`.  `metric_for_best_model` may name
+    any of them.  Every process measures all texts, so that none waits for another; the model does not change.
 
     Args:
-        trainer: that the callback is added to.
-        cache: the original's predictions, of `evaluation.agreement.logits_cache.cache_logits`.
+        trainer: to which the callback is added.
+        cache: the original's predictions, from `evaluation.agreement.logits_cache.cache_logits`.
     """
 
     def __init__(self, trainer: Trainer, cache: LogitsCache) -> None:
@@ -42,14 +42,14 @@ class DernEvaluationCallback(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **options: Any
     ) -> None:
-        """Measure, log, and add to the metrics of this evaluation."""
+        """Measure the trainer's model, log the values, and add them to the metrics of this evaluation."""
         values = {f"{PREFIX}{name}": value for name, value in self.measure().items()}
         self.trainer.log(dict(values))  # reporters write on the first process only
         if metrics is not None:
             metrics.update(values)
 
     def measure(self) -> dict[str, float]:
-        """The values of the trainer's model as it is now, by their names without the prefix."""
+        """Measure the trainer's model as it is now; returns the values by name, without the prefix."""
         found = agreement(self.trainer.model, self.cache)
         tokens = sum(result.tokens for result in found.values())
 

@@ -1,8 +1,8 @@
-"""Compress while transformers loads: `quantization_config=DernConfig(...)`, a facade, and an opt-in patch.
+"""Compression while transformers loads a model: as a `quantization_config`, a facade class, and an opt-in patch.
 
-transformers calls a registered quantizer on the model without weights, and again once they are loaded.  The first
-call refuses whatever cannot work before any weight is read; the second compresses, and then takes every mark of
-quantisation off, so that what comes back is the plain model.
+transformers calls a registered quantizer on the model without weights, and again once they are loaded.  The first call
+checks the request before any weight is read; the second compresses, and then removes all marks of quantisation, so
+that the loaded model is a plain one.
 """
 
 import copy
@@ -26,12 +26,12 @@ register_quantization_config("dern")(DernConfig)
 
 @register_quantizer("dern")
 class DernQuantizer(HfQuantizer):
-    """transformers' plug-in point for compression at load time."""
+    """Quantizer, registered with transformers, that compresses a model when it is loaded."""
 
     requires_calibration = False  # True would refuse every checkpoint that is not compressed yet
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse devices before anything is loaded; compressed weights would not reach an offload folder on disk."""
+        """Refuse unsupported devices before anything is loaded, also offload to disk, which keeps original weights."""
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
         for device in () if self.pre_quantized else devices:
             check_precision(device)
@@ -71,17 +71,17 @@ class DernQuantizer(HfQuantizer):
         del model.dern_loading
 
     def is_serializable(self, **kwargs: Any) -> bool:
-        """Compressed models are ordinary models."""
+        """Return True: compressed models are saved like all others."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Compressed models are ordinary models."""
+        """True: compressed models are trained like all others."""
         return True
 
 
 class DernModelForCausalLM:
-    """`AutoModelForCausalLM` with a `dern_config` argument; what it returns is the plain transformers model."""
+    """`AutoModelForCausalLM` with a `dern_config` argument; it returns a plain transformers model."""
 
     def __init__(self) -> None:
         raise OSError(f"{type(self).__name__} is loaded with {type(self).__name__}.from_pretrained(model, ...)")
@@ -100,10 +100,10 @@ class DernModelForCausalLM:
                 compressed on disk first, in a temporary folder, and the result is loaded quantised.
 
         Returns:
-            The model in its own transformers class, on evaluation mode; `model.dern_report` tells what was done.
+            The model in its own transformers class, in evaluation mode, with the report as `model.dern_report`.
 
         Raises:
-            ValueError: a model, count or dataset that cannot work, before weights are loaded.
+            ValueError: the model, expert count or dataset cannot be used; raised before weights are loaded.
         """
         if dern_config is not None and kwargs.get("quantization_config") is not None:
             return _compress_then_quantise(model, *args, dern_config=dern_config, **kwargs)
@@ -111,10 +111,10 @@ class DernModelForCausalLM:
 
 
 def _compress_then_quantise(model: str, *args: Any, dern_config: DernConfig | dict, **kwargs: Any) -> Any:
-    """Two steps through a temporary folder: a model in memory has room for one quantizer only."""
+    """Compress into a temporary folder and load the result quantised, since a load takes one quantizer only."""
     compressor = DernCompressor(_as_config(dern_config))
     source = {name: kwargs.pop(name) for name in ("revision", *LOCATING) if name in kwargs}
-    source.pop("proxies", None)  # which the Hub's client takes from the environment
+    source.pop("proxies", None)  # the Hub's client reads them from the environment
     trust = {OWN_CODE: kwargs[OWN_CODE]} if OWN_CODE in kwargs else {}
     with tempfile.TemporaryDirectory(prefix="dern-") as folder:
         report = compressor.compress_checkpoint(model, folder, **source, **trust)
@@ -130,7 +130,7 @@ _ORIGINAL = AutoModelForCausalLM.__dict__["from_pretrained"]
 def patch_transformers() -> None:
     """Make `AutoModelForCausalLM.from_pretrained(..., dern_config=...)` work in this process, until unpatched.
 
-    Every Auto class has its own copy of `from_pretrained`, so this one alone is replaced.
+    Every Auto class has its own copy of `from_pretrained`, so only this one is replaced.
     """
 
     def from_pretrained(cls, *args: Any, dern_config: DernConfig | dict | None = None, **kwargs: Any) -> Any:
@@ -146,7 +146,7 @@ def unpatch_transformers() -> None:
 
 
 def _with_quantization_config(kwargs: dict[str, Any], dern_config: DernConfig | dict | None) -> dict[str, Any]:
-    """The keyword arguments with the config in transformers' own slot."""
+    """Return the keyword arguments of `from_pretrained` with the config as `quantization_config`."""
     if dern_config is None:
         return kwargs
     if kwargs.get("quantization_config") is not None:
@@ -162,7 +162,7 @@ def _with_quantization_config(kwargs: dict[str, Any], dern_config: DernConfig | 
 def _trusts_code(config: DernConfig, model: Any) -> bool:
     """Whether the call that loads a model allows code of its checkpoint to run, as far as a quantizer can tell.
 
-    transformers keeps `trust_remote_code` from quantizers; that a model's own code runs already shows it, too.
+    transformers does not pass `trust_remote_code` to quantizers; a model of a custom class shows it, too.
     """
     own_code = any(type(part).__module__.startswith("transformers_modules.") for part in (model, model.config))
     return own_code or bool(getattr(config, "loading", {}).get(OWN_CODE))

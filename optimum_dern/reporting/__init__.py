@@ -1,1 +1,1 @@
-"""What a compression did: a machine-readable report and a model card."""
+"""Presentation of a compression report: HTML page, picture, model card, and tables of a comparison."""

@@ -1,4 +1,4 @@
-"""The model card: what the checkpoint is, what it lost, and how to make it again."""
+"""The model card of a compressed checkpoint: origin, sizes, measured loss, and the command that reproduces it."""
 
 from importlib.resources import files
 from typing import Any
@@ -17,11 +17,11 @@ TAGS = ["moe", "dern", "expert-pruning", "compressed"]
 
 
 def model_card(report: CompressionReport, image: str | None = None) -> Any:
-    """The card of a compressed checkpoint.
+    """Make the model card of a compressed checkpoint.
 
     Args:
         report: of the run, with its evaluation if one was made.
-        image: a picture of the report beside the card, if there is one.
+        image: file name of the report's picture, relative to the card, if there is one.
 
     Returns:
         A `huggingface_hub.ModelCard`.
@@ -69,7 +69,7 @@ def model_card(report: CompressionReport, image: str | None = None) -> Any:
 
 
 def _evaluation_results(report: CompressionReport) -> list[Any]:
-    """The measured losses in the form that the Hub reads from a card's metadata."""
+    """Convert the measured losses to the form that the Hub reads from a card's metadata."""
     from huggingface_hub import EvalResult
 
     return [

@@ -1,4 +1,4 @@
-"""A comparison of models as rows of text: for the terminal, and as a markdown table."""
+"""Rows of a table that compares models, for the terminal and as markdown."""
 
 from collections.abc import Sequence
 from statistics import fmean, median
@@ -13,10 +13,10 @@ GIB, MIB = 2**30, 2**20
 
 
 def comparison_rows(comparison: Any) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, a column for every model and what was not measured left out.
+    """Make the header and rows of a comparison, with one column per model; what was not measured is left out.
 
     Args:
-        comparison: an `evaluation.compare.models.Comparison`; every model after the first is set against the first.
+        comparison: an `evaluation.compare.models.Comparison`; all models are compared with the first.
     """
     models = comparison.models
     first = models[0]
@@ -42,7 +42,7 @@ def comparison_rows(comparison: Any) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows under a header, the first column to the left and the others to the right."""
+    """Format a markdown table, its first column aligned to the left and the others to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -58,17 +58,17 @@ def _differences(name: str, values: Sequence[tuple[float, float | None]]) -> lis
 
 
 def _longest(losses: dict[str, dict[str, Any]]) -> int:
-    """Tokens of the longest sequence of any text."""
+    """Return the number of tokens of the longest sequence of all texts."""
     return max(loss["sequence_length"] for loss in losses.values())
 
 
 def _mean(agreement: dict[str, dict[str, Any]], key: str) -> float:
-    """Over the texts, each counting alike."""
+    """Compute the mean of a value over the texts, with equal weights."""
     return fmean(result[key]["value"] for result in agreement.values())
 
 
 def _task_row(name: str, first: dict[str, Any], rest: Sequence[dict[str, Any]]) -> list[str]:
-    """Accuracy, and its change with the error of a comparison item by item."""
+    """Make a task's row: accuracies, and their changes with the standard error of the paired difference."""
     metric = first["main_metric"]
     value = first["metrics"][metric]
     cells = [plus_minus(value["value"], value["standard_error"])]

@@ -1,7 +1,6 @@
-"""The report as a page for people: one HTML file that needs nothing else, and no network.
+"""The report as one self-contained HTML file, which needs neither other files nor the network.
 
-Everything that is drawn is in `web/`: a template, a style sheet, and scripts in the order of `SCRIPTS`.  Here the
-report's numbers are put into it.
+`web/` has the template, the style sheet and the scripts that draw, which this module fills with the report's numbers.
 """
 
 import html
@@ -20,15 +19,16 @@ from .verdict import title, verdict
 __all__ = ["PAGE_NAME", "report_page"]
 
 PAGE_NAME = "dern_report.html"
+# The scripts of `web/`, in the order in which they must run.
 SCRIPTS = ("draw", "headline", "losses", "layers", "map", "layer", "flow", "similarity", "made", "main")
-DIGITS = 7  # significant ones of the numbers in a page: losses are shown with four decimals
+DIGITS = 7  # significant digits of the numbers in a page, which shows losses with four decimals
 
 
 def report_page(report: CompressionReport) -> str:
-    """The page of a report.
+    """Make the HTML page of a report.
 
     Args:
-        report: of this version or an earlier one; figures without numbers say so.
+        report: of this version or an earlier one; charts without data say so.
 
     Returns:
         HTML with its style, scripts and data inside.
@@ -47,7 +47,7 @@ def report_page(report: CompressionReport) -> str:
 
 
 def _data(report: CompressionReport) -> str:
-    """The numbers as JSON that may stand inside a script element."""
+    """Encode the report as JSON that is safe inside a script element."""
     values = _rounded(report.to_dict()) | {
         "command": reproduction_command(report),
         "in_memory": is_in_memory(report.config["dataset"]),
@@ -57,7 +57,7 @@ def _data(report: CompressionReport) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats with few digits, and null for what JSON has no number for."""
+    """Round floats to `DIGITS` digits, and replace NaN and infinities, which JSON does not have, by None."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     if isinstance(value, dict):

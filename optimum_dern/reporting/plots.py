@@ -1,4 +1,4 @@
-"""The main plots of a report as one picture for the model card; needs matplotlib, the extra `report`."""
+"""The main plots of a report as one PNG picture for the model card; needs matplotlib (the extra `report`)."""
 
 import math
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ __all__ = ["IMAGE_NAME", "image_description", "write_image"]
 
 IMAGE_NAME = "assets/dern_report.png"
 KEPT, LOST, FAINT, TEXT, MUTED, LINE = "#1f5fa8", "#b8500a", "#c3cad4", "#161a20", "#566070", "#dfe3ea"
-RAMP = ["#bdd0e6", "#0b3c78"]  # of saliency, as in the page
+RAMP = ["#bdd0e6", "#0b3c78"]  # colours of low and high saliency, as in the page
 STYLE = {
     "font.size": 9,
     "axes.edgecolor": LINE,
@@ -35,14 +35,14 @@ STYLE = {
 
 
 def write_image(report: CompressionReport, folder: Path) -> str | None:
-    """Draw loss by text, error by layer, and the map of experts.
+    """Draw the loss by text, the error by layer, and the map of retained experts into one picture.
 
     Args:
-        report: with at least one layer.
-        folder: of the checkpoint; the picture goes to `IMAGE_NAME` in it.
+        report: to draw.
+        folder: of the checkpoint; the picture is written to `IMAGE_NAME` in it.
 
     Returns:
-        `IMAGE_NAME`, or None where there is nothing to draw or no matplotlib; no picture of an earlier run stays then.
+        `IMAGE_NAME`; None without layers or matplotlib, and then the picture of an earlier run is removed.
     """
     path = folder / IMAGE_NAME
     if not report.layers or find_spec("matplotlib") is None:
@@ -60,13 +60,13 @@ def write_image(report: CompressionReport, folder: Path) -> str | None:
             draw(report, axes)
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        figure.savefig(temporary, format="png", metadata={"Software": None})  # the same bytes from any release
+        figure.savefig(temporary, format="png", metadata={"Software": None})  # no matplotlib version in the file
     temporary.replace(path)
     return IMAGE_NAME
 
 
 def image_description(report: CompressionReport) -> str:
-    """What the picture shows, for those who cannot see it."""
+    """Describe the picture in words, as its alternative text."""
     parts = [f"{name} {p['before']['loss']:.3f} to {p['after']['loss']:.3f}" for name, p in report.evaluation.items()]
     losses = f"Loss before and after: {', '.join(parts)}. " if parts else ""
     stay = f"{report.after.experts} of {report.before.experts} experts stay in each of {len(report.layers)} layers"
@@ -91,7 +91,7 @@ def _draw_losses(report: CompressionReport, axes: Any) -> None:
 
 
 def _errors(report: CompressionReport, name: str | None = None) -> list[tuple[int, float]]:
-    """Per layer its error in percent, of a candidate or of what was written; without those that are not finite."""
+    """List each layer's error in percent, by default of the written candidate; skips errors that are not finite."""
     pairs = [(layer.layer, 100 * layer.errors.get(name or layer.winner, math.inf)) for layer in report.layers]
     return [(layer, error) for layer, error in pairs if math.isfinite(error)]
 

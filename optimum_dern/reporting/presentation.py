@@ -1,4 +1,4 @@
-"""What people look at beside a checkpoint: the page of its report, a picture of it, and the model card."""
+"""Writes the files for human readers beside a checkpoint: the report's HTML page, its picture, and the model card."""
 
 from pathlib import Path
 
@@ -17,16 +17,16 @@ CARD_NAME = "README.md"
 def write_presentation(
     report: CompressionReport, folder: Path, keep_card: bool = False, draw: bool | None = None
 ) -> list[Path]:
-    """Write page, picture and card of a report into the folder of its checkpoint.
+    """Write the page, picture and card of a report into the folder of its checkpoint.
 
     Args:
         report: to show.
-        folder: existing.
-        keep_card: leave a card that is there as it is: cards are edited by hand.
-        draw: the picture, which takes a second; by default where a loss was measured.
+        folder: existing folder of the checkpoint.
+        keep_card: keep an existing card, since cards are edited by hand.
+        draw: whether to draw the picture, which takes a second; by default where a loss was measured.
 
     Returns:
-        The files that were written.
+        The written files.
     """
     draw = bool(report.evaluation) if draw is None else draw
     replace_text(folder / PAGE_NAME, report_page(report))

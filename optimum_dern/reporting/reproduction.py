@@ -1,4 +1,4 @@
-"""The command line that makes a compressed checkpoint again."""
+"""The command line that reproduces a compressed checkpoint."""
 
 import dataclasses
 import json
@@ -11,24 +11,24 @@ from ..results.report import CompressionReport
 
 __all__ = ["is_in_memory", "reproduction_command"]
 
-IN_MEMORY = re.compile(r" in memory \(\w+\)$")  # the end of what describes data that has no name or path
+IN_MEMORY = re.compile(r" in memory \(\w+\)$")  # end of the description of data that has no name or path
 
 
 def reproduction_command(report: CompressionReport) -> str:
-    """The command line that makes the same checkpoint: every field that differs from the defaults.
+    """Make the command line that reproduces a checkpoint, with every option that differs from its default.
 
-    Calibration data that was given in memory has no name that a command could give; `DATA` stands for it.
+    Calibration data that was given in memory has no name for the command line; `DATA` stands for it.
     """
     from ..config import DernConfig
 
     given = {name: report.config[name] for name in ("preset", "sparsity")}
     plain = DernConfig(**given).to_dict()
-    decisive = {name: report.config[name] for name in ("refit", "calibration_order")}  # of other options' defaults
+    decisive = {name: report.config[name] for name in ("refit", "calibration_order")}  # other defaults depend on these
     defaults = DernConfig(**given, **decisive).to_dict() | {name: plain[name] for name in decisive}
     words = ["optimum-dern", "compress", report.source or "MODEL", "OUTPUT"]
     words += ["--revision", report.revision] if report.revision else []
     for field in dataclasses.fields(DernConfig):
-        value = report.config.get(field.name)  # an earlier version's report does not have the newest options
+        value = report.config.get(field.name)  # reports of earlier versions lack newer options
         is_default = value == (field.default if field.name in ("sparsity", "preset") else defaults[field.name])
         if field.name in ("dataset", "quant_method") or is_default or value is None:
             continue
@@ -39,7 +39,7 @@ def reproduction_command(report: CompressionReport) -> str:
             words += [flag, json.dumps(value)]
         else:
             words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    if report.config["dataset"] is None:  # what was decided from the weights alone
+    if report.config["dataset"] is None:  # experts were chosen from the weights alone
         return shlex.join(words)
     dataset = "DATA" if is_in_memory(report.config["dataset"]) else report.config["dataset"]
     sources = [f"{name}={weight}" for name, weight in dataset.items()] if isinstance(dataset, dict) else [dataset]
@@ -47,5 +47,5 @@ def reproduction_command(report: CompressionReport) -> str:
 
 
 def is_in_memory(dataset: Any) -> bool:
-    """Whether a recorded dataset is the description of data that has no name or path."""
+    """Whether a recorded dataset is only a description of data that was given in memory."""
     return isinstance(dataset, str) and IN_MEMORY.search(dataset) is not None

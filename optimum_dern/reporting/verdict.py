@@ -1,4 +1,4 @@
-"""The outcome of a compression in one or two sentences, for the head of a page or a card."""
+"""Title and summary in one or two sentences of a compression, for the top of a page or a card."""
 
 import math
 from fractions import Fraction
@@ -18,13 +18,13 @@ SHARES = {
 
 
 def title(report: CompressionReport) -> str:
-    """Name of the compressed model: that of its source, and how many experts it keeps."""
+    """Make the title of a compressed model from the name of its source and the number of experts it keeps."""
     name = report.source.rstrip("/").split("/")[-1] if report.source else report.model_type
     return f"{name}, {report.after.experts} of {report.before.experts} experts"
 
 
 def verdict(report: CompressionReport) -> str:
-    """What was given, and what it cost."""
+    """Summarise a compression: how many experts are kept, how much smaller the model is, and how its loss changed."""
     before, after = report.before, report.after
     if after.experts == before.experts:
         return f"Nothing was compressed: every layer keeps its {before.experts} routed experts."
@@ -46,7 +46,7 @@ def verdict(report: CompressionReport) -> str:
 
 
 def mean_losses(report: CompressionReport) -> tuple[float, float] | None:
-    """Loss before and after, each the mean over the texts; None where none was measured."""
+    """Compute the mean losses over the texts before and after; None where no loss was measured."""
     pairs = [(pair["before"]["loss"], pair["after"]["loss"]) for pair in report.evaluation.values()]
     if not pairs:
         return None

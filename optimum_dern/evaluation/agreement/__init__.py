@@ -1,1 +1,1 @@
-"""Agreement with the original model, whose predictions are kept on disk."""
+"""Agreement of a compressed model with the original, whose predictions are cached on disk."""

@@ -1,14 +1,14 @@
-"""What a model predicts, kept on disk for a comparison with another one: its most probable tokens at every position.
+"""Cache on disk of a model's next-token predictions, the k most probable tokens per position, to compare others with.
 
-A cache is a folder: `cache.json`, and one safetensors file a batch with the tokens and, per predicted position
-(sequence by sequence, padding left out),
+A cache is a folder: `cache.json`, and one safetensors file per batch with the tokens and, per predicted position
+(sequence by sequence, without padding),
 
-    best              (positions,)    the most probable token, of equal ones that with the lowest id
+    best              (positions,)    the most probable token; the lowest id among equals
     ids               (positions, k)  the k most probable tokens
     log_probs         (positions, k)  their log-probabilities
-    tail              (positions,)    log of the probability of all other tokens together
-    sample_ids        (positions, 16) draws from the other tokens, by their probability
-    sample_log_probs  (positions, 16) log-probabilities of those
+    tail              (positions,)    log of the total probability of all other tokens
+    sample_ids        (positions, 16) samples of the other tokens, drawn by their probability
+    sample_log_probs  (positions, 16) log-probabilities of the samples
     losses            (positions,)    -log p of the token that follows
 """
 
@@ -37,21 +37,21 @@ SAMPLES = 16
 
 @dataclass(frozen=True)
 class LogitsCache:
-    """A cache on disk; nothing of it is in memory."""
+    """A cache of a model's predictions on disk; its tensors are read batch by batch."""
 
     folder: Path
     top_k: int
     vocabulary: int
-    texts: dict[str, int]  # batches by name of the text
-    model: str  # whose predictions they are
+    texts: dict[str, int]  # number of batches by name of the text
+    model: str  # name of the model that made the predictions
 
     @classmethod
     def load(cls, folder: str | Path) -> "LogitsCache":
         """Open a cache.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: one of another format.
+            FileNotFoundError: the folder holds no cache.
+            ValueError: the cache has another format version.
         """
         file = Path(folder) / CACHE_NAME
         if not file.is_file():
@@ -64,20 +64,20 @@ class LogitsCache:
         return cls(Path(folder), facts["top_k"], facts["vocabulary"], facts["texts"], facts["model"])
 
     def batches(self, text: str) -> Iterator[dict[str, Tensor]]:
-        """The tensors of one text, batch by batch."""
+        """Yield the cached tensors of one text, batch by batch."""
         position = list(self.texts).index(text)
         for batch in range(self.texts[text]):
             yield load_file(_batch_file(self.folder, position, batch))
 
     def inputs(self, text: str) -> Iterator[dict[str, Tensor]]:
-        """`input_ids` and `attention_mask` of one text, batch by batch."""
+        """Yield the `input_ids` and `attention_mask` of one text, batch by batch."""
         position = list(self.texts).index(text)
         for batch in range(self.texts[text]):
             with safe_open(_batch_file(self.folder, position, batch), "pt") as file:
                 yield {name: file.get_tensor(name) for name in INPUTS}
 
     def holds(self, texts: Mapping[str, Sequence[dict]]) -> bool:
-        """Whether the cache is of exactly these tokens."""
+        """Whether the cache was made from exactly these token batches."""
         if {name: len(batches) for name, batches in texts.items()} != self.texts:
             return False
         pairs = ((own, batch) for name in texts for own, batch in zip(self.inputs(name), texts[name], strict=True))
@@ -92,21 +92,21 @@ def cache_logits(
     overwrite: bool = False,
     name: str | None = None,
 ) -> LogitsCache:
-    """Write a model's predictions to disk, a batch in memory at a time.
+    """Write a model's predictions to disk, one batch at a time.
 
     Args:
         model: a causal language model, or a `StreamedCheckpoint`.
         texts: token batches by name, as `load_texts` gives them.
-        folder: where to write; 8 bytes for each of the `top_k` tokens of a position.
-        top_k: most probable tokens to keep; the vocabulary's size makes the comparison exact.
-        overwrite: replace a cache that is there.
-        name: of the model, to be kept; by default what it was loaded from.
+        folder: to write to; 8 bytes for each of the `top_k` tokens of a position.
+        top_k: number of most probable tokens to keep; with the vocabulary's size the comparison is exact.
+        overwrite: replace an existing cache.
+        name: of the model, stored with the cache; by default the name or path it was loaded from.
 
     Returns:
         The cache.
 
     Raises:
-        ValueError: `top_k` below 1, no text, or a folder that is not empty.
+        ValueError: `top_k` is below 1, there is no text, or the folder is not empty.
     """
     folder = Path(folder)
     if top_k < 1:
@@ -132,14 +132,14 @@ def cache_logits(
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError where a cache cannot be written: files are there, other than a cache that may go."""
+    """Raise ValueError where a cache cannot be written: the folder has files, and is no cache to overwrite."""
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         if not (overwrite and (folder / CACHE_NAME).is_file()):
             raise ValueError(f"{folder} is not an empty folder; choose another one or, if it is a cache, overwrite it")
 
 
 def predicted_positions(mask: Tensor) -> Tensor:
-    """Which positions predict a token: they and the next one are no padding.
+    """Mark the positions that predict a token: neither they nor the next position are padding.
 
     Args:
         mask: (batch, sequence).
@@ -165,14 +165,14 @@ def _write_batches(model: Any, texts: Mapping[str, Sequence[dict]], folder: Path
 
 
 def _summary(logits: Tensor, ids: Tensor, mask: Tensor, top_k: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """What is kept of one sequence: (S, V) logits, (S,) tokens and mask."""
+    """Compute the cached tensors of one sequence from its logits (S, V), tokens (S,) and mask (S,)."""
     predicts = predicted_positions(mask.unsqueeze(0))[0].to(logits.device)
     logs = logits[:-1][predicts].float().log_softmax(-1)  # (T, V)
     targets = ids[1:].to(logits.device)[predicts]
     top, chosen = logs.topk(min(top_k, logs.shape[1]), dim=1)
     rest = logs.scatter(1, chosen, -torch.inf)
     tail = rest.logsumexp(1)
-    weights = torch.where(tail.isinf().unsqueeze(1), 1.0, (rest - tail.unsqueeze(1)).exp())  # any, where there is none
+    weights = torch.where(tail.isinf().unsqueeze(1), 1.0, (rest - tail.unsqueeze(1)).exp())  # unused if tail is 0
     drawn = weights.multinomial(SAMPLES, replacement=True, generator=generator) if len(logs) else chosen[:, :0]
     kept = {
         "best": logs.argmax(1).int(),

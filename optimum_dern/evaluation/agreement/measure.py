@@ -1,12 +1,12 @@
-"""How closely a compressed model follows the original, token by token, the two never in memory together.
+"""KL divergence and top-token agreement of a compressed model with the original, from its cached predictions.
 
-The original's predictions are read from a `LogitsCache`: its k most probable tokens K and draws from the others.  With
-p the original, q the compressed model, P and Q their probabilities outside of K, at every position
+The original's predictions are read from a `LogitsCache`: its k most probable tokens K, and samples of the others.
+With p the original, q the compressed model, P and Q their probabilities outside of K, at every position
 
-    kl           = sum_K p log(p / q) + P mean_draws log(p / q)     without bias, whatever k
+    kl           = sum_K p log(p / q) + P mean_samples log(p / q)   unbiased for every k
     kl_at_least  = sum_K p log(p / q) + P log(P / Q)                 <= KL(p || q): all other tokens taken as one
 
-The draws' noise is part of the standard error.  Both are exact where k is the vocabulary.
+The noise of the samples is part of the standard error.  Both are exact where k is the size of the vocabulary.
 """
 
 from dataclasses import dataclass
@@ -25,17 +25,17 @@ __all__ = ["Agreement", "agreement", "summarise_agreement"]
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement on one text; standard errors take sequences as independent."""
+    """Agreement with the original model on one text; standard errors treat sequences as independent."""
 
     kl: Estimate  # nats per token
-    kl_at_least: float  # a bound, mean over tokens
+    kl_at_least: float  # lower bound of kl, mean over tokens
     top1: Estimate  # share of positions with the same most probable token
     original_loss: Estimate  # nats per token
-    loss_increase: Estimate  # on that, paired: smaller an error than two separate losses give
+    loss_increase: Estimate  # over it; a paired difference, whose error is smaller than that of two separate losses
     tokens: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert to a dict for JSON."""
         parts = {name: getattr(self, name).to_dict() for name in ("kl", "top1", "original_loss", "loss_increase")}
         return parts | {"kl_at_least": self.kl_at_least, "tokens": self.tokens}
 
@@ -45,13 +45,13 @@ def agreement(model: Any, cache: LogitsCache) -> dict[str, Agreement]:
 
     Args:
         model: a causal language model, or a `StreamedCheckpoint`; it runs on the tokens in the cache.
-        cache: of `cache_logits`.
+        cache: from `cache_logits`.
 
     Returns:
         Agreement by name of the text.
 
     Raises:
-        ValueError: a model with another vocabulary.
+        ValueError: the model has another vocabulary.
     """
     inputs = [batch for name in cache.texts for batch in cache.inputs(name)]
     stored = ((name, tensors) for name in cache.texts for tensors in cache.batches(name))  # one at a time
@@ -67,11 +67,11 @@ def agreement(model: Any, cache: LogitsCache) -> dict[str, Agreement]:
 
 
 def summarise_agreement(rows: Tensor) -> Agreement:
-    """Means over tokens from sums per sequence.
+    """Compute the means over tokens from sums per sequence.
 
     Args:
-        rows: (sequences, 6): sums of kl, its lower bound, equal top tokens, the original's losses and loss increases,
-            and positions.
+        rows: (sequences, 6): sums of kl, its lower bound, equal top tokens, the original's losses, loss increases,
+            and the number of positions.
     """
     *columns, counts = rows.T.tolist()
     kl, bound, top1, loss, increase = (Estimate(*mean_and_error(sums, counts)) for sums in columns)
@@ -80,7 +80,7 @@ def summarise_agreement(rows: Tensor) -> Agreement:
 
 @torch.no_grad()
 def _compare_batch(logits: Tensor, stored: dict[str, Tensor], exact: bool) -> Tensor:
-    """Sums per sequence, (batch, 6) float64."""
+    """Compute the sums per sequence that `summarise_agreement` takes, (batch, 6) float64."""
     predicts = predicted_positions(stored["attention_mask"])  # (B, S - 1)
     counts = predicts.sum(1).tolist()
     parts = {name: value.split(counts) for name, value in stored.items() if name not in INPUTS}
@@ -96,7 +96,7 @@ def _compare_batch(logits: Tensor, stored: dict[str, Tensor], exact: bool) -> Te
 
 
 def _compare_positions(logs: Tensor, targets: Tensor, original: dict[str, Tensor], exact: bool) -> Tensor:
-    """kl, its lower bound, equal top tokens, the original's loss and the increase at every position, (5, T)."""
+    """Compute kl, its lower bound, equal top token, the original's loss and its increase per position, (5, T)."""
 
     def ratio(ids: str, log_p: str) -> Tensor:
         return original[log_p] - logs.gather(1, original[ids].long())

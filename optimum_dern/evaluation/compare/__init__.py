@@ -1,1 +1,1 @@
-"""Several models side by side, each in a process of its own."""
+"""Comparison of several models in quality, speed and memory, each in a process of its own."""

@@ -1,7 +1,7 @@
-"""A model in a process of its own, so that its peak memory is its own and several can be timed in turn.
+"""Subprocess that holds one model, so that its peak memory can be measured and several models can be timed in turn.
 
 Requests and answers are JSON lines: `{"call": name, "arguments": {...}}` to standard input, `{"result": ...}` or
-`{"error": ...}` back.  Whatever libraries print goes to standard error.
+`{"error": ...}` back.  Output of libraries goes to standard error.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ __all__ = ["ModelProcess", "ModelProcessError", "model_process"]
 
 
 class ModelProcessError(ChildProcessError):
-    """A request that failed, or a process that is gone."""
+    """Raised where a request to a model's process failed, or where the process has ended."""
 
 
 class ModelProcess:
-    """The asking end.
+    """Client of a process that holds one model.
 
     Args:
         path: checkpoint folder or Hub id; loaded on the first request that needs it.
-        process: running `main`.
+        process: that runs `main`.
     """
 
     def __init__(self, path: str, process: subprocess.Popen) -> None:
@@ -36,10 +36,14 @@ class ModelProcess:
         self.process = process
 
     def call(self, name: str, **arguments: Any) -> Any:
-        """The answer to one request.
+        """Send one request and return its answer.
+
+        Args:
+            name: method of `ModelSession`.
+            **arguments: of the method, JSON-able.
 
         Raises:
-            ModelProcessError: with the message of the error there.
+            ModelProcessError: the request failed there, or the process has ended.
         """
         try:
             self.process.stdin.write(json.dumps({"call": name, "arguments": arguments}) + "\n")
@@ -61,12 +65,12 @@ class ModelProcess:
 
 @contextlib.contextmanager
 def model_process(path: str | Path, device: str | None = None, **loading: Any) -> Iterator[ModelProcess]:
-    """A process for one checkpoint, ended when the context is left.
+    """Start a process for one checkpoint, and end it when the context is left.
 
     Args:
         path: checkpoint folder or Hub id.
-        device: where it computes; CUDA where there is one by default.
-        **loading: of `from_pretrained`, JSON-able.
+        device: to compute on; by default CUDA if available.
+        **loading: arguments of `from_pretrained`, JSON-able.
     """
     command = [sys.executable, "-m", __name__, json.dumps({"path": str(path), "device": device, "loading": loading})]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -83,9 +87,9 @@ def model_process(path: str | Path, device: str | None = None, **loading: Any) -
 
 
 def main(arguments: str) -> None:
-    """Answer requests until the input ends."""
+    """Answer requests from standard input until it ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # from here on only answers reach the asking end
+    os.dup2(2, 1)  # other output goes to standard error
     from .model_session import ModelSession
 
     session = ModelSession(**json.loads(arguments))
@@ -97,7 +101,7 @@ def main(arguments: str) -> None:
 def _answer(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"result": function(**arguments)}
-    except Exception as error:  # crosses the process boundary as text; the asking end raises it
+    except Exception as error:  # sent as text; the client raises it
         return {"error": describe_error(error)}
 
 

@@ -1,4 +1,4 @@
-"""What a process that holds one model can be asked: its size, its quality, the time it takes."""
+"""`ModelSession`: the requests that a process with one model answers, on its size, quality, speed and memory."""
 
 from functools import cached_property
 from pathlib import Path
@@ -25,31 +25,31 @@ __all__ = ["ModelSession"]
 
 
 class ModelSession:
-    """One model and its answers, all JSON-able.
+    """One loaded model, whose methods measure it and return JSON-able values.
 
     Args:
         path: checkpoint folder or Hub id.
-        device: where it computes.
+        device: to compute on.
         loading: `dtype` and `trust_remote_code`.
     """
 
     def __init__(self, path: str, device: str, loading: dict[str, Any]) -> None:
         self.path, self.device, self.loading = path, device, loading
         self._source = {name: value for name, value in loading.items() if name != "dtype"}
-        logging.disable_progress_bar()  # the asking end has its own
+        logging.disable_progress_bar()  # the client has its own
 
     @cached_property
     def model(self) -> Any:
-        """Loaded when first asked for."""
+        """The model, loaded on first use."""
         return load_model(self.path, self.device, **self.loading)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Of the checkpoint."""
+        """The checkpoint's tokenizer."""
         return AutoTokenizer.from_pretrained(self.path, **self._source)
 
     def size(self) -> dict[str, Any]:
-        """Parameters, those one token uses, experts a layer, and bytes of the weights on disk."""
+        """Count parameters, active parameters per token, experts per layer, and the weights' bytes on disk."""
         layers = find_moe_layers(self.model)
         size = measure_model(self.model, layers)
         folder = Path(self.path)
@@ -61,7 +61,7 @@ class ModelSession:
         return facts | {"disk_bytes": sum(file.stat().st_size for file in files)}
 
     def texts(self, data: str, sequence_length: int, limit: int | None, cache: str, record: bool) -> dict[str, Any]:
-        """Loss by text; the first model records its predictions in a folder, the others are set against them."""
+        """Measure the loss by text, and cache the predictions (`record`) or compare them with the cached ones."""
         texts = load_texts(data, self.tokenizer, sequence_length, limit=limit)
         losses = evaluate_texts(self.model, texts)
         figures: dict[str, Any] = {"losses": {name: loss.to_dict() for name, loss in losses.items()}}
@@ -73,24 +73,24 @@ class ModelSession:
         return figures
 
     def tasks(self, names: list[str], folder: str | None, limit: int | None) -> dict[str, Any]:
-        """Accuracy by task, with the value of every item for paired comparisons."""
+        """Measure the accuracy by task, with the value of every item for paired comparisons."""
         results = evaluate_tasks(self.model, self.tokenizer, load_tasks(names, folder and Path(folder), limit))
         return {name: {**result.to_dict(), "values": result.values()} for name, result in results.items()}
 
     def warm_up(self, **settings: int) -> int:
-        """Run everything that is timed once; returns the bytes that this took, weights included."""
-        model_class(self.path, **self._source)  # imports its code, which is nobody's weight
+        """Run everything that is timed once, and return its peak memory in bytes, weights included."""
+        model_class(self.path, **self._source)  # imports the model's code first, whose memory does not count
         before = resident_bytes(torch.device(self.device))
         self.prefill(**settings)
         self.decode(**settings)
         return peak_memory_bytes(self.model.device) - before
 
     def prefill(self, **settings: int) -> float:
-        """Seconds of a prompt's forward pass."""
+        """Measure the seconds of a prompt's forward pass."""
         return prefill_seconds(self.model, self._prompt(SpeedSettings(**settings)))
 
     def decode(self, **settings: int) -> float:
-        """Seconds of token-by-token decoding."""
+        """Measure the seconds of token-by-token decoding."""
         speed = SpeedSettings(**settings)
         return decode_seconds(self.model, self._prompt(speed), speed.new_tokens)
 

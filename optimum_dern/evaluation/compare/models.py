@@ -1,4 +1,4 @@
-"""Original and compressed models side by side: quality one after the other, speed in turn within one run."""
+"""Comparison of an original with compressed models: quality one after the other, speed in interleaved rounds."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,25 +18,25 @@ __all__ = ["Comparison", "ModelFigures", "compare_models"]
 
 @dataclass
 class ModelFigures:
-    """What was measured of one model."""
+    """The measured values of one model."""
 
     path: str
     experts: int  # routed, per layer
     experts_per_token: int
     parameters: int
-    active_parameters: int  # used by one token
+    active_parameters: int  # used for one token
     disk_bytes: int  # of the weights
     losses: dict[str, dict[str, Any]] = field(default_factory=dict)  # by text: loss, standard_error, tokens
     agreement: dict[str, dict[str, Any]] = field(default_factory=dict)  # by text, with the first model
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name: metrics, and values of the main one
-    memory_bytes: int = 0  # at its peak while running, beyond the interpreter and its libraries
-    prefill: list[float] = field(default_factory=list)  # tokens per second, one a round
+    memory_bytes: int = 0  # peak while running, beyond the interpreter and its libraries
+    prefill: list[float] = field(default_factory=list)  # tokens per second, one value per round
     decode: list[float] = field(default_factory=list)
 
 
 @dataclass
 class Comparison:
-    """Every model, the original first."""
+    """The measured values of all models, the original first, and how they were measured."""
 
     models: list[ModelFigures]
     speed: SpeedSettings | None
@@ -44,7 +44,7 @@ class Comparison:
     threads: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, medians of the speeds included."""
+        """Convert to a dict for JSON, with the medians of the speeds."""
         values = asdict(self)
         for model in values["models"]:
             model |= {f"{name}_median": median(model[name]) for name in ("prefill", "decode") if model[name]}
@@ -63,26 +63,26 @@ def compare_models(
     device: str | None = None,
     **loading: Any,
 ) -> Comparison:
-    """Measure models on equal terms, each in a process of its own.
+    """Measure several models on the same data and machine, each in a process of its own.
 
-    Quality is measured with one model in memory at a time.  For speed all of them are, so that slow spells of the
-    machine meet every model alike: each round times every model once.
+    Quality is measured with one model in memory at a time.  For speed all of them are, and each round times every
+    model once, so that other load on the machine affects all models alike.
 
     Args:
         original: folder or Hub id.
         compressed: the models to compare it with.
-        data: held-out text, a file or a folder with one file a domain; None leaves the loss out.
-        sequence_length: tokens of the evaluation sequences, for all models; by default what the original is made
-            for, at most 2,048.
-        limit: sequences a text and items a task at most; all by default.
+        data: held-out text, a file or a folder with one file per domain; None skips the loss.
+        sequence_length: tokens of the evaluation sequences, for all models; by default the original's context length,
+            at most 2,048.
+        limit: at most this many sequences per text and items per task; all by default.
         tasks: files or names, as `load_tasks` takes them.
-        tasks_folder: where tasks are looked up by name.
-        speed: what is timed; None leaves speed and memory out.
-        device: CUDA where there is one by default.
+        tasks_folder: folder in which tasks are looked up by name.
+        speed: settings of the timing; None skips speed and memory.
+        device: by default CUDA if available.
         **loading: `dtype` by name, `trust_remote_code`.
 
     Raises:
-        ModelProcessError: a model that cannot be loaded or run; the message names it.
+        ModelProcessError: a model cannot be loaded or run; the message names it.
     """
     import torch
     from transformers import AutoConfig
@@ -126,6 +126,6 @@ def _measure_speed(processes: Sequence[ModelProcess], figures: list[ModelFigures
 
 
 def _rounds(count: int, repeats: int) -> Iterator[list[int]]:
-    """Every model once a round, each round beginning with another one."""
+    """Yield the order of the models in each round; every round begins with another model."""
     for first in range(repeats):
         yield [(first + offset) % count for offset in range(count)]

@@ -1,4 +1,4 @@
-"""Time of a prompt's forward pass and of token-by-token decoding, on any causal language model with a cache."""
+"""Timing of a prompt's forward pass and of token-by-token decoding, for any causal language model with a KV cache."""
 
 import time
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ __all__ = ["SpeedSettings", "decode_seconds", "prefill_seconds", "random_prompt"
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """What is timed."""
+    """Batch size, lengths and number of rounds of the timing."""
 
     batch_size: int = 1
-    prompt_length: int = 512  # tokens of the forward pass
-    new_tokens: int = 32  # decoded one by one after it
-    repeats: int = 5
+    prompt_length: int = 512  # tokens of the prompt
+    new_tokens: int = 32  # decoded one by one after the prompt
+    repeats: int = 5  # rounds
 
 
 def random_prompt(settings: SpeedSettings, vocabulary: int, device: torch.device) -> Tensor:
-    """Token ids (batch, prompt) that are the same for every model with this vocabulary."""
+    """Draw token ids (batch, prompt), the same ones for every model with this vocabulary."""
     generator = torch.Generator().manual_seed(0)
     shape = settings.batch_size, settings.prompt_length
     return torch.randint(vocabulary, shape, generator=generator).to(device)
@@ -32,7 +32,7 @@ def random_prompt(settings: SpeedSettings, vocabulary: int, device: torch.device
 
 @torch.no_grad()
 def prefill_seconds(model: Any, ids: Tensor) -> float:
-    """Seconds from a prompt to its last logits.
+    """Measure the seconds of a prompt's forward pass, up to its last logits.
 
     Args:
         model: a causal language model.
@@ -46,12 +46,12 @@ def prefill_seconds(model: Any, ids: Tensor) -> float:
 
 @torch.no_grad()
 def decode_seconds(model: Any, ids: Tensor, new_tokens: int) -> float:
-    """Seconds of greedy decoding, a token of each sequence at a time, the prompt's own forward pass left out.
+    """Measure the seconds of greedy decoding, one token of each sequence at a time, without the prompt's forward pass.
 
     Args:
-        model: a causal language model that takes and returns a cache of keys and values.
+        model: a causal language model that takes and returns a KV cache.
         ids: (batch, prompt).
-        new_tokens: steps.
+        new_tokens: number of decoding steps.
     """
     with evaluation_mode(model):
         output = model(input_ids=ids, use_cache=True, logits_to_keep=1)

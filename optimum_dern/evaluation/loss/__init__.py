@@ -1,1 +1,1 @@
-"""Cross-entropy of texts, in memory, a layer at a time, and as metrics for Trainer and evaluate."""
+"""Cross-entropy on texts, of a model in memory or streamed from disk, also as metrics for Trainer and `evaluate`."""

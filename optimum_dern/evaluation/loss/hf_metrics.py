@@ -1,6 +1,6 @@
-"""Metrics of the `evaluate` package that need no network.
+"""Token accuracy and perplexity as metrics of the `evaluate` package, without downloads.
 
-`evaluate.load("perplexity")` downloads a script, and that script loads a model by its id.  These are instantiated:
+`evaluate.load("perplexity")` downloads a script, which loads a model by its id.  These classes are instantiated:
 
     metric = evaluate.combine([TokenAccuracy(), Perplexity()])
     for batch in batches:
@@ -8,7 +8,7 @@
         metric.add_batch(predictions=logits[:, :-1].argmax(-1), references=labels[:, 1:], losses=losses)
     metric.compute()
 
-Inputs are aligned: the prediction at a position is of the reference at the same position, so shift by one first.
+Inputs must be aligned: the prediction at a position is of the reference at the same position, so shift by one first.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ REFERENCES = f"references: lists of token ids, one list a sequence; positions wi
 
 
 class TokenAccuracy(evaluate.Metric):
-    """Share of tokens that are the model's first choice.
+    """Metric: share of tokens that are the model's most probable token.
 
     Args:
         **options: of `evaluate.Metric`, for example `keep_in_memory`, `cache_dir` or `experiment_id`.
@@ -50,7 +50,7 @@ class TokenAccuracy(evaluate.Metric):
 
 
 class Perplexity(evaluate.Metric):
-    """Perplexity and loss over all tokens, with the standard error of the loss.
+    """Metric: perplexity and loss over all tokens, with the standard error of the loss.
 
     Args:
         **options: of `evaluate.Metric`, for example `keep_in_memory`, `cache_dir` or `experiment_id`.
@@ -77,7 +77,7 @@ class Perplexity(evaluate.Metric):
 
 
 def _pairs(values: Sequence, references: Sequence, name: str) -> list[list[tuple[Any, int]]]:
-    """Per sequence, (value, reference) of the positions that count."""
+    """Pair values with references, per sequence, without the positions to ignore."""
     for i, (row, targets) in enumerate(zip(values, references, strict=True)):
         if len(row) != len(targets):
             raise ValueError(

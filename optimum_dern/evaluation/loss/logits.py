@@ -1,4 +1,4 @@
-"""A model's logits batch by batch, whether it is in memory or streams its layers from a checkpoint."""
+"""Logits batch by batch, of a model in memory or of a checkpoint that streams its layers."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -16,18 +16,18 @@ __all__ = ["batch_logits"]
 
 @torch.no_grad()
 def batch_logits(model: Any, batches: Sequence[dict], keep: Sequence[int] | None = None) -> Iterator[Tensor]:
-    """Logits of every batch, one batch at a time.
+    """Compute the logits of every batch, one batch at a time.
 
     Args:
-        model: a causal language model in any mode, evaluated without dropout and put back; or a `StreamedCheckpoint`.
+        model: a causal language model, which runs in evaluation mode and is then set back; or a `StreamedCheckpoint`.
         batches: `input_ids` and `attention_mask`, each (batch, sequence).
-        keep: of each batch, how many last positions are wanted; a model that can leaves the others out.
+        keep: for each batch, how many last positions are needed; models with `logits_to_keep` skip the others.
 
     Yields:
         (batch, positions, vocabulary), on the model's device; all positions, or at least those to keep.
 
     Raises:
-        ValueError: a mask of other numbers than 0 and 1.
+        ValueError: a mask has other values than 0 and 1.
     """
     check_masks(batches)
     if hasattr(model, "stream_logits"):

@@ -2,8 +2,8 @@
 
     Trainer(model, args, eval_dataset=rows, data_collator=collator, **trainer_metrics())
 
-Per predicted token two numbers are enough: its loss, -log p(token), and its rank, how many tokens the model prefers to
-it.  They are taken where the logits are, one sequence at a time, so that an evaluation keeps 12 bytes a token instead
+Two numbers per predicted token are enough: its loss, -log p(token), and its rank, the number of more probable tokens.
+They are computed on the logits' device, one sequence at a time, so that an evaluation keeps 12 bytes per token instead
 of the logits.  Loss and perplexity are those of `perplexity.evaluate_loss` on the same sequences.  Trainer's own
 `eval_loss` can differ: it is a mean of batch means, with the router's auxiliary loss where the model adds it.
 
@@ -35,10 +35,10 @@ IGNORED_LABEL = -100  # of padding and prompts; Trainer pads predictions with it
 
 
 def trainer_metrics(top_k: int = 5) -> dict[str, Callable]:
-    """The two arguments of `Trainer` that belong together.
+    """Make the two arguments of `Trainer` that compute these metrics.
 
     Args:
-        top_k: also count tokens among this many most probable ones.
+        top_k: for the accuracy among this many most probable tokens.
 
     Returns:
         `compute_metrics` and `preprocess_logits_for_metrics`.
@@ -54,14 +54,14 @@ def trainer_metrics(top_k: int = 5) -> dict[str, Callable]:
 
 @torch.no_grad()
 def preprocess_logits_for_metrics(logits: Tensor | Sequence, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Reduce the model's output to what the metrics need.
+    """Reduce a batch's logits to the losses and ranks of its tokens, for `Trainer`.
 
     Args:
-        logits: (batch, sequence, vocabulary), or all outputs of a model that gives more (router logits, losses).
+        logits: (batch, sequence, vocabulary), or all outputs of a model that has more (router logits, losses).
         labels: (batch, sequence), not shifted.
 
     Returns:
-        `token_losses_and_ranks`.
+        The result of `token_losses_and_ranks`.
 
     Raises:
         ValueError: no output has the shape of logits for these labels.
@@ -78,7 +78,7 @@ def preprocess_logits_for_metrics(logits: Tensor | Sequence, labels: Tensor) -> 
 
 
 def token_losses_and_ranks(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and rank of every predicted token.
+    """Compute the loss and the rank of every predicted token.
 
     Args:
         logits: (batch, sequence, vocabulary).
@@ -100,17 +100,17 @@ def token_losses_and_ranks(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tens
 
 
 def make_compute_metrics(top_k: int = 5) -> Callable[..., dict[str, float]]:
-    """A `compute_metrics` for predictions of `preprocess_logits_for_metrics`.
+    """Make a `compute_metrics` for predictions from `preprocess_logits_for_metrics`.
 
-    It also serves `TrainingArguments(batch_eval_metrics=True)`; after an evaluation that was interrupted in that mode,
-    make a new one.
+    It also works with `TrainingArguments(batch_eval_metrics=True)`; after an evaluation that was interrupted in that
+    mode, make a new one.
 
     Args:
-        top_k: also count tokens among this many most probable ones.
+        top_k: for the accuracy among this many most probable tokens.
 
     Returns:
-        A function of an `EvalPrediction` that gives `token_loss` in nats with `token_loss_stderr`, `perplexity`,
-        `token_accuracy`, `top5_accuracy` (named after `top_k`) and `tokens`, how many were predicted.
+        A function of an `EvalPrediction` that returns `token_loss` in nats with `token_loss_stderr`, `perplexity`,
+        `token_accuracy`, `top5_accuracy` (named after `top_k`) and `tokens`, the number of predicted tokens.
 
     Raises:
         ValueError: `top_k` below 1.
@@ -143,7 +143,7 @@ def make_compute_metrics(top_k: int = 5) -> Callable[..., dict[str, float]]:
 
 
 def perplexity_of(loss: float) -> float:
-    """exp(loss), infinite where a float cannot hold it."""
+    """Compute exp(loss), infinite where it exceeds the range of a float."""
     return math.inf if loss > 709 else math.exp(loss)
 
 

@@ -1,7 +1,7 @@
-"""Loss on held-out text in nats per token, weighted by tokens, with its standard error.
+"""Loss on held-out text in nats per token, a mean over all tokens, with its standard error.
 
-The mean over all predicted tokens, not the mean of batch means: sequences of different lengths count by their tokens.
-The standard error treats sequences as independent draws and tokens within one as dependent.
+It is not a mean of batch means: sequences of different lengths are weighted by their tokens.  The standard error
+treats sequences as independent, and the tokens of one sequence as dependent.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,48 +33,48 @@ __all__ = [
 ]
 
 logger = getLogger(__name__)
-LONGEST = 2048  # tokens of a sequence, unless another length is asked for
-ALL = 1 << 62  # samples: every one
+LONGEST = 2048  # largest default of the sequence length
+ALL = 1 << 62  # as the number of samples: all of them
 
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Loss on one text."""
+    """Loss of a model on one text, with its standard error."""
 
     loss: float  # nats per predicted token
     standard_error: float  # nan for a single sequence
-    tokens: int  # predicted
-    sequence_length: int | None = None  # tokens of the longest sequence: with fewer before them, tokens cost more
+    tokens: int  # number of predicted tokens
+    sequence_length: int | None = None  # tokens of the longest sequence; losses compare at the same length only
 
     @property
     def perplexity(self) -> float:
         return perplexity_of(self.loss)
 
     def to_dict(self) -> dict[str, float | None]:
-        """For JSON."""
+        """Convert to a dict for JSON."""
         facts = asdict(self) | {"standard_error": json_error(self.standard_error)}
         return facts | {"perplexity": self.perplexity}
 
 
 @torch.no_grad()
 def evaluate_loss(model: Any, batches: Sequence[dict]) -> TextLoss:
-    """Next-token loss of a causal language model.
+    """Measure the next-token loss of a causal language model.
 
     Args:
-        model: in any mode; it is evaluated without dropout and put back.  Or a `StreamedCheckpoint`.
+        model: runs in evaluation mode and is then set back; or a `StreamedCheckpoint`.
         batches: `input_ids` and `attention_mask`, each (batch, sequence); padding is neither predicted nor read.
 
     Returns:
         The loss over all predicted tokens.
 
     Raises:
-        ValueError: nothing to predict.
+        ValueError: there is no token to predict.
     """
     return evaluate_texts(model, {"text": batches})["text"]
 
 
 def sequence_losses(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[list[float], list[float]]:
-    """Sum of the next-token losses, and number of predicted tokens, of every sequence of a batch.
+    """Compute the sum of the next-token losses and the number of predicted tokens of every sequence of a batch.
 
     Args:
         logits: (batch, sequence, vocabulary).
@@ -88,10 +88,10 @@ def sequence_losses(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[list[flo
 
 
 def summarise(batches: Iterable[tuple[list[float], list[float]]]) -> TextLoss:
-    """The loss over all tokens from the `sequence_losses` of all batches.
+    """Compute the loss over all tokens from the `sequence_losses` of all batches.
 
     Raises:
-        ValueError: nothing to predict.
+        ValueError: there is no token to predict.
     """
     sums, counts = [], []
     for batch_sums, batch_counts in batches:
@@ -104,17 +104,17 @@ def summarise(batches: Iterable[tuple[list[float], list[float]]]) -> TextLoss:
 
 
 def evaluation_length(config: Any, asked: int | None = None) -> int:
-    """Tokens of the sequences that a text is cut into: one number for a model, so that all its losses compare.
+    """Choose the length of evaluation sequences, the same for all commands, so that a model's losses are comparable.
 
     Args:
-        config: of the model; of several that are compared, the original's.
-        asked: another length than the default, which is what the model is made for, at most 2,048.
+        config: of the model; the original's where several models are compared.
+        asked: length given by the user; the default is the model's context length, at most 2,048.
 
     Returns:
-        The length; what the model is made for where more is asked.
+        The length in tokens, at most the model's context length.
 
     Raises:
-        ValueError: a length below 2.
+        ValueError: the length is below 2.
     """
     if asked is not None and asked < 2:
         raise ValueError(f"the sequence length for evaluation is {asked}; give at least 2 tokens, one to predict")
@@ -131,14 +131,14 @@ def evaluation_length(config: Any, asked: int | None = None) -> int:
 def load_texts(
     source: Any, tokenizer: Any, sequence_length: int, batch_size: int = 8, limit: int | None = None
 ) -> dict[str, list[dict]]:
-    """Evaluation batches by name: a folder gives one entry a file, anything else one entry.
+    """Load evaluation batches by name of the text: one entry per file of a folder, else a single entry.
 
     Args:
-        source: any form of data that calibration takes.
+        source: data in any form that calibration takes.
         tokenizer: of the model.
-        sequence_length: tokens a sequence.
-        batch_size: sequences a forward pass.
-        limit: at most this many sequences an entry, drawn at random, always the same ones; all by default.
+        sequence_length: tokens per sequence.
+        batch_size: sequences per forward pass.
+        limit: at most this many sequences per entry, drawn at random with a fixed seed; all by default.
     """
     sources = {Path(source).stem if isinstance(source, str | Path) else "text": source}
     if isinstance(source, str | Path) and Path(source).is_dir():
@@ -149,7 +149,7 @@ def load_texts(
 
 @torch.no_grad()
 def evaluate_texts(model: Any, texts: Mapping[str, Sequence[dict]]) -> dict[str, TextLoss]:
-    """`evaluate_loss` of every entry of `load_texts`; a `StreamedCheckpoint` is read once for all of them."""
+    """Measure the loss on every text of `load_texts`; a `StreamedCheckpoint` is read once for all of them."""
     batches = [batch for text in texts.values() for batch in text]
     losses = []
     for batch, logits in zip(batches, batch_logits(model, batches), strict=True):

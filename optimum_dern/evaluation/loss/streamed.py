@@ -1,4 +1,4 @@
-"""A checkpoint that need not fit into memory, evaluated one decoder layer at a time, all batches at once."""
+"""Evaluation of a checkpoint that does not fit into memory, one decoder layer at a time on all batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,13 +21,13 @@ __all__ = ["StreamedCheckpoint", "evaluate_checkpoint"]
 
 
 class StreamedCheckpoint:
-    """Stands for the loaded model wherever logits are evaluated; each evaluation reads the checkpoint once.
+    """Checkpoint that evaluation functions take instead of a loaded model; each evaluation reads it once.
 
-    Hidden states of all batches are in memory, and one decoder layer.
+    Only one decoder layer and the hidden states of all batches are in memory.
 
     Args:
         model: folder or Hub id.
-        device: where layers are computed.
+        device: to compute on.
         **source: `revision`, `token`, `trust_remote_code` and `dtype`.
     """
 
@@ -39,7 +39,7 @@ class StreamedCheckpoint:
 
     @torch.no_grad()
     def stream_logits(self, batches: Sequence[dict]) -> Iterator[Tensor]:
-        """Logits of every batch, (batch, sequence, vocabulary), one batch at a time."""
+        """Yield the logits of every batch, (batch, sequence, vocabulary), one batch at a time."""
         loader, decoder_layers = self.loader, self.loader.decoder_layers
         with loader.outside():
             stream = HiddenStream(record_layer_calls(self.skeleton, decoder_layers, batches))
@@ -55,15 +55,15 @@ class StreamedCheckpoint:
 def evaluate_checkpoint(
     model: str | Path, texts: Mapping[str, list[dict]], device: torch.device, **source: Any
 ) -> dict[str, TextLoss]:
-    """Next-token loss of a checkpoint on some texts, its layers loaded one after the other.
+    """Measure the next-token loss of a checkpoint on some texts, with one decoder layer in memory at a time.
 
     Args:
         model: folder or Hub id.
         texts: token batches by name, as `load_texts` gives them.
-        device: where layers are computed.
+        device: to compute on.
         **source: `revision`, `token`, `trust_remote_code` and `dtype`.
 
     Returns:
-        What `evaluate_texts` gives for the loaded model.
+        The loss by name of the text, as `evaluate_texts` gives it for the loaded model.
     """
     return evaluate_texts(StreamedCheckpoint(model, device, **source), texts)

@@ -1,1 +1,1 @@
-"""Tasks scored by likelihood."""
+"""Evaluation tasks such as multiple choice, scored by the log-likelihoods of the answers."""

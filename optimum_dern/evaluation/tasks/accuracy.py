@@ -1,4 +1,4 @@
-"""Accuracy of a model on tasks, from the log-likelihoods of the choices.
+"""Accuracy of a model on tasks, computed from the log-likelihoods of the choices.
 
     acc        the right choice has the largest log-likelihood
     acc_norm   ... the largest log-likelihood per character of the choice (lm-eval's definition)
@@ -25,21 +25,21 @@ NORMALISED = ("arc_challenge", "hellaswag", "openbookqa", "piqa")  # papers repo
 
 @dataclass(frozen=True)
 class Outcome:
-    """One item's result."""
+    """A model's result on one item of a task."""
 
     id: str
-    log_likelihoods: tuple[float, ...]  # per choice
+    log_likelihoods: tuple[float, ...]  # one per choice
     metrics: dict[str, float]  # 1 or 0
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A model's results on one task."""
+    """A model's metrics on one task, and its result on every item."""
 
     name: str
     kind: str
     metrics: dict[str, Estimate]
-    chance: float  # accuracy of guessing
+    chance: float  # accuracy of random guessing
     outcomes: tuple[Outcome, ...]
 
     @property
@@ -52,11 +52,11 @@ class TaskResult:
         return self.metrics[self.main_metric]
 
     def values(self, metric: str | None = None) -> list[float]:
-        """One value per item, in the task's order, for paired comparisons; of the main metric by default."""
+        """Return one value per item, in the task's order, for paired comparisons; by default of the main metric."""
         return [outcome.metrics[metric or self.main_metric] for outcome in self.outcomes]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, without the items."""
+        """Convert to a dict for JSON, without the items."""
         metrics = {name: estimate.to_dict() for name, estimate in self.metrics.items()}
         facts = {"kind": self.kind, "items": len(self.outcomes), "chance": self.chance}
         return facts | {"main_metric": self.main_metric, "metrics": metrics}
@@ -68,10 +68,10 @@ def evaluate_tasks(
     """Evaluate a model on tasks.
 
     Args:
-        model: a causal language model, or a `StreamedCheckpoint`; all tasks go through it at once.
+        model: a causal language model, or a `StreamedCheckpoint`, which is read once for all tasks.
         tokenizer: of the model.
-        tasks: of `load_tasks` or `make_task`.
-        batch_tokens: of a forward pass, padding included.
+        tasks: from `load_tasks` or `make_task`.
+        batch_tokens: tokens of a forward pass, including padding.
 
     Returns:
         Results by the tasks' names.
@@ -85,7 +85,7 @@ def evaluate_tasks(
 
 
 def make_result(task: Task, scores: Sequence[Sequence[Score]]) -> TaskResult:
-    """A task's result from the scores of every item's requests."""
+    """Compute a task's result from the scores of every item's requests."""
     outcomes = tuple(_outcome(item, row, task.kind) for item, row in zip(task.items, scores, strict=True))
     metrics = {name: mean_estimate([outcome.metrics[name] for outcome in outcomes]) for name in outcomes[0].metrics}
     if task.kind == "last_word":

@@ -1,6 +1,6 @@
-"""Rows of a task file to items: pairs of a context and a continuation whose log-likelihoods are compared.
+"""Conversion of task-file rows to items: pairs of context and continuation whose log-likelihoods are compared.
 
-The texts are those of lm-eval's own prompts, to the character, so that both give the same numbers:
+The texts are exactly those of lm-eval's own prompts, so that both give the same numbers:
 
     multiple_choice    context, choices, label            log p(" " + choice | context)
     (with letters)     ... and letters                    log p(" " + letter | context), the choices are in the context
@@ -27,15 +27,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Item:
-    """One question: the requests compete, and the one at `label` is right."""
+    """One question with its possible answers as requests; the one at index `label` is right."""
 
     id: str
     requests: tuple[Request, ...]
     label: int
-    lengths: tuple[str, ...] = ()  # the choices' texts, by whose length log-likelihoods are normalised; or none
+    lengths: tuple[str, ...] = ()  # texts whose lengths normalise the log-likelihoods, or none
 
 
-KEYS = {  # a row of this kind has these; the first kind that fits is taken
+KEYS = {  # kind -> the keys of its rows; the first kind whose keys a row has is its kind
     "multiple_context": ("contexts", "continuation", "label"),
     "multiple_choice": ("context", "choices", "label"),
     "last_word": ("context", "target"),
@@ -45,10 +45,10 @@ KINDS = tuple(KEYS)
 
 
 def kind_of_row(row: Mapping[str, Any]) -> str:
-    """The kind of task that a row belongs to, by its keys.
+    """Return the kind of task that a row belongs to, by its keys.
 
     Raises:
-        ValueError: it belongs to none; generated answers (GSM8K) are not scored here.
+        ValueError: it belongs to none; tasks with generated answers (GSM8K) are not supported.
     """
     for kind, keys in KEYS.items():
         if all(key in row for key in keys):
@@ -58,16 +58,16 @@ def kind_of_row(row: Mapping[str, Any]) -> str:
 
 
 def make_item(row: Mapping[str, Any], kind: str, name: str, cloze: bool = False) -> Item:
-    """Turn one row into an item.
+    """Convert one row of a task file to an item.
 
     Args:
         row: of a task file.
         kind: one of `KINDS`.
-        name: the item's, where the row has no `id`.
-        cloze: for rows with letters, score the choices' texts after the question alone instead.
+        name: of the item, where the row has no `id`.
+        cloze: for rows with letters, score the choices' texts after the question alone.
 
     Raises:
-        ValueError: a key is missing or holds something else.
+        ValueError: a key is missing or its value is invalid.
     """
     missing = [key for key in KEYS[kind] if key not in row]
     if missing:
@@ -95,7 +95,7 @@ def _multiple_choice(row: Mapping[str, Any], name: str, cloze: bool) -> tuple:
 def _multiple_context(row: Mapping[str, Any], name: str, cloze: bool) -> tuple:
     contexts, continuation = _texts(row, "contexts", name), row["continuation"]
     if continuation[:1].isspace():
-        continuation = f" {continuation.strip()}"  # lm-eval's, whatever the spaces of the sentence
+        continuation = f" {continuation.strip()}"  # as lm-eval does, whatever white space the sentence has
     return tuple(Request(context, continuation) for context in contexts), row["label"], ()
 
 

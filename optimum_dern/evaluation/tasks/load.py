@@ -1,4 +1,4 @@
-"""Evaluation tasks from JSONL files: one question a line (`items` has the formats)."""
+"""Loading of evaluation tasks from JSONL files with one question per line (`items` has the formats)."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ CLOZE = ":cloze"  # after a task's name: score the texts of the choices, not the
 
 @dataclass(frozen=True)
 class Task:
-    """Questions of one kind."""
+    """An evaluation task: its items, all of one kind, and the rows they were made from."""
 
     name: str
     kind: str
@@ -26,28 +26,28 @@ class Task:
 
     @property
     def chance(self) -> float:
-        """Accuracy of guessing; 0 where a word is to be found."""
+        """Accuracy of random guessing; 0 for tasks that ask for a word."""
         if self.kind == "last_word":
             return 0.0
         return sum(1 / len(item.requests) for item in self.items) / len(self.items)
 
 
 def load_tasks(names: Iterable[str | Path], folder: str | Path | None = None, limit: int | None = None) -> list[Task]:
-    """Read several tasks.
+    """Load several tasks.
 
     Args:
         names: files, or names of files in `folder` without their `.jsonl`; `"suite"` stands for the eight tasks of
             the paper (`SUITE`), `"all"` for every file that can be scored, and `NAME:cloze` scores choices by their
             texts where the rows have letters.
-        folder: where names are looked up.
-        limit: at most this many items a task.
+        folder: in which names are looked up.
+        limit: at most this many items per task.
 
     Returns:
         The tasks, in the order of their names.
 
     Raises:
-        FileNotFoundError: a task that is not there.
-        ValueError: a file that cannot be scored, or a name given twice.
+        FileNotFoundError: a task is not found.
+        ValueError: a file cannot be scored, or a name is given twice.
     """
     paths: list[tuple[Path, bool]] = []
     for name in map(str, names):
@@ -66,31 +66,31 @@ def load_tasks(names: Iterable[str | Path], folder: str | Path | None = None, li
 
 
 def load_task(path: str | Path, limit: int | None = None, cloze: bool = False) -> Task:
-    """Read one task.
+    """Load one task from a file.
 
     Args:
-        path: JSON lines, all of one kind; the file's name is the task's.
-        limit: at most this many items, spread evenly over the file, which may be sorted by subject.
+        path: JSONL file with rows of one kind; its name is the task's.
+        limit: at most this many items, evenly spaced in the file, which may be sorted by subject.
         cloze: score choices by their texts where the rows have letters; `:cloze` becomes part of the name.
 
     Raises:
-        ValueError: a line that is no JSON object, or rows that cannot be scored.
+        ValueError: a line is not a JSON object, or the rows cannot be scored.
     """
     path = Path(path)
     return make_task(path.stem, list(_rows(path)), limit, cloze)
 
 
 def make_task(name: str, rows: Sequence[Mapping[str, Any]], limit: int | None = None, cloze: bool = False) -> Task:
-    """A task from rows in memory.
+    """Make a task from rows in memory.
 
     Args:
         name: of the task.
         rows: dicts, all of one kind.
-        limit: at most this many items, spread evenly.
+        limit: at most this many items, evenly spaced.
         cloze: score choices by their texts where the rows have letters.
 
     Raises:
-        ValueError: no row, rows that cannot be scored, or a limit below 1.
+        ValueError: there are no rows, the rows cannot be scored, or the limit is below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; give at least 1 item a task")
@@ -107,7 +107,7 @@ def make_task(name: str, rows: Sequence[Mapping[str, Any]], limit: int | None = 
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file, one after the other, empty lines left out."""
+    """Yield the rows of a file, skipping empty lines."""
     lines = read_text(path).split("\n")  # not splitlines: JSON strings may hold U+2028
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -1,8 +1,8 @@
-"""Log-likelihoods of continuations, sorted by length so that batches hold little padding.
+"""Log-likelihoods of continuations after their contexts, in batches sorted by length to avoid padding.
 
-Tokens are split as lm-eval does: context and continuation are encoded together, and the continuation is what follows
-the context's own tokens; spaces at the end of a context belong to the continuation.  Requests that differ in their
-last token only (letters, yes and no) share one pass through the model.
+Tokens are split as in lm-eval: context and continuation are encoded together, and the tokens after as many as the
+context alone has are the continuation's; spaces at the end of a context belong to the continuation.  Requests that
+differ only in their last token (letters, yes and no) share one row of a forward pass.
 """
 
 import math
@@ -20,34 +20,34 @@ from .items import Request
 
 __all__ = ["BATCH_TOKENS", "Score", "encode_requests", "score_requests"]
 
-BATCH_TOKENS = 4096  # of a batch, padding included
+BATCH_TOKENS = 4096  # tokens of a batch, including padding
 
 
 @dataclass(frozen=True)
 class Score:
-    """How likely a continuation is."""
+    """Log-likelihood of a continuation, and whether greedy decoding gives it."""
 
     log_likelihood: float  # nats, summed over its tokens
-    greedy: bool  # each of its tokens is the most probable one
+    greedy: bool  # whether each of its tokens is the most probable one
     tokens: int
 
 
 def score_requests(
     model: Any, tokenizer: Any, requests: Sequence[Request], batch_tokens: int = BATCH_TOKENS
 ) -> list[Score]:
-    """Score continuations.
+    """Compute the log-likelihoods of continuations.
 
     Args:
         model: a causal language model, or a `StreamedCheckpoint`.
         tokenizer: of the model.
-        requests: contexts and continuations; what is too long loses the beginning of its context.
-        batch_tokens: of a batch, padding included; a longer sequence is a batch of its own.
+        requests: contexts and continuations; contexts that are too long are cut at their beginning.
+        batch_tokens: tokens of a batch, including padding; a longer sequence is a batch of its own.
 
     Returns:
         One score per request, in their order.
 
     Raises:
-        ValueError: a continuation without a token, or longer than the model reads.
+        ValueError: a continuation has no token, or more than the model's context length.
     """
     encoded = encode_requests(requests, tokenizer, context_length(model.config))
     sharing: dict[tuple[int, ...], list[int]] = {}
@@ -70,15 +70,15 @@ def score_requests(
 def encode_requests(
     requests: Sequence[Request], tokenizer: Any, max_length: int | None = None
 ) -> list[tuple[list[int], int]]:
-    """Tokens of context and continuation, and how many of them are the continuation's.
+    """Encode requests as the tokens of context and continuation, and the number of tokens of the continuation.
 
     Args:
-        requests: what to encode.
-        tokenizer: special tokens that it puts in front by itself stay.
-        max_length: the longest input; the last token is predicted and never read, so there may be one more.
+        requests: contexts and continuations.
+        tokenizer: special tokens that it adds at the beginning are kept.
+        max_length: longest input; the last token is only predicted, so there may be one more.
 
     Raises:
-        ValueError: a continuation without a token, or longer than `max_length`.
+        ValueError: a continuation has no token, or more than `max_length`.
     """
     contexts, wholes = [], []
     for request in requests:
@@ -105,7 +105,7 @@ def encode_requests(
 
 
 def _whole(request: Request) -> str:
-    """Context and continuation as one text."""
+    """Join context and continuation into one text."""
     return request.context + request.continuation
 
 
@@ -114,7 +114,7 @@ def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 def _after_prefix(text: str, tokenizer: Any) -> list[int]:
-    """A text without context, after the token that begins a document."""
+    """Encode a text without context after a BOS token, or EOS where there is none."""
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if prefix is None:
         raise ValueError("the tokenizer has neither a BOS nor an EOS token to begin a text without context with")
@@ -123,7 +123,7 @@ def _after_prefix(text: str, tokenizer: Any) -> list[int]:
 
 
 def _batches(rows: list[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
-    """Rows from long to short, as many in a batch as fit."""
+    """Yield batches of rows, which are sorted from long to short, as many per batch as fit."""
     start = 0
     while start < len(rows):
         count = max(1, batch_tokens // len(rows[start]))
@@ -132,7 +132,7 @@ def _batches(rows: list[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tu
 
 
 def _padded(rows: list[tuple[int, ...]]) -> dict[str, Tensor]:
-    """A batch padded on the right, where causal models of every kind do not see it."""
+    """Pad a batch on the right, which does not affect the results of causal models."""
     ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
@@ -142,7 +142,7 @@ def _padded(rows: list[tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 def _wanted(encoded: list, sharing: dict, row: tuple[int, ...], width: int) -> int:
-    """How many last positions of a padded row are needed."""
+    """Return how many last positions of a padded row are needed for its continuations."""
     return width - len(row) + max(encoded[position][1] for position in sharing[row])
 
 

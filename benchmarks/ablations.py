@@ -1,14 +1,14 @@
-"""What each part of DERN, and of what this package adds to it, is worth: one part changed at a time.
+"""Ablations of DERN and of what this package adds to it: loss increase with one part changed at a time.
 
     python benchmarks/ablations.py                             # both models of examples/tiny_moe, half dropped
     python benchmarks/ablations.py --plots docs/source/images
 
-Most groups change one thing in `preset="paper"` (nothing is refitted, no guard), as the ablations of the paper do
-(arXiv 2509.10377).  "hope" is about that criterion (`hope_rules.py`), "recombination" tries other rules than the
-paper's (`segment_rules.py`), without and with refits, and "recommended" switches steps of `preset="recommended"` off.
-Figures are increases of the loss over the full model in nats per token, mean over the domains of the evaluation text,
-each file's first windows (those of `quality.py` are drawn from the whole file).  Results are merged into the output
-file: a later run of the same settings adds groups or variants.
+Most groups change one option of `preset="paper"` (no refits, no guard), as the ablations of the paper do (arXiv
+2509.10377).  "hope" is about that criterion (`hope_rules.py`), "recombination" tries other rules than the paper's
+(`segment_rules.py`), without and with refits, and "recommended" disables steps of `preset="recommended"`.  Figures are
+increases of the loss over the full model in nats per token, mean over the domains of the evaluation text, on each
+file's first windows (those of `quality.py` are drawn from the whole file).  Results are merged into the output file:
+a later run with the same settings adds groups or variants.
 """
 
 import argparse
@@ -45,8 +45,8 @@ RULES = {
     "the same, function space": OWN | {"method": "choose, function space"},
     "the best of those routed together": OWN | {"method": "choose, routed together"},
 }
-TEXTS = {"calibration": "calibration", "evaluation": "evaluation"}  # of files that do not name them
-EVERY_REFIT = {"preset": "recommended", "guard": False}  # in every layer the method's own result
+TEXTS = {"calibration": "calibration", "evaluation": "evaluation"}  # defaults for result files that name no texts
+EVERY_REFIT = {"preset": "recommended", "guard": False}  # every layer gets the method's own result
 GROUPS = {
     "controls": {
         "prune by router": {"preset": "paper", "method": "prune"},
@@ -112,14 +112,14 @@ def main() -> None:
 
 
 def measure(path: Path, args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Loss increases by group and variant, one a seed."""
+    """Measure a model's loss increases, one per seed, by group and variant."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     full = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     texts = load_texts(args.evaluation, tokenizer, args.sequence_length)
-    texts = {name: batches[: args.windows // 8] for name, batches in texts.items()}  # eight windows a batch
+    texts = {name: batches[: args.windows // 8] for name, batches in texts.items()}  # batches of eight windows
     baseline = mean_loss(full, texts)
     increases: dict[str, dict[str, list[float]]] = {}
-    known: dict[str, float] = {}  # several groups have the paper's own choice
+    known: dict[str, float] = {}  # by config: the paper's own choice is in several groups
     for group in args.groups:
         for variant, fields in GROUPS[group].items():
             if variant not in (args.variants or GROUPS[group]):
@@ -138,19 +138,19 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, dict[str, list[fl
 
 
 def mean_loss(model: torch.nn.Module, texts: dict) -> float:
-    """Nats per token, mean over the domains."""
+    """Measure a model's loss in nats per token, mean over the domains."""
     return statistics.mean(result.loss for result in evaluate_texts(model, texts).values())
 
 
 def common_fields(args: argparse.Namespace, seed: int) -> dict:
-    """Fields of DernConfig that all variants share."""
+    """Return the fields of DernConfig that all variants share."""
     names = ("sparsity", "num_samples", "sequence_length")
     fields = {name: getattr(args, name) for name in names}
     return fields | {"dataset": str(args.calibration), "batch_size": 8, "seed": seed}
 
 
 def markdown_tables(name: str, increases: dict[str, dict[str, list[float]]]) -> str:
-    """A table a group: mean increase, and spread over the seeds where there are several."""
+    """Format one table per group: mean increase, and standard deviation over the seeds where there are several."""
     lines = []
     for group, variants in increases.items():
         lines += [f"\n{name}: {group}\n", "| variant | mean increase | spread |", "|---|---:|---:|"]
@@ -161,7 +161,7 @@ def markdown_tables(name: str, increases: dict[str, dict[str, list[float]]]) -> 
 
 
 def plot(results: dict, folder: Path) -> None:
-    """The threshold sweep of every model as one SVG; nothing where matplotlib is missing."""
+    """Plot the threshold sweep of every model into one SVG file, unless matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -170,7 +170,7 @@ def plot(results: dict, folder: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    matplotlib.rcParams |= {"svg.hashsalt": "ablations", "svg.fonttype": "none"}  # same bytes each time, and few
+    matplotlib.rcParams |= {"svg.hashsalt": "ablations", "svg.fonttype": "none"}  # reproducible and small files
     figure, axes = pyplot.subplots(1, len(results), figsize=(4.2 * len(results), 3), squeeze=False)
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
         increases = result["increase"]
@@ -187,7 +187,7 @@ def plot(results: dict, folder: Path) -> None:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """What the figures depend on."""
+    """Return the settings that the figures depend on."""
     names = ("sparsity", "num_samples", "sequence_length", "windows", "seeds", "threads")
     texts = {name: getattr(args, name).name for name in TEXTS}
     return {name: getattr(args, name) for name in names} | texts | {"version": __version__, "torch": torch.__version__}

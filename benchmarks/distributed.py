@@ -1,8 +1,8 @@
-"""Wall time of one process against several that share the calibration data, one thread each, and the same result.
+"""Wall time of compression with one process and with several that share the calibration data, one thread each.
 
-Writes a random Mixtral-layout checkpoint, compresses it with the command line, alone and under `torchrun`, in turns,
-and prints a table and one JSON line.  Interpreter and imports, which every process pays, are told apart by the time
-that the report itself gives.
+Writes a random checkpoint in Mixtral's layout, compresses it with the command line, alone and under `torchrun`, in
+turns, and prints a table and one JSON line, with the largest difference between the results.  The report's own seconds
+leave out the start of the interpreter and imports, which every process has.
 
 python benchmarks/distributed.py --processes 1 2 --runs 3
 """
@@ -25,7 +25,7 @@ SHAPE = {"num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 4, "
 
 
 def main() -> None:
-    """Run every number of processes, print the table."""
+    """Run the compression with every number of processes, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--runs", type=int, default=3, help="of each; the fastest counts")
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def write_checkpoint(folder: Path, experts: int, width: int) -> None:
-    """A random Mixtral whose experts are alike enough for neurons to move."""
+    """Write a random Mixtral whose experts are similar enough for segments to be moved between them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"num_local_experts": experts, "intermediate_size": width, "vocab_size": 1000}
@@ -72,7 +72,7 @@ def write_checkpoint(folder: Path, experts: int, width: int) -> None:
 
 
 def compress(folder: Path, count: int, sequence_length: int) -> dict:
-    """One run of the command, with one thread a process."""
+    """Run the command once, with one thread per process, and return its times."""
     output = folder / str(count)
     shutil.rmtree(output, ignore_errors=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
@@ -90,13 +90,13 @@ def compress(folder: Path, count: int, sequence_length: int) -> dict:
 
 
 def largest_difference(expected: Path, found: Path) -> float:
-    """Of all tensors, the largest relative distance."""
+    """Return the largest relative difference of any tensor between two checkpoints."""
     tensors, others = load_file(expected / "model.safetensors"), load_file(found / "model.safetensors")
     return max(((others[name] - tensor).norm() / tensor.norm()).item() for name, tensor in tensors.items())
 
 
 def print_rows(rows: dict[int, dict], first: int) -> None:
-    """The table."""
+    """Print the table of times, one row per number of processes."""
     print(f"{'processes':>9} {'wall s':>8} {'compress s':>11} {'speed-up':>9} {'difference':>11}")
     for count, row in rows.items():
         speedup = rows[first]["compress_seconds"] / row["compress_seconds"]

@@ -1,8 +1,8 @@
-"""HOPE's matrix averaged over other tokens than the paper's, for `ablations.py`: a method, by importing this.
+"""Method that prunes by HOPE with its matrix averaged over all tokens, for `ablations.py`; registered on import.
 
-HOPE (arXiv 2609.18916) takes F_ij as the mean of a_i a_j over the tokens that chose both experts, so that a pair that
-meets once counts like one that always works together.  As a mean over all tokens, p^T F p is what the pruned experts
-have put out together, squared and averaged: E (sum over pruned i of a_i)^2.
+HOPE (arXiv 2609.18916) takes F_ij as the mean of a_i a_j over the tokens that chose both experts, so that a pair
+chosen together once counts like one that is always chosen together.  As a mean over all tokens, p^T F p is the mean
+squared total output of the pruned experts: E (sum over pruned i of a_i)^2.
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ from optimum_dern.methods import Candidate, LayerProblem, register_method
 
 @register_method("hope, over all tokens")
 class HopeOverAllTokens:
-    """Expert pruning by that."""
+    """Expert pruning by HOPE's criterion with means over all tokens."""
 
     needs_tokens = False
 

@@ -1,6 +1,6 @@
-"""Kill a compression at random moments, let the same command go on, and compare what comes out to the bit.
+"""Kill a compression at random moments, resume it with the same command, and compare the output bit by bit.
 
-Every kill is followed by another start; a run that survives its moment is finished and the next one begins anew.
+Every kill is followed by another start; a run that finishes before its kill is compared, and the next one starts over.
 
 python benchmarks/interruptions.py examples/tiny_moe/upcycled --dataset examples/tiny_moe/text/calibration --kills 20
 """
@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 
 
-TIMED = ("dern_report.json", "dern_report.html", "dern_report.png", "README.md")  # they tell seconds and memory
+TIMED = ("dern_report.json", "dern_report.html", "dern_report.png", "README.md")  # they contain times and memory
 
 
 def main() -> None:
-    """Run undisturbed once, then with kills; print one JSON line."""
+    """Run once without kills, then with kills, and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--dataset", required=True)
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict:
-    """Kill until enough kills have hit an unfinished run; compare every finished output."""
+    """Start and kill runs until enough unfinished ones were killed, and compare every finished output."""
     generator = random.Random(args.seed)
     started = time.monotonic()
     start(args, folder / "whole").wait()
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def start(args: argparse.Namespace, output: Path) -> subprocess.Popen:
-    """The command, quick settings."""
+    """Start the compression command with quick settings."""
     words = ["compress", args.model, str(output), "--dataset", args.dataset, "--num-samples", "24"]
     words += ["--sequence-length", "256", "--batch-size", "8", "--no-neuron-refit"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -86,7 +86,7 @@ def start(args: argparse.Namespace, output: Path) -> subprocess.Popen:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file that must not depend on how the run went."""
+    """Compute the SHA-256 of every output file without times in it."""
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in TIMED]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 

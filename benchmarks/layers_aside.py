@@ -1,4 +1,4 @@
-"""Compressed layers kept beside a model that stays as it is, to try several results of one pass in it later."""
+"""Sink that keeps compressed layers in memory beside an unchanged model, to evaluate several results of one pass."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from optimum_dern.results.report import LayerReport
 
 
 class LayersAside(InPlace):
-    """A sink of one recipe.
+    """Sink that copies the compressed layers of one recipe, while the model itself is restored.
 
     Args:
         model: in memory.
@@ -25,14 +25,14 @@ class LayersAside(InPlace):
         self.weights: dict[str, LayerWeights] = {}  # by the name of the layer
 
     def finish(self, position: int, report: LayerReport | None) -> None:
-        """Keep what the layer has become."""
+        """Keep the weights of a compressed layer."""
         super().finish(position, report)
         if report is not None:
             self.weights[report.name] = read_layer(self.positions[position])
 
     @torch.no_grad()
     def write_(self, model: nn.Module, layers: list[MoELayer]) -> None:
-        """Turn a model like the original into this result, counts in its config included.
+        """Write the compressed layers into the original model or a copy, and the expert count into its config.
 
         Args:
             model: the original, or a copy of it.

@@ -1,8 +1,8 @@
 """Peak memory, time and bytes read of compressing a checkpoint that is larger than the memory allowed for it.
 
-Writes random Mixtral-layout checkpoints of several depths, compresses each in a process of its own under an
+Writes random checkpoints in Mixtral's layout with several depths, compresses each in a process of its own under an
 address-space limit, and prints a table and one JSON line.  With `--max-memory` the process gets that bound, which is
-also the limit of its anonymous memory: what is in files does not count there, and is reported beside it.
+also set as the limit of its anonymous memory: memory-mapped files do not count there, and are reported separately.
 
 python benchmarks/memory.py --layers 4 8 12 --limit 3GiB --threads 2
 python benchmarks/memory.py --layers 2 --experts 146 --max-memory 1.5GiB --sequences 8 --sequence-length 128
@@ -72,7 +72,7 @@ print(json.dumps({
 
 
 def main() -> None:
-    """Run every depth, print the table."""
+    """Compress a checkpoint of every depth, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 12])
     parser.add_argument("--experts", type=int, default=40)
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, layers: int, folder: Path) -> dict:
-    """Write a checkpoint, compress it, and delete both."""
+    """Write a checkpoint, compress it under the limit, delete the output, and return what was measured."""
     layer_bytes = write_checkpoint(folder / "source", layers, args.experts, args.hidden, args.width)
     options = {
         "sparsity": 0.5,
@@ -136,7 +136,7 @@ def measure(args: argparse.Namespace, layers: int, folder: Path) -> dict:
 
 
 def row_text(row: dict) -> str:
-    """A line of the table."""
+    """Format one line of the table."""
     gib = 2**30
     sampled = ", ".join(f"{name} {value / gib:.2f}" for name, value in row["sampled_bytes"].items())
     where = f"experts in {'a file' if row['experts_in_file'] else 'memory'}"
@@ -150,7 +150,7 @@ def row_text(row: dict) -> str:
 
 
 def write_checkpoint(folder: Path, layers: int, experts: int, hidden: int, width: int) -> int:
-    """Write random bfloat16 weights in Mixtral's layout, tensor by tensor; returns the bytes of a layer."""
+    """Write random bfloat16 weights in Mixtral's layout, tensor by tensor; returns the bytes of one layer."""
     from transformers import MixtralConfig
 
     config = MixtralConfig(

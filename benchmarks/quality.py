@@ -1,4 +1,4 @@
-"""What every method costs in quality, side by side: loss, KL, agreement and tasks against the full model.
+"""Comparison of all compression methods: loss increase, KL, top-token agreement and tasks against the full model.
 
     python benchmarks/quality.py                                    # both models of examples/tiny_moe, half dropped
     python benchmarks/quality.py MODEL --calibration TEXT --evaluation TEXT
@@ -6,16 +6,16 @@
     python benchmarks/quality.py --data DATA --num-samples 2048     # more text: DATA/text/DOMAIN/train.txt
     python benchmarks/quality.py MODEL --data DATA --evaluation DATA --at-once 8     # DATA/text/DOMAIN/test.txt
 
-Every method gets the same calibration sequences (a new draw per seed), of which the oneshot ones share one pass, and
-the same evaluation windows.  Variants: `published`, the method as its paper has it; `refit`, with the ridge refit of
-the retained experts' down projections; `guard`, in every layer whatever has the lowest error on held-out tokens: the
-method's own result or plain pruning, as it is, scaled, or refitted with one of three ridges; `router`, the same with
-the router's refit.  `recommended` is this package's default.  "same keep-set" prunes exactly the experts that
-`recommended` of that seed dropped.  Results are merged into the output file: a later run of the same settings adds
-draws, sparsities or variants.  `benchmarks/quality_table.py` makes tables and the plot from it.
+Every method gets the same calibration sequences (a new draw per seed) and the same evaluation windows; methods with
+oneshot calibration share one pass.  Variants: `published`, the method as in its paper; `refit`, with the ridge refit
+of the retained experts' down projections; `guard`, in every layer the candidate with the lowest error on held-out
+tokens: the method's own result or plain pruning, unfitted, scaled, or refitted with one of three ridges; `router`, the
+same with the router's refit.  `recommended` is this package's default.  "same keep-set" prunes exactly the experts
+that `recommended` of that seed dropped.  Results are merged into the output file: a later run with the same settings
+adds draws, sparsities or variants.  `benchmarks/quality_table.py` makes tables and the plot from it.
 
-The results of a draw are in memory together, beside the full model and a copy of it.  `--at-once` makes several passes
-of fewer results each: on a CPU the figures are the same to the bit.
+All results of a draw are in memory together, beside the full model and a copy of it.  `--at-once` makes several passes
+with fewer results each: on a CPU the figures are bitwise equal.
 """
 
 import argparse
@@ -68,13 +68,14 @@ VARIANTS = {
     "router": {"preset": "paper", "refit": True, "router_refit": True, "guard": True},
 }
 RECOMMENDED, SAME_KEEP_SET = "recommended", "prune, same keep-set"
+# Settings that result files leave out where they have these values.
 USUAL = {"device": "cpu", "dtype": "float32", "evaluation": "evaluation"}
 Name = tuple[str, str, float]  # method, variant and sparsity of a result
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A full model and what results are held against."""
+    """A full model, and the tasks and predictions that its compressed versions are compared on."""
 
     model: Any
     tokenizer: Any
@@ -102,7 +103,7 @@ def main() -> None:
 
 
 def prepare(path: Path, args: argparse.Namespace, folder: str) -> tuple[Subject, dict[str, Any]]:
-    """The subject, and its own figures."""
+    """Load a full model with what it is compared on; returns it and the full model's own figures."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     full = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, args.dtype)).to(args.device).eval()
     texts = load_held_out(args.evaluation, tokenizer, args.sequence_length, args.windows)
@@ -120,12 +121,12 @@ def prepare(path: Path, args: argparse.Namespace, folder: str) -> tuple[Subject,
 
 
 def is_above_chance(result: TaskResult) -> bool:
-    """By two standard errors; where guessing never succeeds, accuracy has to be worth losing: 5 %."""
+    """Whether a model's accuracy is two standard errors above guessing, and above 5 % where guessing gives 0."""
     return result.main.value - 2 * result.main.standard_error > max(result.chance, 0.05)
 
 
 def measure(subject: Subject, args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
-    """A row for every method, variant and sparsity of one calibration draw."""
+    """Compress and measure every method, variant and sparsity with one calibration draw; returns one row each."""
     names = ("num_samples", "sequence_length")
     data = {"dataset": calibration_source(args), "batch_size": 8, "seed": seed}
     data |= {name: getattr(args, name) for name in names}
@@ -142,7 +143,7 @@ def measure(subject: Subject, args: argparse.Namespace, seed: int) -> list[dict[
 
 
 def configs_of(args: argparse.Namespace, data: Mapping[str, Any]) -> dict[Name, DernConfig]:
-    """What is asked for of one calibration draw, but for what takes its experts from another result."""
+    """Make the configs of all methods, variants and sparsities for one calibration draw, except the same keep-set."""
     names = [
         (method, variant, sparsity)
         for sparsity in args.sparsity
@@ -160,7 +161,7 @@ def configs_of(args: argparse.Namespace, data: Mapping[str, Any]) -> dict[Name, 
 def measure_configs(
     subject: Subject, batches: list[dict], configs: Mapping[Name, DernConfig], at_once: int | None
 ) -> tuple[list[dict[str, Any]], dict[Name, dict[int, list[int]]]]:
-    """A row a config, and the experts that it retained by decoder layer; `at_once` of them share a pass."""
+    """Compress with every config, `at_once` per pass; returns a row and the retained experts by layer for each."""
     rows, retained, names = [], {}, list(configs)
     size = at_once or max(1, len(names))
     for start in range(0, len(names), size):
@@ -170,12 +171,12 @@ def measure_configs(
             retained[name] = {r.layer: r.retained for r in results[name].finished.values() if r}
             rows.append(
                 measure_one(subject, name, configs[name].seed, results.pop(name))
-            )  # pop: its memory is free then
+            )  # popped, so that its memory is freed
     return rows, retained
 
 
 def run(full: Any, batches: list[dict], configs: Mapping[Name, DernConfig]) -> dict[Name, LayersAside]:
-    """One pass for all configs; the model stays as it is."""
+    """Compress with all configs in one pass, without changing the model."""
     layers = find_moe_layers(full)
     sinks = {name: LayersAside(full, layers) for name in configs}
     recipes = [Recipe(config, check_request(config, full, layers), sinks[name]) for name, config in configs.items()]
@@ -184,7 +185,7 @@ def run(full: Any, batches: list[dict], configs: Mapping[Name, DernConfig]) -> d
 
 
 def measure_one(subject: Subject, name: Name, seed: int, compressed: LayersAside) -> dict[str, Any]:
-    """The row of one result."""
+    """Measure one result, and return its row."""
     reports = [report for report in compressed.finished.values() if report]
     row = dict(zip(("method", "variant", "sparsity"), name, strict=True)) | {"seed": seed}
     row |= {"winners": [r.winner for r in reports], "seconds": round(sum(r.seconds for r in reports), 3)}
@@ -203,7 +204,7 @@ def measure_one(subject: Subject, name: Name, seed: int, compressed: LayersAside
 
 
 def calibration_source(args: argparse.Namespace) -> str | dict[str, float]:
-    """Where the calibration text is."""
+    """Return the path of the calibration text, or a weight for each of several paths."""
     if not args.data:
         paths = [str(path) for path in args.calibration]
         return paths[0] if len(paths) == 1 else dict.fromkeys(paths, 1.0)
@@ -214,7 +215,7 @@ def calibration_source(args: argparse.Namespace) -> str | dict[str, float]:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on, for the result file; what `USUAL` has is left out, as older files have it."""
+    """Return the settings that the figures depend on, without those of `USUAL`, which older result files lack."""
     names = ("num_samples", "sequence_length", "windows", "threads", "limit")
     text = "DATA/text/*/train.txt" if args.data else " ".join(path.name for path in args.calibration)
     split = split_files(args.evaluation, "test")

@@ -1,4 +1,4 @@
-"""Tables and the plot of `quality.py`'s results.
+"""Tables and plot of the results of `quality.py`.
 
 python benchmarks/quality_table.py benchmarks/results/quality.json [--plot docs/source/images/quality.svg]
 python benchmarks/quality_table.py benchmarks/results/quality.json --summary       # or --recovery
@@ -17,7 +17,7 @@ OPTIONAL = ("guard",)  # no column where there is no row
 
 
 def markdown_tables(name: str, result: dict[str, Any]) -> str:
-    """For every sparsity a row a method and variant: mean over domains and seeds, and the spread over seeds."""
+    """Format one table per sparsity with a row per method and variant: means over domains and seeds, with spreads."""
     full = result["loss"]
     parts = [f"\n{name}: full model {fmean(full.values()):.4f} nats per token, {result['parameters']:,} parameters"]
     for sparsity in sorted({row["sparsity"] for row in result["rows"]}):
@@ -33,7 +33,7 @@ def markdown_tables(name: str, result: dict[str, Any]) -> str:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """Loss increases as published and by `recommended`: a row a method, a column a model and sparsity."""
+    """Format loss increases, published and `recommended`: a row per method, a column per model and sparsity."""
     columns = [
         (name, sparsity) for name in results for sparsity in sorted({r["sparsity"] for r in results[name]["rows"]})
     ]
@@ -46,13 +46,13 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def recovery(results: dict[str, Any]) -> str:
-    """What refits take back of every method's loss increase, a table a sparsity."""
+    """Format, one table per sparsity, how much of every method's loss increase refits recover."""
     levels = sorted({row["sparsity"] for result in results.values() for row in result["rows"]})
     return "\n".join(f"\n{level:.0%} of the experts dropped\n\n{recovery_at(results, level)}" for level in levels)
 
 
 def recovery_at(results: dict[str, Any], sparsity: float) -> str:
-    """A row a method, a column a model and variant."""
+    """Format the table of one sparsity: a row per method, a column per model and variant."""
     columns, cells = {}, {}
     for name, result in results.items():
         rows = [row for row in result["rows"] if row["sparsity"] == sparsity]
@@ -68,7 +68,7 @@ def recovery_at(results: dict[str, Any], sparsity: float) -> str:
 
 
 def table_of(cells: dict[str, dict[tuple, list[dict]]], columns: dict[tuple, str], order: list[tuple]) -> str:
-    """Runs by method and column as a table, the least sum over the columns of `order` first."""
+    """Format runs by method and column as a table, sorted by the sum over the columns of `order`."""
     parts = [line(["", *columns.values()]), line(["---", *["---:"] * len(columns)])]
     for method in sorted(cells, key=lambda m: sum(mean_of(cells[m][c], "loss") for c in order if c in cells[m])):
         parts.append(line([method, *(spread_of(cells[method].get(column, [])) for column in columns)]))
@@ -76,7 +76,7 @@ def table_of(cells: dict[str, dict[tuple, list[dict]]], columns: dict[tuple, str
 
 
 def spread_of(runs: list[dict]) -> str:
-    """Mean over domains and seeds, and the standard deviation over seeds where there are several."""
+    """Format the mean over domains and seeds, with the standard deviation over seeds where there are several."""
     means = [fmean(run["loss"].values()) for run in runs]
     if not means:
         return ""
@@ -86,7 +86,7 @@ def spread_of(runs: list[dict]) -> str:
 
 
 def figures(runs: list[dict], domains: list[str], tasks: list[str]) -> list[str]:
-    """The cells of one method and variant."""
+    """Format the cells of one method and variant."""
     means = [fmean(run["loss"].values()) for run in runs]
     spread = f" ± {stdev(means):.4f}" if len(means) > 1 else ""
     by_domain = [f"{fmean(run['loss'][d] for run in runs):+.4f}" for d in domains]
@@ -97,7 +97,7 @@ def figures(runs: list[dict], domains: list[str], tasks: list[str]) -> list[str]
 
 
 def grouped(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """Runs by method and variant."""
+    """Group rows by method and variant."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["variant"]), []).append(row)
@@ -105,7 +105,7 @@ def grouped(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
 
 
 def mean_of(runs: list[dict], figure: str) -> float:
-    """Over domains and seeds."""
+    """Compute the mean of a figure over domains and seeds."""
     return fmean(value for run in runs for value in run[figure].values())
 
 
@@ -114,13 +114,13 @@ def line(cells: list[str]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Loss increase against kept parameters: every published method in grey but a few, and `recommended`."""
+    """Plot loss increase over kept parameters: the best published methods and `recommended` coloured, others grey."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    matplotlib.rcParams |= {"svg.hashsalt": "quality", "svg.fonttype": "none"}  # same bytes each time, and few
+    matplotlib.rcParams |= {"svg.hashsalt": "quality", "svg.fonttype": "none"}  # reproducible and small files
 
     figure, axes = plt.subplots(1, len(results), figsize=(5.2 * len(results), 4.2), squeeze=False)
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
@@ -145,14 +145,14 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def rank(rows: list[dict]) -> Callable[[str], float]:
-    """Methods by their loss at the middle sparsity, best first."""
+    """Return a sort key that orders methods by their loss increase at the middle sparsity."""
     levels = sorted({row["sparsity"] for row in rows})
     middle = [row for row in rows if row["sparsity"] == levels[len(levels) // 2]]
     return lambda method: mean_of([row for row in middle if row["method"] == method], "loss")
 
 
 def draw(axis: Any, result: dict[str, Any], method: str, variant: str, **style: Any) -> None:
-    """One method's line over the sparsities."""
+    """Draw the line of one method over the sparsities."""
     rows = [row for row in result["rows"] if (row["method"], row["variant"]) == (method, variant)]
     points = []
     for sparsity in sorted({row["sparsity"] for row in rows}):

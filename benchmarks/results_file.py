@@ -1,4 +1,4 @@
-"""Result files that later runs add to: an entry a model, with the settings that its figures depend on."""
+"""JSON result files that later runs add to: one entry per model, with the settings that its figures depend on."""
 
 import json
 import sys
@@ -8,20 +8,20 @@ from typing import Any
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What a file has, by model; nothing where there is none."""
+    """Read the results by model; empty where the file does not exist."""
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 def check_settings(
     path: Path, name: str, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> None:
-    """Leave the program where figures of other settings would be mixed with new ones.
+    """Exit with an error where a file's figures were made with other settings than this run's.
 
     Args:
         path: of the results.
         name: of the model.
         settings: of this run.
-        defaults: what a missing entry means.
+        defaults: values of settings that the file lacks.
     """
     known = read_results(path).get(name)
     if known is None:
@@ -32,13 +32,13 @@ def check_settings(
 
 
 def write_results(path: Path, results: Mapping[str, Any], indent: int | None = None) -> None:
-    """Write all models' results."""
+    """Write the results of all models."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=indent) + "\n", "utf-8")
 
 
 def add_rows(path: Path, name: str, result: dict[str, Any]) -> dict[str, Any]:
-    """Put the rows of one draw or more beside what a file of `quality.py` has.
+    """Add the rows of one or more calibration draws to a result file of `quality.py`.
 
     Args:
         path: of the results.
@@ -46,7 +46,7 @@ def add_rows(path: Path, name: str, result: dict[str, Any]) -> dict[str, Any]:
         result: with new `rows`, which replace those of the same method, variant, sparsity and seed.
 
     Returns:
-        All of the model's.
+        All results of the model.
     """
     results = read_results(path)
     known = results.get(name, {"rows": [], "seconds": 0, "tasks": {}})

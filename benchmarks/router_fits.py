@@ -4,16 +4,17 @@ z = W x are the original logits, R the representatives' rows, f how often the ro
 softmax with the shares of a group's members added up, l(x) the logarithms of its sums of exp z.  Sums over x go over
 the calibration tokens; lambda is relative to the mean diagonal of each system.
 
-`E rows`              as published: the original router, members' weights add up (not a plain checkpoint)
-`representative`      R, what the package writes
+`E rows`              as published: the original router, members' weights are added (not a plain checkpoint)
+`representative`      R, as the package writes it
 `weighted mean`       sum of f_i W_i over a group / sum of f_i
 `log mass`            R + argmin over D of sum |l - (R + D) x|^2 + lambda |D|^2
 `log mass, weighted`  the same with |e|^2 = e^T (diag t - t t^T) e, as in HARC (arXiv 2606.03391): KL(t | softmax) to
                       second order around t
-`KL, n steps`         Newton's from R towards argmin over W of sum KL(t | softmax(W x)), each of them D with
+`KL, n steps`         Newton steps from R towards argmin over W of sum KL(t | softmax(W x)), each step D solving
                       sum (diag p - p p^T) D x x^T + lambda D = sum (t - p) x^T, halved until KL falls
-`KL of weights`       three such steps where t are the weights that a group's members get, 0 if none is chosen
-`output, n steps`     the package's from R towards the original layer's output (`core.refits.router`), which takes one
+`KL of weights`       three such steps with the routing weights of a group's members as t, 0 if none is chosen
+`output, n steps`     the package's Gauss-Newton step from R towards the original layer's output
+                      (`core.refits.router`), n times; the package itself takes one
 """
 
 from collections.abc import Callable
@@ -35,12 +36,12 @@ from optimum_dern.engine.layer.objective import relative_error
 from optimum_dern.engine.layer.steps import RIDGE
 
 
-SMALLEST = 2.0**-10  # share of one of Newton's steps
+SMALLEST = 2.0**-10  # smallest fraction of a Newton step
 
 
 @dataclass(frozen=True)
 class Merging:
-    """What a method made of a layer, and what its router's rows may be fitted to."""
+    """A layer merged by a method, and the targets that its router's rows may be fitted to."""
 
     layer: ObservedLayer  # E experts, T tokens
     grouping: Grouping
@@ -60,26 +61,26 @@ class Merging:
         return self.shares(self.layer.router_rows)  # (T, N)
 
     def groups(self, rows: Tensor) -> Tensor:
-        """Which of the N experts each row is for: those of E rows add up."""
+        """Return the merged expert (of N) that each router row is for; with E rows several are for the same one."""
         return self.grouping.label if len(rows) == len(self.grouping.label) else torch.arange(len(rows))
 
     def shares(self, rows: Tensor) -> Tensor:
-        """(T, N) of the softmax by these rows."""
+        """Compute the softmax of these router rows, summed by merged expert: (T, N)."""
         share = (self.hidden @ rows.double().T).softmax(1)
         return share.new_zeros(len(share), len(self.merged.up)).index_add_(1, self.groups(rows), share)
 
     @property
     def weights(self) -> Tensor:
-        """(T, N) shares of the experts that the original router chooses, by group."""
+        """(T, N) normalised routing weights of the original router, summed by merged expert."""
         index, weight = self.grouping.label[self.layer.routing.index], self.layer.routing.weight.double()
         return torch.zeros_like(self.mass).scatter_add_(1, index, weight / weight.sum(1, keepdim=True))
 
     def kl(self, rows: Tensor, target: Tensor) -> float:
-        """From these rows' shares to a target (T, N), nats per token."""
+        """Compute KL(target | shares of these rows) in nats per token, for a target (T, N)."""
         return nn.functional.kl_div(self.shares(rows).log(), target, reduction="batchmean").item()
 
     def routing(self, rows: Tensor) -> Routing:
-        """How these rows send the tokens to the N experts."""
+        """Route the tokens to the N experts with these router rows."""
         routing = self.layer.routing
         logits = routing.hidden @ rows.to(routing.hidden).T
         index = logits.topk(routing.index.shape[1], dim=1).indices
@@ -87,19 +88,19 @@ class Merging:
         return routing._replace(index=self.groups(rows)[index], weight=weight)
 
     def error(self, rows: Tensor) -> float:
-        """Relative, of the merged layer's output by these rows."""
+        """Compute the relative error of the merged layer's output with these router rows."""
         return relative_error(routed_output(self.merged, self.routing(rows), self.layer.activation), self.layer.target)
 
 
 def weighted_mean(merging: Merging) -> Tensor:
-    """Rows averaged as the experts are."""
+    """Average the rows of each group with the weights of its experts' average."""
     rows, frequency = merging.layer.router_rows.double(), merging.layer.statistics.count
     groups = [merging.grouping.members(position) for position in range(len(merging.merged.up))]
     return torch.stack([rows.new_tensor(shares(frequency, group)) @ rows[group] for group in groups])
 
 
 def fit_log_mass(merging: Merging, weighted: bool) -> Tensor:
-    """The representatives' rows moved so that their logits come near the logarithms of the groups' sums."""
+    """Fit the representatives' rows so that their logits approximate the log of each group's sum of exp(logits)."""
     rows, hidden = merging.representatives, merging.hidden
     normaliser = (hidden @ merging.layer.router_rows.double().T).logsumexp(1, keepdim=True)  # (T, 1)
     missing = merging.mass.log() + normaliser - hidden @ rows.T  # (T, N)
@@ -111,12 +112,12 @@ def fit_log_mass(merging: Merging, weighted: bool) -> Tensor:
 
 
 def fit_shares(merging: Merging, target: Tensor, steps: int) -> Tensor:
-    """The representatives' rows after some of Newton's steps towards shares (T, N)."""
+    """Fit the representatives' rows to target shares (T, N) by Newton steps."""
     rows, hidden = merging.representatives, merging.hidden
     for _ in range(steps):
         share, before, size = merging.shares(rows), merging.kl(rows, target), 1.0
         step = solve(share, target - share, hidden)
-        # whole ones mostly overshoot from R
+        # full steps from R mostly overshoot
         while merging.kl(rows + size * step, target) > before and size > SMALLEST:
             size /= 2
         rows = rows + size * step
@@ -124,13 +125,13 @@ def fit_shares(merging: Merging, target: Tensor, steps: int) -> Tensor:
 
 
 def fisher(share: Tensor, logits: Tensor) -> Tensor:
-    """(diag p - p p^T) z of every token: (T, N)."""
+    """Compute (diag p - p p^T) z of every token: (T, N)."""
     product = share * logits
     return product - share * product.sum(1, keepdim=True)
 
 
 def solve(share: Tensor, right: Tensor, hidden: Tensor, ridge: float = RIDGE) -> Tensor:
-    """D (N, d) with sum (diag p - p p^T) D x x^T + lambda D = sum b x^T, from p, b (T, N) and x (T, d)."""
+    """Solve sum (diag p - p p^T) D x x^T + lambda D = sum b x^T for D (N, d), given p, b (T, N) and x (T, d)."""
     trace = ((share - share.square()).sum(1) * hidden.square().sum(1)).sum()
     penalty = ridge * trace / (share.shape[1] * hidden.shape[1])
 
@@ -141,7 +142,7 @@ def solve(share: Tensor, right: Tensor, hidden: Tensor, ridge: float = RIDGE) ->
 
 
 def fit_output(merging: Merging, steps: int) -> Tensor:
-    """The representatives' rows after some Gauss-Newton steps towards the layer's output."""
+    """Fit the representatives' rows to the layer's output by Gauss-Newton steps."""
     layer, rows = merging.layer, merging.representatives.to(merging.layer.target)
     for _ in range(steps):
         data = merging.merged, merging.routing(rows), layer.target, layer.activation

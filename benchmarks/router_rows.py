@@ -1,10 +1,10 @@
-"""How to make the N router rows of a merged layer from the E rows of the original: every way on the same groups.
+"""Comparison of ways to make the N router rows of a merged layer from the E original rows, on the same groups.
 
     python benchmarks/router_rows.py                           # both models of examples/tiny_moe, half of the experts
 
 Methods run as published (`preset="paper"`, oneshot); only the router differs (`router_fits.py` has the ways).
-Figures are increases of the loss over the full model in nats per token, mean over the domains of the evaluation text;
-beside them, of every layer on the calibration tokens, KL(t | softmax) and the relative error of the output.
+Figures are increases of the loss over the full model in nats per token, mean over the domains of the evaluation text,
+and for every layer KL(t | softmax) and the relative error of the output, on the calibration tokens.
 """
 
 import argparse
@@ -40,14 +40,14 @@ from optimum_dern.methods import LayerProblem, get_method
 from optimum_dern.models.moe.structure import find_moe_layers
 
 
-METHODS = tuple(name for name in MERGING if name != "ream")  # which is published with the representative's row
+METHODS = tuple(name for name in MERGING if name != "ream")  # REAM is published with the representative's row
 
 
 @contextmanager
 def noted_mergings(method: str) -> Iterator[list[Merging]]:
-    """What a method makes of every layer while the context is open."""
+    """Collect the merged layers that a method makes while the context is open."""
     module, noted = sys.modules[type(get_method(method)).__module__], []
-    merged_candidates = module.merged_candidates  # to which every merging method gives its groups
+    merged_candidates = module.merged_candidates  # every merging method calls it with its groups
 
     def note(problem: LayerProblem, grouping: Grouping, merged: Segments) -> Any:
         layer = problem.layer
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def measure(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for every draw, method and way."""
+    """Measure every calibration draw, method and way of making router rows; returns one row each."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     full = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     texts = load_texts(args.evaluation, tokenizer, args.sequence_length, limit=args.windows)
@@ -108,7 +108,7 @@ def measure(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def with_routers(full: Any, compressed: LayersAside, mergings: Sequence[Merging], rows: Sequence[Tensor]) -> Any:
-    """A copy of the model with merged experts and a router of N or E rows in each layer."""
+    """Copy a model with merged experts and a router of N or E rows in each layer."""
     model = copy.deepcopy(full)
     layers = find_moe_layers(model)
     compressed.write_(model, layers)
@@ -119,18 +119,18 @@ def with_routers(full: Any, compressed: LayersAside, mergings: Sequence[Merging]
 
 
 def to_groups(groups: Tensor, experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """What the experts get for rows that stand for groups; weights of the same one add up in their output."""
+    """Pre-forward hook that maps expert indices to groups; weights of the same group add up in the output."""
     hidden, index, weight = args
     return hidden, groups[index], weight
 
 
 def mean_loss(model: nn.Module, texts: Mapping[str, list[dict]]) -> float:
-    """Nats per token, mean over the domains."""
+    """Measure a model's loss in nats per token, mean over the domains."""
     return statistics.mean(result.loss for result in evaluate_texts(model, texts).values())
 
 
 def markdown_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line a method and model: mean loss increase over the draws, and their standard deviation."""
+    """Format a row per method and model: mean loss increase over the draws, and its standard deviation."""
     lines = [f"| | {' | '.join(ROWS)} |", f"|---|{'---:|' * len(ROWS)}"]
     for model, result in results.items():
         for method in METHODS:
@@ -144,7 +144,7 @@ def markdown_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return the settings that the figures depend on."""
     names = ("sparsity", "num_samples", "sequence_length", "windows", "seeds", "threads")
     texts = {name: getattr(args, name).name for name in ("calibration", "evaluation")}
     versions = {"version": __version__, "torch": torch.__version__}

@@ -1,16 +1,16 @@
-"""Other ways to recombine segments than the paper's, for `ablations.py`: registered as methods by importing this.
+"""Methods that recombine segments by other rules than the paper's, for `ablations.py`; registered on import.
 
 A segment's function does not change with (u, d) -> (-u, -d), nor with (u, d) -> (a u, d / a); the paper's vectors do.
 
-`kmeans, canonical`      the paper's clustering around the expert's own neurons, after |u| = |d| for every segment and
-                         the sign of a dropped one turned towards its nearest retained one
+`kmeans, canonical`      the paper's clustering around the expert's own neurons, after scaling every segment to
+                         |u| = |d| and flipping the sign of dropped ones towards their nearest retained one
 `function space`         nearest by E[h_a h_b] / sqrt(E[h_a^2] E[h_b^2]) * cos(d_a, d_b), the cosine of two neurons'
-                         outputs over the tokens; averaged with that neuron, by energy
-`choose`                 a retained expert keeps the f segments of most energy of its own and those that move to it
-`choose, function space` the same, where segments move by the cosine of their outputs
-`choose, routed together`  the same out of all segments, with the energy on the tokens that reached the retained expert
+                         outputs over the tokens; averaged with that neuron, weighted by energy
+`choose`                 a retained expert keeps the f segments of most energy among its own and those moved to it
+`choose, function space` the same, with segments moved by the cosine of their outputs
+`choose, routed together`  the same among all segments, with the energy on the tokens routed to the retained expert
 
-Energy of a segment is the sum of (g h)^2 |d|^2 over the tokens that reached its expert, none of them held out.
+The energy of a segment is the sum of (g h)^2 |d|^2 over the tokens routed to its expert, except held-out tokens.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ Rule = Callable[[LayerProblem, DernConfig], Segments]
 
 
 def experiment(name: str) -> Callable[[Rule], Rule]:
-    """Register a rule as a method whose last candidate is its result."""
+    """Make a decorator that registers a rule as a method with two candidates: plain pruning, and the rule's result."""
 
     def register(rule: Rule) -> Rule:
         class Experiment:
@@ -49,7 +49,7 @@ def experiment(name: str) -> Callable[[Rule], Rule]:
 
 @experiment("kmeans, canonical")
 def canonical(problem: LayerProblem, config: DernConfig) -> Segments:
-    """The package's own recombination, of segments whose free scale and sign are settled."""
+    """Recombine as the package does, with the free scale and sign of every segment fixed first."""
     segments, retained = balanced(problem.layer.segments), problem.retained
     vectors = similarity_vectors(segments, (0, 1, 1))  # (E, f, D)
     cosine = vectors.flatten(0, 1) @ vectors[retained].flatten(0, 1).T  # (E f, N f)
@@ -63,7 +63,7 @@ def canonical(problem: LayerProblem, config: DernConfig) -> Segments:
 
 @experiment("function space")
 def in_function_space(problem: LayerProblem, config: DernConfig) -> Segments:
-    """Dropped segments averaged into the retained neuron of the most similar output."""
+    """Average dropped segments into the retained neuron with the most similar output."""
     layer, retained = problem.layer, problem.retained
     segments, result = balanced(layer.segments), balanced(layer.segments.select(retained))
     energy, width = energies(layer), segments.up.shape[1]
@@ -81,7 +81,7 @@ def in_function_space(problem: LayerProblem, config: DernConfig) -> Segments:
 
 @experiment("choose")
 def choose(problem: LayerProblem, config: DernConfig) -> Segments:
-    """The f segments of most energy among an expert's own and those that DERN moves to it."""
+    """Keep the f segments of most energy among a retained expert's own and those that DERN moves to it."""
     segments, retained = problem.layer.segments, problem.retained
     options = {"threshold": config.similarity_threshold, "iterations": 1}
     destination = recombine_layer(segments, retained, problem.scores, **options).destination  # (E - N, f)
@@ -92,7 +92,7 @@ def choose(problem: LayerProblem, config: DernConfig) -> Segments:
 
 @experiment("choose, function space")
 def choose_in_function_space(problem: LayerProblem, config: DernConfig) -> Segments:
-    """The same, where the cosine of outputs decides where a segment moves."""
+    """Keep segments as `choose` does, with segments moved by the cosine of their outputs."""
     source, neuron, cosine, place, _ = nearest_outputs(problem.layer, problem.retained)
     moved, width = cosine > config.similarity_threshold, problem.layer.segments.up.shape[1]
     return best_of_pools(problem, source[moved], neuron[moved], place[moved] // width)
@@ -100,7 +100,7 @@ def choose_in_function_space(problem: LayerProblem, config: DernConfig) -> Segme
 
 @experiment("choose, routed together")
 def choose_routed_together(problem: LayerProblem, config: DernConfig) -> Segments:
-    """For each retained expert, the f segments of all that put out most on the tokens that reached it."""
+    """Keep, for each retained expert, the f of all segments with most energy on the tokens routed to it."""
     layer, width = problem.layer, problem.layer.segments.up.shape[1]
     result = layer.segments.select(problem.retained)
     for position, expert in enumerate(problem.retained.tolist()):
@@ -112,7 +112,7 @@ def choose_routed_together(problem: LayerProblem, config: DernConfig) -> Segment
 
 
 def best_of_pools(problem: LayerProblem, source: Tensor, neuron: Tensor, destination: Tensor) -> Segments:
-    """Every retained expert with the f segments of most energy of its own and those of the given destination."""
+    """Build each retained expert from the f segments of most energy among its own and those moved to it."""
     segments, energy = problem.layer.segments, energies(problem.layer)
     result, width = segments.select(problem.retained), segments.up.shape[1]
     for position, expert in enumerate(problem.retained.tolist()):
@@ -125,7 +125,7 @@ def best_of_pools(problem: LayerProblem, source: Tensor, neuron: Tensor, destina
 
 
 def energies(layer: ObservedLayer, among: Tensor | None = None) -> Tensor:
-    """(E, f) sum of (g h)^2 |d|^2 over the tokens that reached an expert, or those of them that are marked (T,)."""
+    """Compute every segment's energy (E, f): sum of (g h)^2 |d|^2 over its expert's tokens, or those marked (T,)."""
     fitted = ~layer.held_out if among is None else among & ~layer.held_out
     total = layer.segments.up.new_zeros(layer.segments.up.shape[:2], dtype=torch.float64)
     for batch in expert_batches(layer.segments, layer.routing.select(fitted), layer.activation):
@@ -134,7 +134,7 @@ def energies(layer: ObservedLayer, among: Tensor | None = None) -> Tensor:
 
 
 def nearest_outputs(layer: ObservedLayer, retained: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of every dropped segment: expert, neuron, best cosine of outputs, where (of N f), and the sign to turn it by."""
+    """Find each dropped segment's nearest retained one; returns expert, neuron, cosine, position (of N f) and sign."""
     hidden, directions = sample_tokens(layer), normalize(layer.segments.down.double(), dim=-1)
     found = []
     for expert in dropped_experts(layer.segments, retained).tolist():
@@ -148,26 +148,26 @@ def nearest_outputs(layer: ObservedLayer, retained: Tensor) -> tuple[Tensor, Ten
 
 
 def dropped_experts(segments: Segments, retained: Tensor) -> Tensor:
-    """(E - N,), ascending."""
+    """Return the indices of the dropped experts, (E - N,), ascending."""
     dropped = torch.ones(len(segments.up), dtype=torch.bool)
     dropped[retained] = False
     return dropped.nonzero().squeeze(1)
 
 
 def balanced(segments: Segments) -> Segments:
-    """The same functions with |u| = |d| for every segment."""
+    """Rescale every segment to |u| = |d| without changing its function."""
     scale = (segments.down.norm(dim=-1, keepdim=True) / segments.up.norm(dim=-1, keepdim=True)).sqrt()
     return segments._replace(up=segments.up * scale, down=segments.down / scale)
 
 
 def join(segments: Segments, source: Tensor, neuron: Tensor, sign: Tensor | None = None) -> Tensor:
-    """Some segments as rows gate|up|down, (n, D), up and down turned by a sign (n,)."""
+    """Join segments into rows gate|up|down, (n, D), with up and down multiplied by a sign (n,)."""
     sign = 1 if sign is None else sign.unsqueeze(1)
     gate, up, down = (part[source, neuron] for part in segments[:3])
     return torch.cat([gate, up * sign, down * sign], dim=1)
 
 
 def write(segments: Segments, position: int, rows: Tensor) -> None:
-    """Put (f, D) rows gate|up|down in the place of an expert."""
+    """Write rows gate|up|down (f, D) into the expert at a position."""
     for part, value in zip(segments[:3], segments.split(rows), strict=True):
         part[position] = value

@@ -1,4 +1,4 @@
-"""Text that is split into `train.txt`, `valid.txt` and `test.txt`, a folder a domain."""
+"""Text that is split into `train.txt`, `valid.txt` and `test.txt`, with one folder per domain."""
 
 import sys
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 from optimum_dern.evaluation.loss.perplexity import load_texts
 
 
-LAYOUTS = ("text/*/{}.txt", "*/{}.txt", "{}.txt")  # the first that a folder has
+LAYOUTS = ("text/*/{}.txt", "*/{}.txt", "{}.txt")  # the first layout with files is used
 
 
 def split_files(source: Path, split: str) -> dict[str, Path]:
-    """The files of one split by domain; none where the source is not split."""
+    """Find the files of one split by domain; empty where the source is not split."""
     for layout in LAYOUTS:
         if files := sorted(source.glob(layout.format(split))):
             return {file.parent.name: file for file in files}
@@ -21,7 +21,7 @@ def split_files(source: Path, split: str) -> dict[str, Path]:
 def load_held_out(
     source: Path, tokenizer: Any, sequence_length: int, limit: int, split: str = "test"
 ) -> dict[str, list[dict]]:
-    """`load_texts` of one split by domain; of all that a source holds where it is not split."""
+    """Load the evaluation batches of one split by domain, or of the whole source where it is not split."""
     texts = {}
     for name, file in (split_files(source, split) or {"": source}).items():
         found = load_texts(file, tokenizer, sequence_length, limit=limit)

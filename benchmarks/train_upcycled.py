@@ -1,19 +1,19 @@
-"""Make a capable Mixture-of-Experts model to measure on: a dense Llama, upcycled into a Mixtral and trained on text.
+"""Make a Mixture-of-Experts model for measurements: upcycle a dense Llama into a Mixtral, and train it on text.
 
     python benchmarks/train_upcycled.py --base SmolLM2-135M --data DATA --output runs/upcycled --max-seconds 420
     python benchmarks/train_upcycled.py --base BASE --data TEXT MORE_TEXT --held-out OTHER_TEXT --output OUTPUT
 
-Sparse upcycling (arXiv 2212.05055) copies a dense model's feed-forward block into every expert; each expert then draws
-a share of its neurons anew, so that experts come apart (drop-upcycling, arXiv 2502.19261).  The router starts random,
-with the load-balancing loss of `examples/train_tiny_moe.py`.
+Sparse upcycling (arXiv 2212.05055) copies a dense model's feed-forward block into every expert; a share of each
+expert's neurons is then reinitialised, so that experts differ (drop-upcycling, arXiv 2502.19261).  The router starts
+random, and is trained with the load-balancing loss of `examples/train_tiny_moe.py`.
 
 `--base` is a folder of any Llama without biases, or a .gguf file (`pip install gguf`).  `--data` are files or folders
 of text, all of which is trained on, `--epochs` times.  Of a folder that is split (`DATA/text/DOMAIN/train.txt`, as
-`quality.py` takes it, or less deep) only `train.txt` is: the weights that do best on its `valid.txt` are kept and then
-measured on its `test.txt`.  A text given by `--held-out` serves for both.
+`quality.py` takes it, or less deep) only `train.txt` is: the weights with the lowest loss on its `valid.txt` are kept,
+and measured on its `test.txt`.  A text given by `--held-out` is used for both.
 
-The defaults are meant for 10 MB of text, a base of 135 million parameters and one GPU with 80 GB; on others take a
-smaller `--batch-size`.  On a CPU a few `--steps` show that it works.
+The defaults are for 10 MB of text, a base of 135 million parameters and one GPU with 80 GB; on others take a smaller
+`--batch-size`.  On a CPU a few `--steps` show that it works.
 """
 
 import argparse
@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from train_tiny_moe import learning_rate, router_balance  # noqa: E402
 
 
-ALL = 1 << 40  # samples: every one
+ALL = 1 << 40  # as the number of samples: all of them
 TASKS = (
     "hellaswag",
     "piqa",
@@ -53,7 +53,7 @@ TASKS = (
 
 
 def load_rows(sources: list[Path], tokenizer: Any, length: int) -> Tensor:
-    """All whole sequences of the text to train on, (rows, length)."""
+    """Load all complete sequences of the training text, (rows, length)."""
     files = training_files(sources)
     samples = load_samples(dict.fromkeys(map(str, files), 1), tokenizer, ALL, length, seed=0)
     rows = [ids for ids, _ in samples if len(ids) == length]
@@ -63,12 +63,12 @@ def load_rows(sources: list[Path], tokenizer: Any, length: int) -> Tensor:
 
 
 def training_files(sources: list[Path]) -> list[Path]:
-    """The sources, or of those that are split the files to train on."""
+    """List the sources of training text; of those that are split, their `train.txt` files."""
     return [file for source in sources for file in split_files(source, "train").values() or [source]]
 
 
 def load_held_out_texts(args: argparse.Namespace, tokenizer: Any) -> tuple[dict, dict]:
-    """Batches by domain: to choose weights by, and to measure the chosen ones on."""
+    """Load two sets of held-out batches by domain: to choose the best weights, and to measure them."""
     source = held_out_source(args)
     splits = [split for split in ("valid", "test") if split_files(source, split)] or ["test"]
     options = source, tokenizer, args.sequence_length, args.windows
@@ -76,7 +76,7 @@ def load_held_out_texts(args: argparse.Namespace, tokenizer: Any) -> tuple[dict,
 
 
 def held_out_source(args: argparse.Namespace) -> Path:
-    """Where the text to measure on is."""
+    """Return the path of the held-out text."""
     if args.held_out is not None:
         return args.held_out
     if len(args.data) > 1 or not split_files(args.data[0], "test"):
@@ -85,7 +85,7 @@ def held_out_source(args: argparse.Namespace) -> Path:
 
 
 def train(model: MixtralForCausalLM, rows: Tensor, valid: dict, args: argparse.Namespace, deadline: float) -> None:
-    """AdamW over the rows; the model ends with the weights of the lowest loss on the texts `valid`."""
+    """Train with AdamW, and load the weights with the lowest loss on the texts `valid` at the end."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     steps, started = number_of_steps(len(rows), args), time.monotonic()
     warmup, every = min(100, steps // 10 + 1), args.evaluate_every or max(1, steps // 10)
@@ -111,12 +111,12 @@ def train(model: MixtralForCausalLM, rows: Tensor, valid: dict, args: argparse.N
 
 
 def number_of_steps(rows: int, args: argparse.Namespace) -> int:
-    """As many as were asked for, or as make up the epochs."""
+    """Return the number of steps: `--steps`, or as many as `--epochs` takes."""
     return args.steps or max(1, round(args.epochs * rows / args.batch_size))
 
 
 def batches_of(rows: Tensor, size: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Every row once, in another order each time round: `steps` batches (size, length)."""
+    """Yield `steps` batches (size, length) of all rows, reshuffled in every epoch."""
     generator = torch.Generator().manual_seed(seed)
     rounds = -(-steps * size // len(rows))
     order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(rounds)])
@@ -127,7 +127,7 @@ def batches_of(rows: Tensor, size: int, steps: int, seed: int) -> Iterator[Tenso
 def descend(
     model: MixtralForCausalLM, batch: Tensor, optimizer: torch.optim.Optimizer, args: argparse.Namespace
 ) -> float:
-    """One step; the model's own auxiliary loss is replaced by one for each layer.  Returns the loss on the text."""
+    """Take one training step, with a load-balancing loss per layer, not the model's own; returns the text loss."""
     batch = batch.to(args.device)
     out = run(model, getattr(torch, args.dtype), input_ids=batch, labels=batch, output_router_logits=True)
     text_loss = out.loss - model.router_aux_loss_coef * out.aux_loss
@@ -140,18 +140,18 @@ def descend(
 
 
 def run(model: MixtralForCausalLM, dtype: torch.dtype, **inputs: Any) -> Any:
-    """A forward pass with the weights in a dtype; gradients reach the float32 ones.
+    """Run a forward pass with the weights cast to a dtype; gradients reach the float32 parameters.
 
-    `torch.autocast` would leave the experts out: transformers runs them by `grouped_mm`, which knows no autocast, and
-    gives it the input in the dtype of the weights.  In float32 torch (2.13) has no grouped kernel on CUDA either: it
-    goes expert by expert, and waits for the GPU in every layer.
+    `torch.autocast` would not affect the experts: transformers runs them by `grouped_mm`, which does not support it,
+    and casts their input to the dtype of the weights.  And in float32 torch (2.13) has no grouped kernel on CUDA: it
+    runs expert by expert, and waits for the GPU in every layer.
     """
     weights = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
     return functional_call(model, weights, kwargs=inputs | {"use_cache": False})  # tied weights stay tied
 
 
 def quality_command(args: argparse.Namespace) -> str:
-    """What measures every method on the new model."""
+    """Make the command line of `quality.py` that measures every method on the new model."""
     split = len(args.data) == 1 and split_files(args.data[0], "train")
     text = ["--data", *args.data] if split else ["--calibration", *training_files(args.data)]
     there = [name for name in TASKS if args.tasks_folder and (args.tasks_folder / f"{name}.jsonl").is_file()]
@@ -163,7 +163,7 @@ def quality_command(args: argparse.Namespace) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     parser.add_argument("--base", type=Path, required=True, help="dense Llama: folder or .gguf file")
@@ -190,7 +190,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Upcycle, train, measure, save."""
+    """Upcycle, train, measure and save the model."""
     deadline = time.monotonic()
     args = parse_arguments()
     deadline += args.max_seconds

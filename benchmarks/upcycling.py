@@ -1,4 +1,4 @@
-"""A dense Llama turned into a Mixtral: sparse upcycling, with a share of every expert's neurons drawn anew."""
+"""Sparse upcycling of a dense Llama into a Mixtral, with a share of every expert's neurons reinitialised."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from train_tiny_moe import upcycle  # noqa: E402
 
 
-SHARED = (  # what both configs call by one name
+SHARED = (  # config fields with the same name in both families
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -31,7 +31,7 @@ SHARED = (  # what both configs call by one name
 
 
 def load_base(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """A dense model in float32, and its tokenizer."""
+    """Load a dense model in float32, and its tokenizer."""
     is_gguf = path.suffix == ".gguf"
     folder, options = (path.parent, {"gguf_file": path.name}) if is_gguf else (path, {})
     dense = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
@@ -42,7 +42,7 @@ def load_base(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 
 
 def build_model(dense: LlamaForCausalLM, experts: int, top_k: int, reset: float, seed: int) -> MixtralForCausalLM:
-    """The upcycled model, before training."""
+    """Build the upcycled model, before training."""
     shape = {name: getattr(dense.config, name) for name in SHARED}
     torch.manual_seed(seed)
     sparse = MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=experts, num_experts_per_tok=top_k))
@@ -53,7 +53,7 @@ def build_model(dense: LlamaForCausalLM, experts: int, top_k: int, reset: float,
 
 @torch.no_grad()
 def reset_neurons_(model: MixtralForCausalLM, share: float, seed: int) -> None:
-    """Draw a share of every expert's neurons anew, with the mean and spread of the projection's weights."""
+    """Reinitialise a share of every expert's neurons at random, with the mean and spread of their projection."""
     generator = torch.Generator().manual_seed(seed)
     for layer in model.model.layers:
         gate, up = layer.mlp.experts.gate_up_proj.chunk(2, dim=1)  # (E, f, d) each, views

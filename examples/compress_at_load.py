@@ -1,4 +1,4 @@
-"""Compress a model while transformers loads it, and save what comes back like any other model.
+"""Compress a model while transformers loads it, generate with it, and save it like any other model.
 
 python examples/compress_at_load.py
 """
@@ -28,5 +28,5 @@ tokenizer = AutoTokenizer.from_pretrained(folder / "upcycled")
 tokens = model.generate(**tokenizer("The city of", return_tensors="pt"), max_new_tokens=16, do_sample=False)
 print(repr(tokenizer.decode(tokens[0], skip_special_tokens=True)))
 
-model.save_pretrained("build/compress_at_load")  # the source's config.json with the new count, card and report beside
+model.save_pretrained("build/compress_at_load")  # also writes config.json with the new count, card and report
 tokenizer.save_pretrained("build/compress_at_load")

@@ -1,8 +1,8 @@
-"""Compress a model, then train its routers alone on the original's predictions, and save; measured on other text.
+"""Compress a model, train only its routers on the original's predictions, measure it on held-out text, and save it.
 
 python examples/distil_router.py
 
-The original's predictions are kept on disk, so that it need not be in memory beside the model that learns from them.
+The original's predictions are cached on disk, so that it need not be in memory together with the compressed model.
 """
 
 from pathlib import Path

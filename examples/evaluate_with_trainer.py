@@ -1,4 +1,4 @@
-"""Evaluate a model with `transformers.Trainer` before and after compression, on text that calibration has not seen.
+"""Evaluate a model with `transformers.Trainer` before and after compression, on held-out text.
 
 python examples/evaluate_with_trainer.py
 """

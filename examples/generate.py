@@ -1,4 +1,4 @@
-"""Write a few words with a compressed checkpoint, in plain transformers: optimum-dern is not imported.
+"""Generate text with a compressed checkpoint in plain transformers, without importing optimum-dern.
 
 python examples/generate.py build/demo/upcycled "The city of"
 """

@@ -1,9 +1,9 @@
-"""Compress a model, heal it with LoRA on the calibration text, merge and save; measured on other text.
+"""Compress a model, fine-tune it with LoRA on the calibration text, merge and save it; measured on held-out text.
 
 python examples/heal_with_lora.py    # after `pip install '.[heal]'` in a clone of the repository
 
-Training on these domains would help the uncompressed model, too: the last line is what a user gets for the time, not
-what compression alone costs.
+Training on these domains would improve the uncompressed model, too: the last line shows the loss after compression and
+training together, not the cost of compression alone.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Compress a small trained model in memory and publish it on the Hub, privately.
+"""Compress a small trained model in memory, and push it to a private repository on the Hub.
 
 python examples/push_to_hub.py me/upcycled-DERN-4     (after `hf auth login`)
 """
@@ -24,5 +24,5 @@ compressor = DernCompressor(
     batch_size=8,
 )
 compressor.compress_model(model, tokenizer)
-url = compressor.push_to_hub(model, repo_id, tokenizer, private=True)  # one commit; a card that is there stays
+url = compressor.push_to_hub(model, repo_id, tokenizer, private=True)  # one commit; keeps an existing card
 print(url)

@@ -1,4 +1,4 @@
-"""Compress a small trained model in memory, look at what happened, save it.
+"""Compress a small trained model in memory, print the report of every layer, and save the model.
 
 python examples/quickstart.py
 """

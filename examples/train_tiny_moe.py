@@ -54,7 +54,7 @@ SHAPE = {
 
 
 def build_model(kind: str, output: Path) -> torch.nn.Module:
-    """A new model of the given kind; `upcycled` starts from the finished dense run."""
+    """Make a new model of the given kind; `upcycled` starts from the trained dense model."""
     torch.manual_seed(0)
     if kind == "scratch":
         experts = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
@@ -67,7 +67,7 @@ def build_model(kind: str, output: Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def upcycle(dense: LlamaForCausalLM, sparse: MixtralForCausalLM) -> MixtralForCausalLM:
-    """Copy a dense model into a sparse one, its feed-forward block into every expert."""
+    """Copy a dense model's weights into a sparse one, and its feed-forward block into every expert."""
     shared = {name: tensor for name, tensor in dense.state_dict().items() if ".mlp." not in name}
     sparse.load_state_dict(shared, strict=False)
     for source, target in zip(dense.model.layers, sparse.model.layers, strict=True):
@@ -78,7 +78,7 @@ def upcycle(dense: LlamaForCausalLM, sparse: MixtralForCausalLM) -> MixtralForCa
 
 
 def train_tokenizer(data: Path, output: Path) -> None:
-    """Byte-level BPE on an equal share of every domain."""
+    """Train and save a byte-level BPE tokenizer, on the same amount of text from every domain."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -100,7 +100,7 @@ def train_tokenizer(data: Path, output: Path) -> None:
 
 
 def load_streams(data: Path, split: str, output: Path) -> dict[str, torch.Tensor]:
-    """One long tensor of token ids per domain, cached next to the runs."""
+    """Load one long tensor of token ids per domain, cached in the output folder."""
     cache = output / f"{split}.pt"
     if not cache.exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "tokenizer")
@@ -114,7 +114,7 @@ def load_streams(data: Path, split: str, output: Path) -> dict[str, torch.Tensor
 
 
 def random_windows(streams: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
-    """(BATCH, WINDOW) token ids, every domain equally likely."""
+    """Draw token ids (BATCH, WINDOW) at random, with every domain equally likely."""
     names = sorted(streams)
     rows = []
     for choice in torch.randint(len(names), (BATCH,), generator=generator).tolist():
@@ -125,7 +125,7 @@ def random_windows(streams: dict[str, torch.Tensor], generator: torch.Generator)
 
 
 def router_balance(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.Tensor:
-    """Switch load-balancing loss (arXiv 2101.03961 eq. 4), each layer on its own; 1 when the load is even."""
+    """Compute the Switch load-balancing loss (arXiv 2101.03961 eq. 4), mean over layers; 1 when the load is even."""
     losses = []
     for logits in router_logits:  # (tokens, E)
         probabilities = logits.float().softmax(-1)
@@ -136,7 +136,7 @@ def router_balance(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, streams: dict[str, torch.Tensor], windows: int = 32) -> dict[str, float]:
-    """Mean loss in nats per token on the first windows of every domain."""
+    """Measure the mean loss in nats per token on the first windows of every domain."""
     model.eval()
     losses = {}
     for name, stream in streams.items():
@@ -148,7 +148,7 @@ def evaluate(model: torch.nn.Module, streams: dict[str, torch.Tensor], windows: 
 
 @torch.no_grad()
 def router_load(model: torch.nn.Module, streams: dict[str, torch.Tensor], windows: int = 16) -> list[list[float]]:
-    """Share of the routed (token, expert) pairs per layer and expert, on all domains together."""
+    """Measure each expert's share of the routed tokens by layer, on all domains together."""
     batch = torch.cat([stream[: windows * WINDOW].view(windows, WINDOW).long() for stream in streams.values()])
     logits = model(input_ids=batch, output_router_logits=True).router_logits
     top_k = model.config.num_experts_per_tok
@@ -157,7 +157,7 @@ def router_load(model: torch.nn.Module, streams: dict[str, torch.Tensor], window
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, cosine decay to 5 % of the peak."""
+    """Return the learning rate of a step: linear warm-up, then cosine decay to 5 % of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
@@ -207,7 +207,7 @@ def train(kind: str, data: Path, output: Path, steps: int) -> None:
 
 
 def write_config(model: torch.nn.Module, path: Path) -> None:
-    """The config that transformers saved, its rotary embedding and expert counts under the names of older readers."""
+    """Rewrite the saved config with the rotary embedding and expert counts also under the names of older readers."""
     from optimum_dern.checkpoint.config.config_json import compressed_config
     from optimum_dern.text_files import replace_json
 

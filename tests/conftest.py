@@ -1,4 +1,4 @@
-"""Settings of all tests: no network, one thread."""
+"""Settings of all tests: no network, one torch thread, files with slow tests first."""
 
 import os
 
@@ -14,13 +14,13 @@ torch.set_num_threads(1)
 
 
 def pytest_report_header() -> str:
-    """Which transformers the run is about."""
+    """Show the versions of transformers and torch in pytest's header."""
     from importlib.metadata import version
 
     return f"transformers {version('transformers')}, torch {torch.__version__}"
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Files with slow tests first: one that comes last would keep the other processes waiting."""
+    """Run files with slow tests first, so that parallel runs do not wait for a slow file at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

@@ -1,4 +1,4 @@
-"""A router distillation of a few steps on random tokens."""
+"""Helpers for tests of router distillation: a few training steps on random tokens."""
 
 import torch
 from tiny import make_model, random_tokens
@@ -8,18 +8,18 @@ from optimum_dern.integration.router_kd import RouterDistillationTrainer, router
 
 
 def rows(n=16, length=24):
-    """Sequences of one length, as token ids."""
+    """Make random sequences of token ids, all of one length."""
     return [{"input_ids": row["input_ids"]} for row in random_tokens(n, length)]
 
 
 def collate(batch):
-    """Stack sequences; labels are their tokens."""
+    """Collate sequences into a batch whose labels are its tokens."""
     ids = torch.stack([row["input_ids"] for row in batch])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
 def make_trainer(model, teacher, folder, temperature=1.0, **arguments):
-    """A trainer of a few steps on random tokens, of which it evaluates the same."""
+    """Make a trainer with a few steps on random tokens, which it also evaluates on."""
     arguments = {"max_steps": 10, "learning_rate": 1e-2, "per_device_train_batch_size": 8, **arguments}
     return RouterDistillationTrainer(
         model,
@@ -42,7 +42,7 @@ def make_trainer(model, teacher, folder, temperature=1.0, **arguments):
 
 
 def with_noisy_routers(family):
-    """A model whose routers have been disturbed."""
+    """Add noise to the routers of a model."""
     model, generator = make_model(family), torch.Generator().manual_seed(0)
     for router in router_parameters(model):
         router.data += 0.1 * torch.randn(router.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Run a script of this folder in a fresh process, with another transformers if need be, and read what it wrote."""
+"""Run a script of this folder in a new process, optionally with another transformers, and read its result."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import torch
 
 
 def run_elsewhere(script, result, *arguments, path=None):
-    """What `script RESULT ARGUMENT...` writes to the file `result`.
+    """Run `script RESULT ARGUMENT...`, and load what it writes to the file `result`.
 
     Args:
         script: name of a script beside this file.
@@ -27,7 +27,7 @@ def run_elsewhere(script, result, *arguments, path=None):
 
 
 def transformers_4():
-    """The folder with transformers 4; the test is skipped where there is none."""
+    """Return the folder with transformers 4, or skip the test where there is none."""
     path = os.environ.get("DERN_TRANSFORMERS4")
     if not path:
         pytest.skip("DERN_TRANSFORMERS4 names no folder with transformers 4")

@@ -1,4 +1,4 @@
-"""A tiny model of every Mixture-of-Experts family of transformers that can be compressed."""
+"""Tiny models of all Mixture-of-Experts families of transformers that can be compressed."""
 
 from collections.abc import Iterable
 from copy import deepcopy
@@ -12,7 +12,7 @@ from tiny import EOS, EXPERTS, HIDDEN, PAD, TOP_K, VOCABULARY, WIDTH
 
 @dataclass(frozen=True)
 class Family:
-    """How to build one family, and the little that is its own."""
+    """Config fields of a tiny model of one family, and how its checkpoints differ from others."""
 
     fields: dict[str, Any]  # of the config that sizes the experts
     nested: str | None = None  # that config's name inside the model's, where it is not the model's own
@@ -465,7 +465,7 @@ EXPERT_WEIGHTS = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj"
 
 
 def make_config(name: str) -> Any:
-    """The config of a tiny model of one family."""
+    """Make the config of a tiny model of one family."""
     from transformers import AutoConfig
 
     family = FAMILIES[name]
@@ -476,14 +476,14 @@ def make_config(name: str) -> Any:
 
 
 def model_class(name: str) -> Any:
-    """The class that loads a family's checkpoints."""
+    """Return the class that loads a family's checkpoints."""
     import transformers
 
     return getattr(transformers, FAMILIES[name].architecture or "AutoModelForCausalLM")
 
 
 def runnable(names: Iterable[str]) -> list[Any]:
-    """Families as parameters of a test; those that the transformers at hand cannot run are skipped with the reason."""
+    """Make pytest parameters of families; those that the installed transformers cannot run are skipped."""
     import transformers
 
     from optimum_dern.models.refusals import BROKEN
@@ -494,7 +494,7 @@ def runnable(names: Iterable[str]) -> list[Any]:
 
 @torch.no_grad()
 def make_model(name: str, seed: int = 0) -> torch.nn.Module:
-    """A random float32 model of one family, in evaluation mode, the same for the same seed.
+    """Make a random float32 model of one family in evaluation mode, reproducible by its seed.
 
     Routers are sharp and biased, so that the load is uneven; experts are noisy copies of one another, so that some of
     their neurons pass the default similarity threshold.
@@ -547,7 +547,7 @@ TRANSFORMERS_4 = (
 
 
 def published_config(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json as transformers 4 wrote it: rope fields at the top, `num_experts` for Qwen3-MoE."""
+    """Convert a config.json to the form that transformers 4 wrote: rope fields at the top level, `num_experts`."""
     result = {
         key: published_config(name, value) if isinstance(value, dict) else value for key, value in config.items()
     }

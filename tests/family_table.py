@@ -1,4 +1,4 @@
-"""`--family-table FILE`: the results for each family of models as a markdown table."""
+"""Pytest option `--family-table FILE`, which writes the test results of each model family as a markdown table."""
 
 import re
 from pathlib import Path
@@ -17,12 +17,12 @@ NOT_RUN = "not run"
 
 
 def pytest_addoption(parser):
-    """The option."""
+    """Add the option `--family-table` to pytest."""
     parser.addoption("--family-table", metavar="FILE", help="write what works for each family as a markdown table")
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Write the table once all tests have run."""
+    """Write the table after all tests have run."""
     if config.getoption("family_table"):
         reports = [
             r for kind in ("passed", "failed", "error", "skipped") for r in terminalreporter.stats.get(kind, ())
@@ -31,7 +31,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def family_table(reports):
-    """The table of pytest's reports: "pass", or the reason why not, in every cell.
+    """Make the table from pytest's reports: every cell has "pass", or why a test failed or was skipped.
 
     Args:
         reports: of single tests, in any order; those of other test files are left out.
@@ -51,7 +51,7 @@ def family_table(reports):
 
 
 def outcome(report):
-    """What a test found: "pass", or why it failed or was skipped."""
+    """Return "pass" for a test, or why it failed or was skipped."""
     if report.outcome == "passed":
         return "pass"
     if report.outcome == "skipped":
@@ -62,5 +62,5 @@ def outcome(report):
 
 
 def cell(outcomes):
-    """Several tests' outcomes as one: pass if all pass."""
+    """Join the outcomes of several tests into one cell: "pass" if all pass."""
     return "; ".join(dict.fromkeys(o for o in outcomes if o != "pass")) or "pass"

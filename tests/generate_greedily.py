@@ -1,4 +1,4 @@
-"""Tokens that the transformers at hand generates from checkpoints, this package out of reach.
+"""Script that generates tokens from checkpoints with plain transformers; importing this package is blocked.
 
 python generate_greedily.py RESULT.pt COUNT PROMPT FOLDER...
 """

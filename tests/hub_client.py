@@ -1,4 +1,4 @@
-"""What the tests of the Hub run in processes of their own, since the Hub's client reads its variables on import.
+"""Script of the Hub tests, run in a process of its own since huggingface_hub reads environment variables on import.
 
 python hub_client.py push FOLDER: compress tiny models, save them under FOLDER and push them to the loopback Hub.
 python hub_client.py refusals FOLDER: push FOLDER/source, a finished checkpoint, to one repository per line of stdin.
@@ -16,7 +16,7 @@ SHARDS = "20KB"
 
 
 def push(folder):
-    """Every way to push, each beside a local save of the same; what they returned goes to FOLDER/pushed.json."""
+    """Push a model in every supported way and save it locally; the returned URLs go to FOLDER/pushed.json."""
     import torch
     from load_plainly import observe
     from tiny import compress, make_model, tiny_tokenizer
@@ -45,7 +45,7 @@ def push(folder):
 
 
 def refusals(folder):
-    """Push to repositories that refuse; {repository: what came of it} goes to stdout."""
+    """Push to repositories that refuse; prints {repository: outcome} as JSON."""
     from optimum_dern.checkpoint.hub.push import HubPushError, push_checkpoint
 
     def save(target):
@@ -55,7 +55,7 @@ def refusals(folder):
         save(target)
         raise OSError("no space left on device")
 
-    time.sleep = lambda seconds: None  # between its retries the client would wait for half a minute
+    time.sleep = lambda seconds: None  # skips half a minute of waiting between the client's retries
     results = {}
     for line in sys.stdin:
         repo_id, options = json.loads(line)
@@ -72,7 +72,7 @@ def refusals(folder):
 
 
 def left_behind():
-    """Temporary folders of this package."""
+    """List the temporary folders of this package that are left."""
     return sorted(map(str, Path(tempfile.gettempdir()).glob("optimum-dern-*")))
 
 

@@ -1,4 +1,4 @@
-"""Compress models by their Hub ids, in a process of its own since the Hub's client reads its variables on import.
+"""Script that compresses models by Hub id, in a process of its own since huggingface_hub reads variables on import.
 
 python hub_download.py OUTPUT: one job a line of stdin, [name, model, options]; results go to OUTPUT/NAME, and what
 came of each job to stdout.
@@ -34,7 +34,7 @@ def main(output):
 
 
 def compress(model, output, **options):
-    """A quick run with texts, for which the model's tokenizer is needed."""
+    """Compress quickly with texts as calibration data, which need the model's tokenizer."""
     return DernCompressor(dataset=sample_texts(), **OPTIONS).compress_checkpoint(model, output, **options)
 
 

@@ -1,4 +1,4 @@
-"""Bytes of all tensors that are alive at the worst moment, counted from storages as operations make them."""
+"""Measurement of the peak bytes of live CPU tensors, from the storages that torch operations allocate."""
 
 import weakref
 
@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts while its context is open; what was there before is not counted."""
+    """Counts the bytes of live storages while the context is open, without those that existed before."""
 
     def __init__(self):
         super().__init__()
@@ -24,7 +24,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def count(self, storage, given):
-        """A storage that is seen for the first time, and is not one of the operation's arguments."""
+        """Count a storage if it is new and not that of an argument of the operation."""
         key = storage._cdata
         if key in self.known or key in given:
             return
@@ -34,11 +34,11 @@ class LiveBytes(TorchDispatchMode):
         weakref.finalize(storage, self.forget, key, storage.nbytes())
 
     def forget(self, key, size):
-        """The storage has gone."""
+        """Subtract a storage that has been freed."""
         self.known.discard(key)
         self.now -= size
 
     @staticmethod
     def key(tensor):
-        """Of the storage of a tensor."""
+        """Return the identity of a tensor's storage."""
         return tensor.untyped_storage()._cdata

@@ -1,4 +1,4 @@
-"""Load checkpoints with the transformers at hand, this package out of reach, and write what they compute.
+"""Script that loads checkpoints with plain transformers, without this package, and writes what users would see.
 
 python load_families.py RESULT.pt FOLDER...
 """
@@ -18,7 +18,7 @@ NOT_THERE = "this transformers has no {}"
 
 @torch.no_grad()
 def observe(model):
-    """What a user would see of a model: {name: tensor}, and {name: reason} of what it cannot do."""
+    """Compute a model's outputs in every way a user would: {name: tensor}, and {name: reason} of what fails."""
     seen, failed = {}, {}
 
     @contextlib.contextmanager
@@ -53,7 +53,7 @@ def _inputs(model):
 
 
 def load(folder):
-    """A checkpoint in the class that its config names, and what went wrong in loading it; None without that class."""
+    """Load a checkpoint in the class that its config names; returns it and its loading problems, or None."""
     import transformers
 
     name = json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]
@@ -65,7 +65,7 @@ def load(folder):
 
 
 def main():
-    """Write {folder: what was observed and how it loaded}."""
+    """Write the outputs and the loading problems of every checkpoint, by folder."""
     sys.modules["optimum_dern"] = None  # importing it fails from here on
     torch.set_num_threads(1)
     import transformers

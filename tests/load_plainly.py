@@ -1,4 +1,4 @@
-"""Load checkpoints with plain transformers, this package out of reach, and write what they compute.
+"""Script that loads checkpoints with plain transformers, without this package, and writes what they compute.
 
 python load_plainly.py RESULT.pt FOLDER...
 """
@@ -14,7 +14,7 @@ IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 @torch.no_grad()
 def observe(model):
-    """Logits of every experts implementation, auxiliary loss and a generation: everything that a user would see."""
+    """Compute a model's logits with every experts implementation, its auxiliary loss, and a generated sequence."""
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(256, (3, 20), generator=generator)
     seen = {}
@@ -31,7 +31,7 @@ def observe(model):
 
 
 def main():
-    """Write {folder name: what was observed and how it loaded}."""
+    """Write the outputs and the loading problems of every checkpoint, by folder name."""
     sys.modules["optimum_dern"] = None  # importing it fails from here on
     torch.set_num_threads(1)
     from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""A tokenizer with code of its own: checkpoints that need consent."""
+"""A tokenizer with custom code, for checkpoints that need `trust_remote_code`."""
 
 import json
 
@@ -26,7 +26,7 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 
 
 def save_own_tokenizer(folder, log):
-    """A tokenizer whose class is in FOLDER; running its code leaves a line in LOG."""
+    """Save a tokenizer whose class is defined in FOLDER; running its code adds a line to LOG."""
     tiny_tokenizer().save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text("utf-8"))

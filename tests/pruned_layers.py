@@ -1,4 +1,4 @@
-"""Pruned layers measured by running them: their own router chooses among the experts that are left."""
+"""Measured error of pruned layers, by running them with the router restricted to the remaining experts."""
 
 from itertools import combinations
 
@@ -10,7 +10,7 @@ from optimum_dern.models.moe.view import LayerWeights, read_layer, write_layer_
 
 
 def allowed_sets(experts, count, groups):
-    """Sets of experts of which every group keeps the same number."""
+    """List the sets of experts with the same number in every group."""
     size = experts // groups
     for kept in combinations(range(experts), count):
         if all(sum(i // size == group for i in kept) == count // groups for group in range(groups)):
@@ -18,7 +18,7 @@ def allowed_sets(experts, count, groups):
 
 
 def recorded_block(model, rows):
-    """The first MoE layer, what its block receives for some sequences, and what it returns."""
+    """Run a model and record the first MoE block: returns the layer, its block's inputs and its outputs."""
     layer, seen = find_moe_layers(model)[0], {}
     handle = layer.block.register_forward_hook(lambda module, args, output: seen.update(inputs=args[0], output=output))
     with torch.no_grad():
@@ -29,7 +29,7 @@ def recorded_block(model, rows):
 
 @torch.no_grad()
 def pruned_error(layer, kept, inputs, target):
-    """|F - F_S| of the block with some experts only; the layer is put back."""
+    """Measure |F - F_S| of the block with only the experts of S; the layer is restored."""
     original, retained = read_layer(layer), torch.tensor(kept)
     routing = {r.path: retain(original.routing[r.path], retained, r.dim) for r in layer.routing}
     write_layer_(layer, LayerWeights(original.segments.select(retained), routing))

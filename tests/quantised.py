@@ -1,4 +1,4 @@
-"""FP8 and MXFP4 checkpoints made by loops over single numbers, each beside the plain one that it stands for."""
+"""FP8 and MXFP4 checkpoints quantised by slow loops, each with the equivalent bfloat16 checkpoint."""
 
 import json
 import math
@@ -14,7 +14,7 @@ FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
 def save_fp8(folder, block, scales="float32", fused=False):
-    """FOLDER/packed, a tiny DeepSeek-V3 in FP8, and FOLDER/plain; some tensors stay as they are.
+    """Save a tiny DeepSeek-V3 to FOLDER/packed in FP8, except some tensors, and to FOLDER/plain in bfloat16.
 
     Args:
         folder: for both.
@@ -42,7 +42,7 @@ def save_fp8(folder, block, scales="float32", fused=False):
 
 
 def save_mxfp4(folder):
-    """FOLDER/packed, a tiny gpt-oss with experts in MXFP4, and FOLDER/plain."""
+    """Save a tiny gpt-oss to FOLDER/packed with experts in MXFP4, and to FOLDER/plain in bfloat16."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 32, "num_local_experts": EXPERTS}
@@ -61,13 +61,13 @@ def save_mxfp4(folder):
 
 
 def save_plain(model, folder):
-    """A checkpoint whose config asks for bfloat16."""
+    """Save a checkpoint whose config names bfloat16."""
     model.config.dtype = torch.bfloat16
     model.save_pretrained(folder)
 
 
 def save_both(folder, plain, packed, method):
-    """Both checkpoints of a folder: the same config but for the quantisation."""
+    """Save both checkpoints of a folder, whose configs differ only in the quantisation."""
     save_file(plain, folder / "plain" / "model.safetensors", metadata={"format": "pt"})
     (folder / "packed").mkdir()
     save_file(packed, folder / "packed" / "model.safetensors", metadata={"format": "pt"})
@@ -77,7 +77,7 @@ def save_both(folder, plain, packed, method):
 
 
 def fuse(tensors):
-    """Put the experts of each layer into two tensors, as transformers computes with them."""
+    """Fuse the experts of each layer into two tensors, as transformers computes with them."""
     for layer in (1, 2):
         stem = f"model.layers.{layer}.mlp.experts"
         gate, up, down = (
@@ -88,7 +88,7 @@ def fuse(tensors):
 
 
 def quantise_fp8(weight, block, scales):
-    """8-bit weight, factors, and the product in bfloat16."""
+    """Quantise a weight to FP8; returns the 8-bit weight, its scales, and the dequantised weight in bfloat16."""
     rows, columns = weight.shape
     height, width = block or (rows, columns)
     grid = [[0.0] * math.ceil(columns / width) for _ in range(math.ceil(rows / height))]
@@ -110,7 +110,7 @@ def quantise_fp8(weight, block, scales):
 
 
 def quantise_mxfp4(weight):
-    """Blocks and scales of (experts, in, out), and the values in bfloat16."""
+    """Quantise (experts, in, out) to MXFP4; returns blocks, scales, and the dequantised values in bfloat16."""
     experts, inner, out = weight.shape
     blocks = torch.zeros(experts, out, inner // 32, 16, dtype=torch.uint8)
     scales = torch.zeros(experts, out, inner // 32, dtype=torch.uint8)

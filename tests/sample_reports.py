@@ -1,4 +1,4 @@
-"""Reports of runs that never were, of any size."""
+"""Made-up compression reports of any size."""
 
 import random
 
@@ -8,7 +8,7 @@ from optimum_dern.results.report import CompressionReport, LayerReport, ModelSiz
 
 
 def sample_report(layers=4, experts=8, config=None, evaluated=True, width=64):
-    """A report with every field filled, half of the experts dropped."""
+    """Make a report with every field filled and half of the experts dropped."""
     draw = random.Random(0)
     config = config or DernConfig(dataset="notes.txt")
     report = CompressionReport(
@@ -34,7 +34,7 @@ def sample_report(layers=4, experts=8, config=None, evaluated=True, width=64):
 
 
 def sample_layer(draw, position, experts, width):
-    """One layer of it."""
+    """Make the report of one layer."""
     saliency = [draw.random() ** 2 for _ in range(experts)]
     ranked = sorted(range(experts), key=lambda expert: -saliency[expert])
     retained, dropped = sorted(ranked[: experts // 2]), sorted(ranked[experts // 2 :])

@@ -1,4 +1,4 @@
-"""Made-up rows of evaluation tasks, in the form of task files; three to a task."""
+"""Made-up rows of evaluation tasks in the format of task files, three per task."""
 
 import json
 from pathlib import Path
@@ -89,7 +89,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 
 def write_tasks(folder: Path, *names: str) -> Path:
-    """Write task files, all of them by default; the folder comes back."""
+    """Write task files, by default of all tasks, and return their folder."""
     for name in names or ROWS:
         lines = [json.dumps(row, ensure_ascii=False) for row in ROWS[name]]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""Tiny Mixture-of-Experts models, a byte-level tokenizer, and text, all made in memory."""
+"""Tiny Mixture-of-Experts models, a byte-level tokenizer, and texts, all created in memory."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ FIRST_MOE = {"deepseek_v3": 1}  # decoder layers before it are dense
 
 
 def make_config(family: str, **overrides: Any) -> Any:
-    """The config of one of `FAMILIES`."""
+    """Make the config of one of `FAMILIES`."""
     from transformers import AutoConfig
 
     return AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **overrides}, dtype="float32")
@@ -70,7 +70,7 @@ def make_config(family: str, **overrides: Any) -> Any:
 
 @torch.no_grad()
 def make_model(family: str, seed: int = 0, **overrides: Any) -> torch.nn.Module:
-    """A random float32 model in evaluation mode, the same for the same seed; the global random state is untouched.
+    """Make a random float32 model in evaluation mode, reproducible by its seed; keeps the global random state.
 
     Routers are sharp, so that the load is uneven.  Experts are noisy copies of one another, so that some of their
     neurons pass the default similarity threshold.
@@ -91,7 +91,7 @@ def make_model(family: str, seed: int = 0, **overrides: Any) -> torch.nn.Module:
 
 
 def tiny_tokenizer() -> Any:
-    """A byte-level tokenizer with EOS and padding tokens that adds nothing by itself."""
+    """Make a byte-level tokenizer with EOS and padding tokens, which adds no special tokens by itself."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -103,19 +103,19 @@ def tiny_tokenizer() -> Any:
 
 
 def random_tokens(n: int = 5, length: int = 24, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Calibration data as token dicts, without special tokens."""
+    """Make random calibration data as token dicts, without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [{"input_ids": torch.randint(EOS, (length,), generator=generator)} for _ in range(n)]
 
 
 def sample_texts() -> list[str]:
-    """A dozen short texts of different lengths."""
+    """Make a dozen short texts of different lengths."""
     words = "the router sends each token to two experts and sums what they return with its own weights".split()
     return [" ".join(words[i:] + words[: i // 2]).capitalize() + "." for i in range(12)]
 
 
 def padded_batch(lengths: list[int], side: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """One batch of random sequences, padded on the left or on the right."""
+    """Make one batch of random sequences, padded on the left or on the right."""
     rows = [random_tokens(1, length, seed + i)[0]["input_ids"] for i, length in enumerate(lengths)]
     ids = torch.full((len(rows), max(lengths)), PAD)
     mask = torch.zeros_like(ids)
@@ -126,19 +126,19 @@ def padded_batch(lengths: list[int], side: str, seed: int = 0) -> dict[str, torc
 
 
 def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of everything that a model stores."""
+    """Copy all parameters and buffers that a model saves."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def same_state(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """Whether two `state_of` are equal to the bit."""
+    """Whether two results of `state_of` are bitwise equal."""
     return first.keys() == second.keys() and all(
         tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]) for name, tensor in first.items()
     )
 
 
 def compress(model: torch.nn.Module, **fields: Any) -> Any:
-    """Compress a model with random tokens, 8 -> 4 experts unless told otherwise; the compressor comes back."""
+    """Compress a model with random tokens, by default from 8 to 4 experts, and return the compressor."""
     from optimum_dern import DernCompressor
 
     compressor = DernCompressor(**{"num_experts": 4, "dataset": random_tokens(), "batch_size": 4, **fields})

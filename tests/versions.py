@@ -1,4 +1,4 @@
-"""The fast tests with the oldest supported transformers and with the newest one, and what differs.
+"""Script that runs the fast tests with the oldest supported and the newest transformers, and reports differences.
 
 python tests/versions.py OLDEST NEWEST [argument of pytest]...
 
@@ -25,7 +25,7 @@ SUPPORTED = "transformers<6"
 
 
 def main() -> int:
-    """Run, summarise; 1 if a test fails with the oldest transformers."""
+    """Run the tests and print a summary; returns 1 if a test fails with the oldest transformers."""
     oldest, newest, *options = sys.argv[1:]
     lines, failed = report(Path(oldest), options)
     if (release := newest_release()) is None:
@@ -41,14 +41,14 @@ def main() -> int:
 
 
 def newest_release() -> str | None:
-    """The version of transformers that pip would install today, or None where no index answers."""
+    """Ask pip for the newest version of transformers; None where no index answers."""
     command = [*PIP, "--dry-run", "--ignore-installed", "--no-deps", "--report", "-", SUPPORTED]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     return json.loads(result.stdout)["install"][0]["metadata"]["version"] if result.returncode == 0 else None
 
 
 def install(release: str, folder: Path) -> bool:
-    """Make a folder of one transformers and its dependencies, unless it is one; whether it could be made."""
+    """Install one version of transformers into a folder, unless it is there; returns whether that worked."""
     if version_in(folder) == release:
         return True
     shutil.rmtree(folder, ignore_errors=True)
@@ -56,12 +56,12 @@ def install(release: str, folder: Path) -> bool:
 
 
 def version_in(folder: Path) -> str | None:
-    """The version of transformers that lies in a folder."""
+    """Return the version of transformers that is installed in a folder."""
     return next((found.version for found in distributions(name="transformers", path=[str(folder)])), None)
 
 
 def report(folder: Path, options: list[str]) -> tuple[list[str], bool]:
-    """Lines about the tests with the transformers of one folder, and whether any of them fails."""
+    """Run the tests with the transformers of one folder; returns the lines to print, and whether any test failed."""
     counts, failed = run_tests(options, folder)
     tests, pinned = [name for name in failed if ".py" in name], version("transformers")
     also = run_tests(tests)[1] if tests else []
@@ -96,7 +96,7 @@ def run_tests(options: list[str], folder: Path | None = None) -> tuple[dict[str,
 
 
 def name_of(case: ElementTree.Element) -> str:
-    """What pytest calls a test, or a file that cannot even be imported."""
+    """Return pytest's name of a test, or of a file that cannot be imported."""
     file, module = case.get("file", ""), case.get("classname", "")
     if not module:
         return file
@@ -105,7 +105,7 @@ def name_of(case: ElementTree.Element) -> str:
 
 
 def outcome_of(case: ElementTree.Element) -> str:
-    """What became of a test."""
+    """Return the outcome of a test."""
     kinds = {child.tag for child in case}
     return "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
 

@@ -1,4 +1,4 @@
-"""Import the scripts of `benchmarks/`, and leave nothing of them behind; the helpers of the core's tests, too."""
+"""Fixture that imports the scripts of `benchmarks/` and undoes their side effects; the core's helpers importable."""
 
 import importlib
 import sys
@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parent / "core"))
 
 @pytest.fixture(scope="module")
 def script():
-    """Imports a script by its name; its methods, modules and settings are gone after the tests of a file."""
+    """Function that imports a script by name; methods, modules and settings are restored after the tests of a file."""
     methods, modules, threads = dict(METHODS), set(sys.modules), torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))

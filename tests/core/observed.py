@@ -1,4 +1,4 @@
-"""Observed layers for the criteria: random experts behind a router whose rules are known."""
+"""Random observed layers for tests of criteria, with a router of known rules, and simulated processes."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -13,14 +13,14 @@ from optimum_dern.core.layer.statistics import measure_experts
 
 
 def observe(segments, routing, rows=None, held_out=None, **fields):
-    """A layer as its criteria see it."""
+    """Make an `ObservedLayer` from experts and routing, with measured statistics and output."""
     statistics, target = measure_experts(segments, routing, activation)
     held_out = torch.zeros(len(target), dtype=torch.bool) if held_out is None else held_out
     return ObservedLayer(segments, activation, routing, target, held_out, statistics, rows, **fields)
 
 
 def routed_layer(experts=6, tokens=30, top_k=2, held_out=None, seed=5, bias=None, logit_bias=None, **rules):
-    """A layer whose router follows the rules of `reference_route`; also its logits (T, E), for all tokens."""
+    """Make a layer whose router follows the rules of `reference_route`; returns it and its logits (T, E)."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, 4, generator=generator, dtype=torch.float64)
     rows = torch.randn(experts, 4, generator=generator, dtype=torch.float64)
@@ -44,7 +44,7 @@ def routed_layer(experts=6, tokens=30, top_k=2, held_out=None, seed=5, bias=None
 
 
 def in_processes(count, function):
-    """What `function(rank, reduce)` returns for each of several processes, which are threads that wait for another."""
+    """Run `function(rank, reduce)` in several threads that stand for processes; returns the result of each."""
     barrier, given = Barrier(count, timeout=60), [None] * count
 
     def run(rank):
@@ -53,7 +53,7 @@ def in_processes(count, function):
             barrier.wait()
             together = torch.stack(given)
             result = together.sum(0) if operation == "sum" else together.amax(0)
-            barrier.wait()  # nobody gives the next tensor before all have read this one
+            barrier.wait()  # all must have read the tensors before the next reduce overwrites them
             return result
 
         return function(rank, reduce)

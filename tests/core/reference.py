@@ -1,4 +1,4 @@
-"""DERN (arXiv 2509.10377) written out slowly: float64, plain loops, nothing shared with the package.
+"""Slow reference implementation of DERN (arXiv 2509.10377): float64, plain loops, no code shared with the package.
 
 Arguments are tensors (or nested lists).  `gate` (E, f, d) is None for experts without a gate, `up` is (E, f, d) and
 `down` (E, f, o) neuron-major: its row j is column j of the down projection.  Where rows carry a bias, their last
@@ -38,7 +38,7 @@ def _cosine(a, b):
 
 
 def reference_neurons(gate, up, expert, x, act, biased=False):
-    """h(x) of one expert for one token, a list of f numbers."""
+    """Compute h(x), the neuron activations of one expert for one token, a list of f numbers."""
     gate, up, x = _lists(gate), _lists(up), _lists(x) + ([1.0] if biased else [])
     if gate is None:
         return [act(_dot(row, x)) for row in up[expert]]
@@ -46,14 +46,14 @@ def reference_neurons(gate, up, expert, x, act, biased=False):
 
 
 def reference_expert_output(gate, up, down, expert, x, act, output_bias=None, biased=False):
-    """e(x) of one expert for one token, a list of o numbers."""
+    """Compute e(x), the output of one expert for one token, a list of o numbers."""
     down, h = _lists(down), reference_neurons(gate, up, expert, x, act, biased)
     e = [sum(h[j] * down[expert][j][k] for j in range(len(h))) for k in range(len(down[expert][0]))]
     return e if output_bias is None else [a + b for a, b in zip(e, _lists(output_bias)[expert], strict=True)]
 
 
 def reference_layer_output(gate, up, down, hidden, index, weight, act, output_bias=None, biased=False):
-    """y(x) of every token, (T, o)."""
+    """Compute y(x), the layer's output for every token, (T, o)."""
     rows, weight = [], _lists(weight)
     for t, x in enumerate(_lists(hidden)):
         y = [0.0] * len(_lists(down)[0][0])
@@ -65,7 +65,7 @@ def reference_layer_output(gate, up, down, hidden, index, weight, act, output_bi
 
 
 def reference_statistics(gate, up, down, hidden, index, weight, act, output_bias=None, biased=False):
-    """All sums of a layer, by the names of the package's statistics."""
+    """Compute all statistics of a layer, by the names of `ExpertStatistics`."""
     experts, width, weight = len(up), down.shape[-1], _lists(weight)
     names = ("count", "weight", "output_norm", "output_norm_squared", "weighted_output_norm")
     sums = {name: [0.0] * experts for name in names}
@@ -90,7 +90,7 @@ def reference_statistics(gate, up, down, hidden, index, weight, act, output_bias
 
 
 def reference_saliency(criterion, sums):
-    """Scores of the experts as a list, from the sums of `reference_statistics`."""
+    """Compute the experts' saliency as a list, from `reference_statistics`."""
     total, share_of = {
         "router": ("weight", "tokens"),
         "frequency": ("count", "tokens"),
@@ -107,7 +107,7 @@ def reference_saliency(criterion, sums):
 
 
 def reference_aimer(gate, up, down, biased=False):
-    """1 - mean |w| / root mean square w of every expert, biases left out."""
+    """Compute AIMER's score of every expert, 1 - mean |w| / root mean square w, without biases."""
     scores = []
     for expert in range(len(up)):
         rows = ([] if gate is None else _lists(gate[expert])) + _lists(up[expert])
@@ -119,7 +119,7 @@ def reference_aimer(gate, up, down, biased=False):
 
 
 def reference_easy_ep(gate, up, down, hidden, index, weight, act, residual, output_bias=None, biased=False):
-    """Sum over tokens of g |e| max(0, 1 - cos(h, h + y)) for every expert."""
+    """Compute EASY-EP's score of every expert, the sum over tokens of g |e| max(0, 1 - cos(h, h + y))."""
     scores, weight = [0.0] * len(up), _lists(weight)
     routed = reference_layer_output(gate, up, down, hidden, index, weight, act, output_bias, biased).tolist()
     for t, (x, h) in enumerate(zip(_lists(hidden), _lists(residual), strict=True)):
@@ -131,7 +131,7 @@ def reference_easy_ep(gate, up, down, hidden, index, weight, act, residual, outp
 
 
 def reference_allowed_sets(experts, count, groups=1, protected=()):
-    """Every set of experts that keeps the same number in each group and all protected ones, by brute force."""
+    """List, by brute force, all sets of experts with equal numbers per group and all protected experts."""
     size = experts // groups
     for kept in combinations(range(experts), count):
         shares = [sum(i // size == group for i in kept) for group in range(groups)]
@@ -140,7 +140,7 @@ def reference_allowed_sets(experts, count, groups=1, protected=()):
 
 
 def reference_hope_cost(sums, kept):
-    """p^T F p of the experts that are not kept, from the sums of `reference_statistics`."""
+    """Compute HOPE's cost p^T F p of the experts that are not kept, from `reference_statistics`."""
     pruned = [i for i in range(len(sums["count"])) if i not in kept]
     cost = 0.0
     for i in pruned:
@@ -153,7 +153,7 @@ def reference_hope_cost(sums, kept):
 def reference_route(
     logits, allowed, top_k, phi, over_all, scale, by="logit", bias=None, groups=1, topk_group=1, best=2
 ):
-    """One token's experts and their weights, when only some experts may be chosen: two lists."""
+    """Route one token when only some experts may be chosen; returns the lists of experts and weights."""
     total = sum(math.exp(logits[i]) for i in allowed)
     compared = {
         "logit": lambda i: logits[i],
@@ -175,7 +175,7 @@ def reference_route(
 
 
 def reference_set_error(gate, up, down, hidden, logits, kept, act, route):
-    """|F - F_S| over all tokens, F_S the output with the router `route(logits, allowed)` kept to the set S."""
+    """Compute |F - F_S| over all tokens, with F_S the output when the router may only choose experts of the set S."""
     total, everyone = 0.0, list(range(len(up)))
     for x, z in zip(_lists(hidden), _lists(logits), strict=True):
         difference = [0.0] * down.shape[-1]
@@ -188,7 +188,7 @@ def reference_set_error(gate, up, down, hidden, logits, kept, act, route):
 
 
 def reference_elimination(error, experts, count, groups=1, protected=()):
-    """Drop one expert after another, each time that without which `error(kept)` is lowest, equal shares a group."""
+    """Drop experts one by one, each time the one without which `error(kept)` is lowest, equally many per group."""
     kept, size = list(range(experts)), experts // groups
     while len(kept) > count:
         open_ = [i for i in kept if i not in protected and sum(j // size == i // size for j in kept) > count // groups]
@@ -197,14 +197,14 @@ def reference_elimination(error, experts, count, groups=1, protected=()):
 
 
 def reference_retained_count(experts, sparsity, groups=1, multiple_of=1):
-    """Smallest allowed count that drops at most the fraction, the sparsity read as the decimal it is written as."""
+    """Compute the smallest allowed count that drops at most the fraction `sparsity`, read as an exact decimal."""
     step = math.lcm(groups, multiple_of)
     needed = experts * (1 - Fraction(str(sparsity)))
     return min([c for c in range(step, experts + 1, step) if c >= needed] + [experts])
 
 
 def reference_selection(scores, count, groups=1, protected=()):
-    """The experts that stay, ascending."""
+    """Select the experts to keep, ascending."""
     chosen, size = [], len(scores) // groups
     for group in range(groups):
         members = range(group * size, (group + 1) * size)
@@ -214,13 +214,13 @@ def reference_selection(scores, count, groups=1, protected=()):
 
 
 def reference_similarity(a, b, weights):
-    """Weighted mean of the cosines of two segments (gate, up, down); a missing gate does not count."""
+    """Compute the weighted mean of the cosines of two segments (gate, up, down); a missing gate does not count."""
     terms = [(w, _cosine(x, y)) for x, y, w in zip(a, b, weights, strict=True) if x is not None]
     return sum(w * c for w, c in terms) / sum(w for w, _ in terms)
 
 
 def reference_assignment(gate, up, down, retained, alpha, weights=(0, 1, 1)):
-    """Position in `retained` (or -1) and best similarity of every dropped segment, two lists of lists."""
+    """Assign dropped segments: position in `retained` (or -1) and best similarity of each, two lists of lists."""
     gate, up, down = _lists(gate), _lists(up), _lists(down)
 
     def segment(expert, j):
@@ -243,7 +243,7 @@ def reference_assignment(gate, up, down, retained, alpha, weights=(0, 1, 1)):
 
 
 def reference_kmeans(points, weights, centroids, iterations=30, tolerance=1e-4):
-    """Weighted spherical k-means with equalised norms: centroids and labels, as lists."""
+    """Run weighted spherical k-means with equalised norms; returns centroids and labels as lists."""
     labels = [0] * len(points)
     for _ in range(iterations):
         for p, point in enumerate(points):
@@ -281,7 +281,7 @@ def reference_dern_layer(
     tolerance=1e-4,
     importance_weighting=True,
 ):
-    """Recombine one layer: new gate (or None), up and down of the retained experts, and where each segment went.
+    """Recombine one layer; returns gate (or None), up and down of the retained experts, and segments' destinations.
 
     `down` is neuron-major (E, f, o).  The destination (E - N, f) is a position in `retained`, or -1.
     """
@@ -316,7 +316,7 @@ def reference_dern_layer(
 
 
 def reference_router_rows(rows, retained, destination):
-    """G_r plus the share n / f of the row of every dropped expert, n of whose f segments went to r."""
+    """Compute router rows: G_r plus n / f times the row of every dropped expert with n of f segments moved to r."""
     rows, retained, destination = _lists(rows), list(map(int, retained)), [list(map(int, d)) for d in destination]
     dropped = [i for i in range(len(rows)) if i not in retained]
     result = []
@@ -329,7 +329,7 @@ def reference_router_rows(rows, retained, destination):
 
 
 def reference_features(gate, up, hidden, index, weight, act, biased=False):
-    """g h of every token and expert, zero where it was not chosen: (T, N, f)."""
+    """Compute the weighted activations g h of every token and expert, zero where it was not chosen: (T, N, f)."""
     features = torch.zeros(len(hidden), len(up), up.shape[1], dtype=torch.float64)
     for t, x in enumerate(_lists(hidden)):
         for slot, i in enumerate(index[t].tolist()):
@@ -339,12 +339,12 @@ def reference_features(gate, up, hidden, index, weight, act, biased=False):
 
 
 def reference_penalties(features, ridge):
-    """lambda of every expert, ridge tr(A) / f."""
+    """Compute the ridge penalty lambda of every expert, ridge tr(A) / f."""
     return [ridge * sum(_dot(h, h) for h in column.tolist()) / features.shape[2] for column in features.unbind(1)]
 
 
 def reference_refit(features, down, target, ridge, sweeps):
-    """Block-coordinate ridge: new `down` (N, f, o); `target` (T, o) without what output biases give."""
+    """Refit `down` (N, f, o) by block-coordinate ridge regression to `target` (T, o) without output biases."""
     new, lam = down.clone(), reference_penalties(features, ridge)
     for _ in range(sweeps):
         for i in range(len(down)):
@@ -361,7 +361,7 @@ def reference_refit(features, down, target, ridge, sweeps):
 
 
 def reference_joint_refit(features, down, target, ridge):
-    """The minimum over all experts at once, one linear system of N f unknowns a column."""
+    """Refit all experts at once, by one linear system of N f unknowns per output column."""
     flat, start = features.flatten(1), down.flatten(0, 1)  # (T, N f), (N f, o)
     penalty = torch.tensor(reference_penalties(features, ridge), dtype=torch.float64).repeat_interleave(down.shape[1])
     system = flat.T @ flat + torch.diag(penalty)
@@ -369,7 +369,7 @@ def reference_joint_refit(features, down, target, ridge):
 
 
 def reference_objective(features, down, start, target, ridge):
-    """The penalised squared error that the refit minimises."""
+    """Compute the penalised squared error that the refit minimises."""
     error = (target - torch.einsum("tnf,nfo->to", features, down)).square().sum()
     lam = reference_penalties(features, ridge)
     return (error + sum(p * (a - b).square().sum() for p, a, b in zip(lam, down, start, strict=True))).item()

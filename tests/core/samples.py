@@ -1,4 +1,4 @@
-"""Small random layers and the shared settings of the property tests."""
+"""Small random experts and routings, comparison helpers, and shared settings of the property tests."""
 
 import torch
 from hypothesis import settings
@@ -14,17 +14,17 @@ PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 def activation(gate, up):
-    """SwiGLU, or squared ReLU without a gate."""
+    """Apply SwiGLU, or squared ReLU where there is no gate."""
     return torch.relu(up) ** 2 if gate is None else torch.nn.functional.silu(gate) * up
 
 
 def scalar_activation(segments):
-    """The reference's activation for these segments."""
+    """Return the reference implementation's activation for these segments."""
     return relu_squared if segments.gate is None else silu
 
 
 def make_segments(kind="gated", experts=6, width=5, hidden=4, output=3, dtype=torch.float64, seed=0):
-    """Random experts of one of `KINDS`."""
+    """Make random experts of one of `KINDS`."""
     gated, biased = KINDS[kind]
     generator = torch.Generator().manual_seed(seed)
 
@@ -38,12 +38,12 @@ def make_segments(kind="gated", experts=6, width=5, hidden=4, output=3, dtype=to
 
 
 def in_chunks(segments, tokens):
-    """The same experts, which work on so many tokens at a time."""
+    """Return the same experts with a workspace that takes so many tokens at a time."""
     return segments._replace(workspace=segments.workspace._replace(chunk_tokens=tokens))
 
 
 def make_routing(experts=6, tokens=12, top_k=2, hidden=4, dtype=torch.float64, seed=1, unused=()):
-    """Random tokens that never choose the unused experts."""
+    """Make random tokens and their routing, in which unused experts are never chosen."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64).to(dtype)
     scores = torch.rand(tokens, experts, generator=generator, dtype=torch.float64)
@@ -53,12 +53,12 @@ def make_routing(experts=6, tokens=12, top_k=2, hidden=4, dtype=torch.float64, s
 
 
 def scores_for(experts=6, seed=2):
-    """Random positive saliency, (E,) float64."""
+    """Make random positive saliency scores, (E,) float64."""
     return torch.rand(experts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
 
 
 def reference_arguments(segments, routing):
-    """The arguments that the reference's per-token functions share."""
+    """Return the arguments that the reference's per-token functions share."""
     return (
         (*segments[:3], *routing[:3], scalar_activation(segments)),
         {"output_bias": segments.output_bias, "biased": segments.biased},
@@ -66,18 +66,18 @@ def reference_arguments(segments, routing):
 
 
 def copies(*tuples):
-    """Deep copies of the tensors of named tuples, to compare with later."""
+    """Copy the tensors of named tuples, for `assert_unchanged`."""
     return [part.clone() for parts in tuples for part in parts if isinstance(part, torch.Tensor)]
 
 
 def assert_unchanged(before, *tuples):
-    """Every tensor still has the bits that `copies` saw."""
+    """Assert that every tensor is bitwise equal to its copy by `copies`."""
     after = [part for parts in tuples for part in parts if isinstance(part, torch.Tensor)]
     for old, new in zip(before, after, strict=True):
         assert torch.equal(old, new)
 
 
 def assert_near(actual, expected, tolerance=1e-10):
-    """Equal shape, and values within the tolerance (absolute and relative), whatever the dtype."""
+    """Assert equal shapes, and values within the tolerance (absolute and relative), in any dtype."""
     expected = torch.as_tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)

@@ -1,4 +1,4 @@
-"""A Hub on the loopback interface: repositories with a history, tokens, large files, and failures on demand.
+"""A fake Hub server on the loopback interface: repositories with history, tokens, large files, failures on demand.
 
 It speaks as much of the Hub's protocol as pushing and pulling a model takes, over real HTTP.  Whatever talks to it
 must be a process of its own, with the variables of `LoopbackHub.environment`: the client reads them when it is

@@ -1,4 +1,4 @@
-"""The Hub's check of a model card's metadata, as far as this project's cards can break it."""
+"""The Hub's validation of a model card's metadata, for the fields that this project's cards have."""
 
 import re
 
@@ -11,7 +11,7 @@ ID = r"[\w.-]+/[\w.-]+"
 
 
 def card_problems(content: str) -> list[str]:
-    """What the Hub would find wrong with a card's metadata."""
+    """List the problems that the Hub would find in a card's metadata."""
     header = re.match(r"---[ \t]*\r?\n(.*?\n)---[ \t]*(\r?\n|$)", content, re.DOTALL)
     if header is None:
         return ["no metadata between two lines of ---"]

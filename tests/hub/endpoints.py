@@ -1,4 +1,4 @@
-"""The endpoints of the loopback Hub: what the Hub's client asks for when it pushes and pulls a model."""
+"""The endpoints of the fake Hub that huggingface_hub calls when it pushes and pulls a model."""
 
 import base64
 import hashlib
@@ -16,7 +16,7 @@ REGULAR_BYTES = 4096  # larger files go as large files, whatever they hold
 
 
 class Handler(Connection):
-    """One endpoint a method, named as its stage; each answers once."""
+    """Request handler with one method per endpoint, named after its stage in `ROUTES`; each answers once."""
 
     def _serve(self) -> None:
         payload = json.loads(self.body) if self.stage == "create" else {}

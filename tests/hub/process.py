@@ -1,4 +1,4 @@
-"""Processes that talk to a loopback Hub."""
+"""Runs of scripts, and of the `hf` command, in processes that talk to the fake Hub."""
 
 import subprocess
 import sys
@@ -28,5 +28,5 @@ def run(hub: LoopbackHub, folder: Path, program: str, *arguments: object, stdin:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, by its name in a repository."""
+    """Read every file of a folder, by its name in a repository."""
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

@@ -1,4 +1,4 @@
-"""HTTP of the loopback Hub: which request is for which endpoint, and how answers and refusals go out."""
+"""HTTP layer of the fake Hub: routes of requests to endpoints, and the sending of answers and errors."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 __all__ = ["BROKEN", "READER", "WRITER", "Connection", "Refusal"]
 
 WRITER, READER = "hf_writer", "hf_reader"  # tokens
-BROKEN = 0  # in place of a status: the connection ends without an answer
+BROKEN = 0  # instead of a status: close the connection without an answer
 ID = r"(?P<id>[\w.-]+/[\w.-]+)"
 ROUTES = [  # stage, method, path
     ("create", "POST", r"/api/repos/create"),
@@ -27,7 +27,7 @@ ROUTES = [  # stage, method, path
 
 
 class Refusal(Exception):
-    """An answer that is no success."""
+    """Raised by an endpoint to answer with an error status."""
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -35,13 +35,13 @@ class Refusal(Exception):
 
 
 class Connection(BaseHTTPRequestHandler):
-    """One connection: what was asked for, and the answer; `_serve` is whoever's endpoints these are."""
+    """HTTP connection that parses requests and sends answers; subclasses define `_serve`, which handles a request."""
 
     protocol_version = "HTTP/1.1"
     wbufsize, disable_nagle_algorithm = 1 << 16, True  # else every answer waits 40 ms for an acknowledgement
 
     def log_message(self, *args) -> None:
-        """Stay quiet."""
+        """Do not log requests."""
 
     def _handle(self) -> None:
         self.body, self.hub = self._read(), self.server.hub

@@ -1,4 +1,4 @@
-"""Repositories of the loopback Hub: what is in them, and how it came there."""
+"""Repositories of the fake Hub, with their branches and commits."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ __all__ = ["Commit", "Repository", "git_oid"]
 
 @dataclass
 class Commit:
-    """One commit: the whole tree, and what was asked for."""
+    """One commit: all files of the tree, and the operations of the request."""
 
     message: str
     files: dict[str, bytes]
     operations: list[dict]
     parent: str | None = None
-    expected: str | None = None  # the parent that the client believed in
+    expected: str | None = None  # the parent commit that the client named
     oid: str = ""
 
     def __post_init__(self) -> None:
@@ -35,16 +35,16 @@ class Repository:
         self.branches.setdefault("main", [Commit("initial commit", {".gitattributes": b""}, [])])
 
     def find(self, revision: str) -> Commit | None:
-        """The commit of a branch or an id."""
+        """Find the commit of a branch or a commit id."""
         if revision in self.branches:
             return self.branches[revision][-1]
         return next((commit for branch in self.branches.values() for commit in branch if commit.oid == revision), None)
 
     def commits(self, revision: str = "main") -> list[Commit]:
-        """What was committed to a branch after the repository was made."""
+        """List the commits of a branch after the initial one."""
         return self.branches[revision][1:]
 
 
 def git_oid(content: bytes) -> str:
-    """The id that git gives to a file."""
+    """Compute the git object id of a file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

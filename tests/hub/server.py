@@ -1,4 +1,4 @@
-"""The loopback Hub itself."""
+"""The server of the fake Hub."""
 
 import os
 import threading
@@ -13,7 +13,7 @@ __all__ = ["LoopbackHub"]
 
 
 class LoopbackHub:
-    """A server that is up inside `with`.
+    """Fake Hub whose server runs while the context is open.
 
     Attributes:
         url: for HF_ENDPOINT.
@@ -42,7 +42,7 @@ class LoopbackHub:
         self._server.server_close()
 
     def add(self, repo_id: str, private: bool = False, **files: bytes) -> Repository:
-        """A repository that is there already; `__` in a file's name stands for a dot."""
+        """Add a repository with files; `__` in a file's name stands for a dot."""
         repository = self.repositories[repo_id] = Repository(private)
         if files:
             named = {name.replace("__", "."): content for name, content in files.items()}
@@ -50,7 +50,7 @@ class LoopbackHub:
         return repository
 
     def environment(self, home: os.PathLike, token: str | None = WRITER) -> dict[str, str]:
-        """Variables of a process that is to talk to this Hub and to no other."""
+        """Return the environment of a process that must talk to this Hub only."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
         ours |= {"HF_HUB_DISABLE_XET": "1"}  # that protocol needs a storage server of its own

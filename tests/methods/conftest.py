@@ -1,4 +1,4 @@
-"""Make the slow references of this folder, and the small layers of the core's tests, importable."""
+"""Make the reference implementations of this folder, and the small layers of the core's tests, importable."""
 
 import sys
 from pathlib import Path

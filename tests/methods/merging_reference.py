@@ -1,4 +1,4 @@
-"""The merging methods written out slowly: numpy float64, plain loops, nothing shared with the package.
+"""Slow reference implementations of the merging methods: numpy float64, plain loops, no code of the package.
 
 An expert is one matrix, a row gate|up|down for each neuron; permutations are found by trying them all.
 """
@@ -12,7 +12,7 @@ from scipy.cluster.hierarchy import cut_tree, linkage
 
 
 class Layer:
-    """Experts on tokens: what each makes of every token, and what the router says."""
+    """A layer's experts, with their activations and outputs on every token, and the router's logits."""
 
     def __init__(self, segments, hidden, rows=None):
         act, bias = scalar_activation(segments), segments.output_bias
@@ -46,12 +46,12 @@ def cosine(a, b):
 
 
 def cheapest(cost):
-    """The permutation of least cost, of all."""
+    """Find the permutation of least cost by brute force."""
     return min(permutations(range(len(cost))), key=lambda p: sum(cost[i][j] for i, j in enumerate(p)))
 
 
 def merged(layer, owner, weights, cost=None):
-    """Weighted average of each group's matrices and output biases, by its representative; ascending."""
+    """Average the matrices and output biases of each group with weights, sorted by representative."""
     result = {}
     for representative in sorted(set(owner)):
         members = [e for e, o in enumerate(owner) if o == representative]
@@ -68,7 +68,7 @@ def merged(layer, owner, weights, cost=None):
 
 
 def ream(layer, retained, saliency, capacity):
-    """Owner of each expert, and the merged experts."""
+    """Merge by REAM; returns the representative of each expert, and the merged experts."""
     least = min(0.5, min(s for s in saliency if s > 0))
     saliency = [s if s > 0 else least for s in saliency]
     experts = range(len(layer.outputs))
@@ -96,21 +96,21 @@ def ream(layer, retained, saliency, capacity):
 
 
 def m_smoe(layer, retained, frequency):
-    """Owner of each expert, and the merged experts."""
+    """Merge by M-SMoE; returns the representative of each expert, and the merged experts."""
     z = layer.logits.T
     owner = [e if e in retained else max(retained, key=lambda r: cosine(z[e], z[r])) for e in range(len(z))]
     return owner, merged(layer, owner, frequency, lambda a, b: -(layer.matrices[a] @ layer.matrices[b].T))
 
 
 def hc_smoe(layer, count, frequency, scores):
-    """Owner of each expert, and the merged experts."""
+    """Merge by HC-SMoE; returns the representative of each expert, and the merged experts."""
     label = cut_tree(linkage(layer.means(), method="average"), n_clusters=count).ravel()
     owner = [max((e for e in range(len(label)) if label[e] == c), key=lambda e: scores[e]) for c in label]
     return owner, merged(layer, owner, frequency)
 
 
 def mergemoe(layer, retained, frequency, segments, hidden, ridge):
-    """Owner of each expert, and the merged experts."""
+    """Merge by MergeMoE; returns the representative of each expert, and the merged experts."""
     owner = [
         e if e in retained else max(retained, key=lambda r: cosine(layer.inputs[e], layer.inputs[r]))
         for e in range(len(layer.inputs))
@@ -139,7 +139,7 @@ def mergemoe(layer, retained, frequency, segments, hidden, ridge):
 
 
 def union_svd(matrices, weights):
-    """U S V^T with the V of the union decomposition averaged: the equations of Sub-MoE as they stand."""
+    """Merge matrices by the equations of Sub-MoE: U S V^T with the V of the union decomposition averaged."""
     share = np.array(weights, dtype=float)
     share = share / share.sum() if share.sum() > 0 else np.full(len(matrices), 1 / len(matrices))
     u, s, vt = np.linalg.svd(np.concatenate(matrices, axis=1), full_matrices=False)

@@ -1,4 +1,4 @@
-"""A real browser without a window, and what a page did in it."""
+"""A headless Chromium that shows report pages, and records their console messages and requests."""
 
 import json
 import shutil
@@ -20,12 +20,12 @@ SIZE = "Emulation.setDeviceMetricsOverride"
 
 @dataclass(frozen=True)
 class Browser:
-    """Chromium with a page in it."""
+    """A running Chromium with one page."""
 
     driver: Any
 
     def open(self, page: Path, width: int = 1280, dark: bool = False) -> None:
-        """Show a file at a width, by the light or the dark theme; what was logged before is forgotten."""
+        """Show a file at a width, with the light or the dark theme; clears the log."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
@@ -34,29 +34,29 @@ class Browser:
         self.driver.get(page.as_uri())
 
     def messages(self) -> list[str]:
-        """What the console has shown since it was asked last."""
+        """Return the console messages since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """Addresses that files have asked for since last time; the browser itself may ask for pages of its own."""
+        """Return the addresses that pages have requested since the last call, without those of the browser itself."""
         entries = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [entry["params"] for entry in entries if entry["method"] == "Network.requestWillBeSent"]
         return [request["request"]["url"] for request in sent if request["documentURL"].startswith("file:")]
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """Value of a script's `return`."""
+        """Run a script and return the value of its `return`."""
         return self.driver.execute_script(script, *arguments)
 
     def find(self, selector: str) -> Any:
-        """The first element of a CSS selector."""
+        """Find the first element that matches a CSS selector."""
         return self.driver.find_element("css selector", selector)
 
     def text(self, selector: str) -> str:
-        """Its text, with plain spaces."""
+        """Return the text of the first element that matches a CSS selector, with plain spaces."""
         return self.find(selector).text.replace("\u00a0", " ")
 
     def press(self, *keys: str) -> None:
-        """Type into whatever has the focus; keys by their names, such as "ArrowDown"."""
+        """Press keys, such as "ArrowDown", in the focused element."""
         from selenium.webdriver import ActionChains, Keys
 
         names = {"ArrowDown": Keys.ARROW_DOWN, "ArrowRight": Keys.ARROW_RIGHT, "End": Keys.END}
@@ -65,7 +65,7 @@ class Browser:
 
 
 def start_chromium(profile: Path) -> Browser:
-    """Start it with a profile of its own; the test is skipped where something is missing."""
+    """Start Chromium with a profile of its own, or skip the test where the browser or its driver is missing."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
     if None in programs:

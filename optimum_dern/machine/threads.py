@@ -12,8 +12,10 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..text_files import replace_text
 
-__all__ = ["allowed_cores", "choose_threads", "same_threads"]
+
+__all__ = ["allowed_cores", "choose_threads", "computing_with", "threads_of_run"]
 
 SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 SPINS = "10000"  # for GNU's OpenMP: as fast as its default on idle cores, and much faster on shared ones
@@ -71,20 +73,26 @@ def _busy_and_all() -> tuple[int, int] | None:
     return busy, busy + idle + waiting
 
 
-@contextmanager
-def same_threads(file: Path) -> Iterator[None]:
-    """Use the number of threads of the run that is resumed, so that sums have the same bits.
+def threads_of_run(file: Path) -> int:
+    """Return torch's number of threads in the run that wrote a file; the current one, written there, if there is none.
 
     Args:
-        file: stores the number of threads; written if it does not exist.
+        file: in the working folder of a run, which an interrupted run leaves.
     """
     import torch
 
+    if not file.is_file():
+        replace_text(file, str(torch.get_num_threads()))
+    return int(file.read_text("utf-8"))
+
+
+@contextmanager
+def computing_with(threads: int) -> Iterator[None]:
+    """Set torch's number of threads while the context is open: with the same number, sums have the same bits."""
+    import torch
+
     before = torch.get_num_threads()
-    if file.is_file():
-        torch.set_num_threads(int(file.read_text("utf-8")))
-    else:
-        file.write_text(str(before), "utf-8")
+    torch.set_num_threads(threads)
     try:
         yield
     finally:

@@ -66,10 +66,10 @@ def test_a_run_goes_on_with_its_own_number(tmp_path):
     """The first run's number counts for those after it, and the caller's comes back."""
     before, file = torch.get_num_threads(), tmp_path / "threads"
     torch.set_num_threads(2)
-    with threads.same_threads(file):
-        assert torch.get_num_threads() == 2
+    assert threads.threads_of_run(file) == 2
     torch.set_num_threads(1)
-    with pytest.raises(ZeroDivisionError), threads.same_threads(file):
+    assert threads.threads_of_run(file) == 2
+    with pytest.raises(ZeroDivisionError), threads.computing_with(2):
         assert torch.get_num_threads() == 2
         raise ZeroDivisionError
     assert torch.get_num_threads() == 1

@@ -126,7 +126,12 @@ def _fitted_down(
         return before
     residual = right - gram @ before
     gram.diagonal().add_(penalty)
-    return before + torch.cholesky_solve(residual, torch.linalg.cholesky(gram))
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    while failed:  # fewer tokens than neurons: rounding in float32 has made eigenvalues negative that should be 0
+        gram.diagonal().add_(9 * penalty)
+        penalty *= 10
+        factor, failed = torch.linalg.cholesky_ex(gram)
+    return before + torch.cholesky_solve(residual, factor)
 
 
 def average_groups_cost(shape: LayerShape) -> Cost:

@@ -27,7 +27,7 @@ from ...config import DernConfig
 from ...data.files import listed
 from ...machine.processes import Processes
 from ...machine.scratch import open_workspace
-from ...machine.threads import same_threads
+from ...machine.threads import computing_with, threads_of_run
 from ...models.moe.structure import layers_by_position
 from ...models.moe.view import write_counts_
 from ...models.size import measure_model, predict_size
@@ -76,9 +76,10 @@ def compress_checkpoint(task: CheckpointTask) -> list[CompressionReport]:
         results = _open_results(task, names, work)
         unfinished = [result for result in results if result.manifest.report is None]
         if unfinished:
+            threads = processes.on_main(lambda: threads_of_run(work / "threads"))
             in_files = work if task.memory.experts_in_file else None
             workspace = open_workspace(in_files, task.memory.mapped, task.memory.max_elements)
-            with same_threads(work / "threads"), workspace as workspace:
+            with computing_with(threads), workspace as workspace:
                 layers = [replace(layer, workspace=workspace) for layer in task.layers]
                 _compress(replace(task, layers=layers), names, work, unfinished)
         reports = [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from reporting.sample_reports import sample_report
+from sample_reports import sample_report
 
 from optimum_dern import installation
 from optimum_dern.installation import install_command, install_hint, project_link

@@ -67,10 +67,10 @@ class Scratch:
         if not STATISTICS.exists():
             yield
             return
-        done = threading.Event()
+        done, others = threading.Event(), resident_in_files()  # libraries
 
         def watch() -> None:
-            others = resident_in_files()  # libraries
+            nonlocal others
             while not done.wait(INTERVAL):
                 if resident_in_files() - others > resident:
                     self.unmap_pages()

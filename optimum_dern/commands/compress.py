@@ -140,15 +140,16 @@ def _compress(args: argparse.Namespace) -> tuple[dict[Path, Any], dict[str, list
 
 
 def _load_texts(args: argparse.Namespace) -> dict[str, list[dict]]:
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
+    from ..checkpoint.source.provenance import load_tokenizer
     from ..checkpoint.source.resolve import check_checkpoint
     from ..evaluation.loss.perplexity import evaluation_length, load_texts
 
     check_checkpoint(args.model, args.revision)
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     length = evaluation_length(AutoConfig.from_pretrained(args.model, **source), args.evaluation_length)
-    return load_texts(args.evaluate, AutoTokenizer.from_pretrained(args.model, **source), length)
+    return load_texts(args.evaluate, load_tokenizer(args.model, **source), length)
 
 
 def _evaluate(reports: dict[Path, Any], args: argparse.Namespace, texts: dict[str, list[dict]], device: Any) -> None:

@@ -105,15 +105,21 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code, **location}
+    refusal = (
+        f"the tokenizer of {name} has code of its own; read it, and allow it with trust_remote_code=True "
+        "(--trust-remote-code), or give a tokenizer that is loaded already, or token ids instead of text"
+    )
     try:
-        return AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except ValueError as error:
         if trust_remote_code or "trust_remote_code" not in str(error):
             raise
-        raise ValueError(
-            f"the tokenizer of {name} has code of its own; read it, and allow it with trust_remote_code=True "
-            "(--trust-remote-code), or give a tokenizer that is loaded already, or token ids instead of text"
-        ) from error
+        raise ValueError(refusal) from error
+    # Some releases of transformers, such as 5.18, then take a class without the tokenizer's own rules.
+    own_code = tokenizer.init_kwargs.get("auto_map") or {}
+    if not trust_remote_code and "AutoTokenizer" in own_code and type(tokenizer).__name__ == "TokenizersBackend":
+        raise ValueError(refusal)
+    return tokenizer
 
 
 def _loading(model: Any) -> dict[str, Any]:

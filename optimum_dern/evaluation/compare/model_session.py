@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 from transformers.utils import cached_file, logging
 
 from ...checkpoint.format.weight_files import weight_names
+from ...checkpoint.source.provenance import load_tokenizer
 from ...machine.progress import peak_memory_bytes, resident_bytes
 from ...models.loading import load_model, model_class
 from ...models.moe.structure import find_moe_layers
@@ -46,7 +46,7 @@ class ModelSession:
     @cached_property
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.path, **self._source)
+        return load_tokenizer(self.path, **self._source)
 
     def size(self) -> dict[str, Any]:
         """Count parameters, active parameters per token, experts per layer, and the weights' bytes on disk."""

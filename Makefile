@@ -45,17 +45,17 @@ CPU_TORCH = --no-deps torch --extra-index-url https://download.pytorch.org/whl/c
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(if $(shell command -v nvidia-smi),,$(INSTALL) $(CPU_TORCH))
-	$(INSTALL) hatchling editables
+	$(INSTALL) hatchling editables setuptools
 	$(INSTALL) --no-build-isolation --editable '.[tests,quality]'
 	@mkdir -p build
 	@touch $@
 
 # constraints.txt anew: the newest releases, for every platform and Python (torch by hand, a release at a time).
-# hatchling builds the package, editables is what it needs for that.
+# hatchling builds the package, editables is what it needs for that; setuptools builds rouge_score, which has no wheel.
 constraints:
 	$(PYTHON) -m venv build/uv
 	build/uv/bin/python -m pip install --quiet uv
-	printf '%s\n' torch==2.13.0 hatchling editables | build/uv/bin/uv pip compile pyproject.toml - \
+	printf '%s\n' torch==2.13.0 hatchling editables setuptools | build/uv/bin/uv pip compile pyproject.toml - \
 	  --extra tests --extra quality --universal --python-version 3.10 --no-python-downloads --upgrade \
 	  --no-annotate --custom-compile-command 'make constraints' --quiet --output-file constraints.txt
 

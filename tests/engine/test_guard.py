@@ -1,5 +1,6 @@
 """Which experts stay, which candidate is written, and that the reported errors are true."""
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from families import make_model as make_family
 from tiny import EXPERTS, FAMILIES, FIRST_MOE, compress, make_model, random_tokens, same_state, state_of
 
+from optimum_dern import DernCompressor, DernConfig
 from optimum_dern.engine.layer import steps
 from optimum_dern.models.moe.structure import find_moe_layers
 
@@ -257,3 +259,55 @@ def test_held_out_tokens_are_not_fitted(monkeypatch, guard):
     for hidden, target in fitted:
         assert len(hidden) == len(target) == len(expected)
     torch.testing.assert_close(fitted[0][0], expected)
+
+
+@pytest.mark.parametrize("method", ["m_smoe", "mergemoe", "ream"])
+def test_one_set_of_experts_is_one_finalist(monkeypatch, method):
+    """A method that names the retained experts, and plain pruning that keeps the same ones, take each step once."""
+    calls = []
+
+    def spy(*args, fit=steps.refit_neurons, **kwargs):
+        calls.append(args)
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(steps, "refit_neurons", spy)
+    layers = compress(make_model("qwen3_moe"), method=method).report.layers
+    assert all({"pruned", "merged"} <= layer.errors.keys() for layer in layers)
+    assert len(calls) == len(layers)
+
+
+def test_presets_only_fill_fields():
+    """Two configs that are equal in every field but the preset's name give the same bits."""
+    given = DernConfig(
+        preset="recommended", neuron_refit=False, num_experts=4, dataset=random_tokens(20), batch_size=4
+    )
+    fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(DernConfig)}
+    states, errors = [], []
+    for preset in ("recommended", "paper"):
+        model = make_model("qwen3_moe", seed=3)
+        compressor = DernCompressor(DernConfig(**fields | {"preset": preset}))
+        compressor.compress_model(model)
+        states.append(state_of(model))
+        errors.append([layer.errors for layer in compressor.report.layers])
+    assert same_state(*states) and errors[0] == errors[1]
+    assert any("pruned by error" in layer for layer in errors[0])
+
+
+def test_the_seed_reaches_the_neuron_refit():
+    """Its minibatches are drawn by the config's seed; nothing else here is random."""
+    states = []
+    for seed in (0, 0, 1):
+        model = make_model("mixtral")
+        compress(model, dataset=random_tokens(20), method="prune", guard=False, router_refit=False, seed=seed)
+        states.append(state_of(model))
+    assert same_state(states[0], states[1]) and not same_state(states[0], states[2])
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_steps_that_cannot_be_taken_are_reported(guard):
+    """Llama 4 scales the inputs of its experts: its router is not refitted, and no second set of experts is tried."""
+    layers = compress(make_family("llama4_text"), guard=guard, neuron_refit=False).report.layers
+    for layer in layers:
+        assert set(layer.skipped) == ({"router refit", "second set of experts"} if guard else {"router refit"})
+        assert all(layer.skipped.values()) and "router" not in layer.winner
+    assert all(not layer.skipped for layer in compress(make_model("mixtral"), neuron_refit=False).report.layers)

@@ -77,13 +77,13 @@ def upcycle(dense: LlamaForCausalLM, sparse: MixtralForCausalLM) -> MixtralForCa
     return sparse
 
 
-def train_tokenizer(data: Path, output: Path) -> None:
+def train_tokenizer(data: Path, output: Path, vocabulary: int = VOCABULARY, window: int = WINDOW) -> None:
     """Train and save a byte-level BPE tokenizer, on the same amount of text from every domain."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=["<|endoftext|>", "<|pad|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
@@ -94,7 +94,7 @@ def train_tokenizer(data: Path, output: Path) -> None:
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",
         pad_token="<|pad|>",
-        model_max_length=WINDOW,
+        model_max_length=window,
     )
     fast.save_pretrained(output / "tokenizer")
 
@@ -113,14 +113,16 @@ def load_streams(data: Path, split: str, output: Path) -> dict[str, torch.Tensor
     return torch.load(cache)
 
 
-def random_windows(streams: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
-    """Draw token ids (BATCH, WINDOW) at random, with every domain equally likely."""
+def random_windows(
+    streams: dict[str, torch.Tensor], generator: torch.Generator, batch: int = BATCH, window: int = WINDOW
+) -> torch.Tensor:
+    """Draw token ids (batch, window) at random, with every domain equally likely."""
     names = sorted(streams)
     rows = []
-    for choice in torch.randint(len(names), (BATCH,), generator=generator).tolist():
+    for choice in torch.randint(len(names), (batch,), generator=generator).tolist():
         stream = streams[names[choice]]
-        start = torch.randint(len(stream) - WINDOW, (1,), generator=generator).item()
-        rows.append(stream[start : start + WINDOW])
+        start = torch.randint(len(stream) - window, (1,), generator=generator).item()
+        rows.append(stream[start : start + window])
     return torch.stack(rows).long()
 
 
@@ -135,21 +137,25 @@ def router_balance(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, streams: dict[str, torch.Tensor], windows: int = 32) -> dict[str, float]:
+def evaluate(
+    model: torch.nn.Module, streams: dict[str, torch.Tensor], windows: int = 32, window: int = WINDOW
+) -> dict[str, float]:
     """Measure the mean loss in nats per token on the first windows of every domain."""
     model.eval()
     losses = {}
     for name, stream in streams.items():
-        batch = stream[: windows * WINDOW].view(windows, WINDOW).long()
+        batch = stream[: windows * window].view(windows, window).long()
         losses[name] = round(model(input_ids=batch, labels=batch).loss.item(), 4)
     model.train()
     return losses
 
 
 @torch.no_grad()
-def router_load(model: torch.nn.Module, streams: dict[str, torch.Tensor], windows: int = 16) -> list[list[float]]:
+def router_load(
+    model: torch.nn.Module, streams: dict[str, torch.Tensor], windows: int = 16, window: int = WINDOW
+) -> list[list[float]]:
     """Measure each expert's share of the routed tokens by layer, on all domains together."""
-    batch = torch.cat([stream[: windows * WINDOW].view(windows, WINDOW).long() for stream in streams.values()])
+    batch = torch.cat([stream[: windows * window].view(windows, window).long() for stream in streams.values()])
     logits = model(input_ids=batch, output_router_logits=True).router_logits
     top_k = model.config.num_experts_per_tok
     counts = [torch.bincount(layer.topk(top_k).indices.flatten(), minlength=layer.shape[1]) for layer in logits]

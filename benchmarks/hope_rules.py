@@ -11,7 +11,6 @@ import torch
 
 from optimum_dern import DernConfig
 from optimum_dern.core.criteria.hope import hope
-from optimum_dern.core.criteria.selection import Places
 from optimum_dern.methods import Candidate, LayerProblem, register_method
 
 
@@ -24,5 +23,5 @@ class HopeOverAllTokens:
     def compress_layer(self, problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
         layer, statistics = problem.layer, problem.layer.statistics
         everywhere = replace(statistics, together=torch.full_like(statistics.together, statistics.tokens))
-        _, retained = hope(everywhere, Places(len(problem.retained), layer.num_groups, problem.protected))
+        _, retained = hope(everywhere, problem.places)
         return {"pruned": Candidate(layer.segments.select(retained), retained=retained)}

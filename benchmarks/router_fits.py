@@ -29,8 +29,7 @@ from optimum_dern.core.layer.observation import ObservedLayer
 from optimum_dern.core.layer.segments import Segments
 from optimum_dern.core.merging.averaging import shares
 from optimum_dern.core.merging.grouping import Grouping
-from optimum_dern.core.refits.conjugate_gradients import conjugate_gradients
-from optimum_dern.core.refits.router import refit_router
+from optimum_dern.core.refits.router import conjugate_gradients, refit_router
 from optimum_dern.core.router.rule import RouterRule, weight_shares
 from optimum_dern.engine.layer.objective import relative_error
 from optimum_dern.engine.layer.steps import RIDGE

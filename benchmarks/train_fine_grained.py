@@ -10,7 +10,6 @@ rate's schedule by the speed measured on the first steps, unless `--steps` is gi
 
 import argparse
 import json
-import math
 import sys
 import time
 from pathlib import Path

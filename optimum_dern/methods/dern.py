@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.criteria.greedy import greedy, greedy_cost
-from ..core.criteria.selection import Places
 from ..core.dern.recombination import Recombination, recombine_layer, recombine_layer_cost
 from ..core.layer.cost import Cost, LayerShape
 from ..core.pictures.segment_flow import segment_flow
@@ -16,9 +15,6 @@ from .registry import Candidate, LayerProblem, register_method
 
 if TYPE_CHECKING:
     from ..config import DernConfig
-
-
-__all__ = ["Dern", "tries_second_set"]
 
 
 @register_method("dern")
@@ -41,12 +37,12 @@ class Dern:
     )
 
     def candidates(self, config: "DernConfig") -> tuple[int, int]:
-        sets = 1 + tries_second_set(config)
+        sets = 1 + _tries_second_set(config)
         return sets + 1, sets
 
     def costs(self, shape: LayerShape, config: "DernConfig") -> list[Cost]:
         recombined = recombine_layer_cost(shape, config.cluster_iterations)
-        if not tries_second_set(config):
+        if not _tries_second_set(config):
             return [recombined]
         beside = 2 * recombined.experts  # the recombined experts, and a plain copy
         return [recombined, greedy_cost(shape)._replace(experts=beside)]
@@ -73,7 +69,7 @@ class Dern:
         facts = _facts(recombined, problem.retained)
         pruned = Candidate(problem.layer.segments.select(problem.retained), facts=facts)
         candidates = {"pruned": pruned}
-        if tries_second_set(config):
+        if _tries_second_set(config):
             try:
                 candidates |= _pruned_by_error(problem)
             except UnknownRouter as reason:
@@ -83,7 +79,7 @@ class Dern:
         return candidates
 
 
-def tries_second_set(config: "DernConfig") -> bool:
+def _tries_second_set(config: "DernConfig") -> bool:
     """Return whether a second set of retained experts, of least output error, is proposed to the guard."""
     return config.method == "dern" and config.selection == "router" and config.guard
 
@@ -91,7 +87,7 @@ def tries_second_set(config: "DernConfig") -> bool:
 def _pruned_by_error(problem: LayerProblem) -> dict[str, Candidate]:
     """Return a candidate that prunes by least output error, if that retains other experts."""
     layer = problem.layer
-    _, retained = greedy(layer, Places(len(problem.retained), layer.num_groups, problem.protected))
+    _, retained = greedy(layer, problem.places)
     retained = retained.to(problem.retained.device)
     if torch.equal(retained, problem.retained):
         return {}

@@ -11,8 +11,7 @@ from ..core.layer.cost import Cost, LayerShape
 from ..core.merging.all_experts import mean_outputs, mean_outputs_cost, sample_cost, sample_tokens
 from ..core.merging.averaging import average_groups, average_groups_cost
 from ..core.merging.grouping import link_by_average
-from .merged import merged_candidates
-from .registry import Candidate, LayerProblem, register_method
+from .registry import Candidate, LayerProblem, merged_candidates, register_method
 
 
 if TYPE_CHECKING:
@@ -28,9 +27,7 @@ class HcSmoe:
 
     def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
         layer = problem.layer
-        vectors = mean_outputs(layer, sample_tokens(layer))
-        count, scores = len(problem.retained), problem.scores
-        grouping = link_by_average(vectors, count, scores, layer.num_groups, problem.protected)
+        grouping = link_by_average(mean_outputs(layer, sample_tokens(layer)), problem.scores, problem.places)
         merged = average_groups(layer.segments, grouping, layer.statistics.count)
         return merged_candidates(problem, grouping, merged)
 

@@ -16,8 +16,7 @@ from ..core.merging.alignment import match_neurons, weight_products
 from ..core.merging.all_experts import logit_cosines, router_logits, sample_cost, sample_tokens, sampled_tokens
 from ..core.merging.averaging import average_groups, average_groups_cost
 from ..core.merging.grouping import join_nearest
-from .merged import merged_candidates
-from .registry import Candidate, LayerProblem, register_method
+from .registry import Candidate, LayerProblem, merged_candidates, register_method
 
 
 if TYPE_CHECKING:

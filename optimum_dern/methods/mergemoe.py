@@ -15,8 +15,7 @@ from ..core.layer.segments import Segments
 from ..core.merging.all_experts import sample_cost, sample_tokens, sampled_tokens
 from ..core.merging.averaging import average_groups, average_groups_cost, fit_group_outputs, fit_group_outputs_cost
 from ..core.merging.grouping import join_nearest
-from .merged import merged_candidates
-from .registry import Candidate, LayerProblem, register_method
+from .registry import Candidate, LayerProblem, merged_candidates, register_method
 
 
 if TYPE_CHECKING:

@@ -30,8 +30,7 @@ from ..core.merging.all_experts import (
 )
 from ..core.merging.averaging import average_groups, average_groups_cost
 from ..core.merging.grouping import absorb_nearest
-from .merged import merged_candidates
-from .registry import Candidate, LayerProblem, register_method
+from .registry import Candidate, LayerProblem, merged_candidates, register_method
 
 
 if TYPE_CHECKING:

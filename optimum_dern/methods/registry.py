@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from ..core.criteria.selection import Places
 from ..core.dern.recombination import Map
 from ..core.layer.cost import Cost, LayerShape
 from ..core.layer.observation import ObservedLayer
 from ..core.layer.segments import Segments
+from ..core.merging.grouping import Grouping
 
 
 if TYPE_CHECKING:
     from ..config import DernConfig
 
 
-__all__ = ["METHODS", "Candidate", "LayerProblem", "Method", "get_method", "register_method"]
+__all__ = ["METHODS", "Candidate", "LayerProblem", "Method", "get_method", "merged_candidates", "register_method"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class LayerProblem:
     retained: Tensor  # (N,) ascending
     map_experts: Map = map  # like the builtin `map`, but may distribute experts over processes
     protected: tuple[int, ...] = ()  # experts that must be among the retained ones
+
+    @property
+    def places(self) -> Places:
+        """The constraints on the retained experts: how many, in how many router groups, and which in any case."""
+        return Places(len(self.retained), self.layer.num_groups, self.protected)
 
 
 @dataclass(frozen=True)
@@ -91,3 +98,23 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; choose one of {', '.join(sorted(METHODS))}")
     return METHODS[name]
+
+
+def merged_candidates(problem: LayerProblem, grouping: Grouping, merged: Segments) -> dict[str, Candidate]:
+    """Return the pruned and the merged layer as candidates for the guard.
+
+    Args:
+        problem: a layer of E experts.
+        grouping: of the experts into N groups.
+        merged: N merged experts.
+
+    Returns:
+        The candidates.  A merged expert takes the router row, the biases and the place of its representative.
+    """
+    layer = problem.layer
+    retained = grouping.retained.to(problem.retained.device)
+    pruned = Candidate(layer.segments.select(problem.retained))
+    if len(retained) == len(layer.segments.up):  # groups of one: nothing is merged
+        return {"pruned": pruned}
+    rows = None if layer.router_rows is None else layer.router_rows[retained]
+    return {"pruned": pruned, "merged": Candidate(merged, rows, retained=retained)}

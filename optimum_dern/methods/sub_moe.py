@@ -14,8 +14,7 @@ from ..core.layer.cost import Cost, LayerShape
 from ..core.merging.all_experts import mean_outputs, mean_outputs_cost, sample_cost, sample_tokens
 from ..core.merging.averaging import average_groups, average_groups_cost
 from ..core.merging.grouping import cluster_by_cosine
-from .merged import merged_candidates
-from .registry import Candidate, LayerProblem, register_method
+from .registry import Candidate, LayerProblem, merged_candidates, register_method
 
 
 if TYPE_CHECKING:
@@ -32,8 +31,7 @@ class SubMoe:
     def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
         layer = problem.layer
         vectors = mean_outputs(layer, sample_tokens(layer))
-        count, scores = len(problem.retained), problem.scores
-        grouping = cluster_by_cosine(vectors, count, scores, config.seed, layer.num_groups, problem.protected)
+        grouping = cluster_by_cosine(vectors, problem.scores, problem.places, config.seed)
         merged = average_groups(layer.segments, grouping, layer.statistics.count)
         return merged_candidates(problem, grouping, merged)
 

@@ -86,7 +86,7 @@ def test_sub_moe_is_the_union_decomposition(kind, unused):
     layer = make_layer(make_segments(kind, width=4), unused=unused)
     candidates, problem = propose("sub_moe", layer)
     means = torch.from_numpy(slow.Layer(layer.segments, layer.routing.hidden).means())
-    grouping = cluster_by_cosine(means, KEPT, problem.scores, seed=0)
+    grouping = cluster_by_cosine(means, problem.scores, problem.places, seed=0)
     merged, frequency = candidates["merged"], layer.statistics.count.tolist()
     assert torch.equal(merged.retained, grouping.retained)
     for position in range(KEPT):

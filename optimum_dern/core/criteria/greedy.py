@@ -23,11 +23,10 @@ from ..layer.mixture import Routing, expert_batches, expert_output
 from ..layer.observation import ObservedLayer
 from ..router.choice import RouterChoice, choose_experts, recognise_choice
 from ..router.rule import log_masses
-from .expert_sets import MAX_SETS, all_sets, count_sets, free_experts
-from .selection import Places, check_places
+from .selection import MAX_SETS, Places, all_sets, check_places, count_sets, free_experts
 
 
-__all__ = ["greedy_cost", "greedy", "trial_tokens"]
+__all__ = ["greedy", "greedy_cost"]
 
 MAX_TOKENS = 2048  # of all processes together
 MAX_ELEMENTS = 1 << 25  # of the Gram matrices of all of them
@@ -92,7 +91,7 @@ class Trial:
         return (weight * self.products.gather(1, index)).sum(1), quadratic
 
 
-def trial_tokens(num_experts: int) -> int:
+def _trial_tokens(num_experts: int) -> int:
     """Return the approximate maximum number of tokens, of all processes together, that are evaluated."""
     return max(1, min(MAX_TOKENS, MAX_ELEMENTS // num_experts**2))
 
@@ -165,14 +164,14 @@ def _sample(layer: ObservedLayer) -> tuple[Routing, Tensor]:
     """Sample evenly spaced tokens that are not held out; return their routing and the layer's output."""
     fitted = ~layer.held_out
     order = torch.arange(len(fitted)) if layer.order is None else layer.order
-    step = max(1, -(-int(layer.reduce(fitted.sum())) // trial_tokens(len(layer.segments.up))))
+    step = max(1, -(-int(layer.reduce(fitted.sum())) // _trial_tokens(len(layer.segments.up))))
     chosen = fitted & (order.to(fitted.device) % step == 0)
     return layer.routing.select(chosen), layer.target[chosen]
 
 
 def greedy_cost(shape: LayerShape) -> Cost:
     """Cost of `greedy`: mainly the float64 Gram matrices of all experts' outputs on a sample of the tokens."""
-    tokens = min(shape.tokens, trial_tokens(shape.experts))
+    tokens = min(shape.tokens, _trial_tokens(shape.experts))
     block = min(tokens, max(1, shape.max_elements // (shape.experts * shape.outputs)))
     outputs = block * shape.experts * (shape.outputs + shape.experts) * shape.number
     gram = 8 * tokens * shape.experts**2

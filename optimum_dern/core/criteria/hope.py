@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ..layer.statistics import ExpertStatistics
-from .expert_sets import MAX_SETS, all_sets, count_sets
-from .selection import Places, check_places, select_experts
+from .selection import MAX_SETS, Places, all_sets, check_places, count_sets, select_experts
 
 
 __all__ = ["hope", "interaction"]

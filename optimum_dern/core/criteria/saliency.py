@@ -55,7 +55,8 @@ def aimer(segments: Segments) -> Tensor:
     The paper prunes where the ratio is high; it is never above 1, so this is between 0 and 1.
     """
     rows = slice(None, -1) if segments.biased else slice(None)  # the last column is a bias, which the paper leaves out
-    parts = [part[..., rows] for part in (segments.gate, segments.up) if part is not None] + [segments.down]
+    *inward, down = segments.parts
+    parts = [*(part[..., rows] for part in inward), down]
     count = sum(part[0].numel() for part in parts)
 
     def total(expert: int, order: int) -> Tensor:

@@ -1,14 +1,26 @@
-"""Selection of the retained experts from scores, under router groups, protection and count constraints."""
+"""Selection of the retained experts, by score or among all sets, under router groups, protection and counts."""
 
 import math
 from collections.abc import Collection
+from itertools import combinations, product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-__all__ = ["Places", "check_places", "retained_count", "select_experts"]
+__all__ = [
+    "MAX_SETS",
+    "Places",
+    "all_sets",
+    "check_places",
+    "count_sets",
+    "free_experts",
+    "retained_count",
+    "select_experts",
+]
+
+MAX_SETS = 500  # up to this many, every set is tried
 
 
 class Places(NamedTuple):
@@ -89,3 +101,27 @@ def check_places(num_experts: int, places: Places) -> None:
     crowded = max(sum(expert // size == group for expert in set(protected)) for group in range(num_groups))
     if crowded > count // num_groups:
         raise ValueError(f"{crowded} protected experts share {count // num_groups} places; protect fewer or keep more")
+
+
+def count_sets(num_experts: int, places: Places) -> int:
+    """Count the admissible sets of retained experts."""
+    return math.prod(math.comb(len(members), share) for members, share in _open_places(num_experts, places))
+
+
+def all_sets(num_experts: int, places: Places) -> list[list[int]]:
+    """List every admissible set of retained experts, in ascending order."""
+    parts = [combinations(members, share) for members, share in _open_places(num_experts, places)]
+    return sorted(sorted({*places.protected}.union(*chosen)) for chosen in product(*parts))
+
+
+def free_experts(num_experts: int, places: Places) -> list[list[int]]:
+    """List the unprotected experts of each router group."""
+    size, protected = num_experts // places.num_groups, set(places.protected)
+    groups = [range(start, start + size) for start in range(0, num_experts, size)]
+    return [[expert for expert in group if expert not in protected] for group in groups]
+
+
+def _open_places(num_experts: int, places: Places) -> list[tuple[list[int], int]]:
+    """List the unprotected experts of each router group, and how many of them are retained."""
+    size, share = num_experts // places.num_groups, places.count // places.num_groups
+    return [(members, share - (size - len(members))) for members in free_experts(num_experts, places)]

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ..layer.cost import Cost, LayerShape
 from ..layer.segments import Segments, similarity_vectors
+from ..layer.workspace import MAX_ELEMENTS
 from ..router.rows import dropped_experts
-from .assignment import assign_segments
 from .clustering import initial_centroids, spherical_kmeans
 
 
-__all__ = ["recombine_layer_cost", "Map", "Recombination", "recombine_layer"]
+__all__ = ["Map", "Recombination", "assign_segments", "recombine_layer", "recombine_layer_cost"]
 
 Map = Callable[[Callable[[int], tuple[Tensor, ...]], Iterable[int]], Iterable[tuple[Tensor, ...]]]  # as builtin `map`
 
@@ -78,10 +78,37 @@ def recombine_layer(
     result = segments.select(retained)  # indexing copies: the input stays as it was
     receiving = destination[destination >= 0].unique().tolist()
     for position, (centroids,) in zip(receiving, map_experts(cluster, receiving), strict=True):
-        for part, value in zip(result[:3], segments.split(centroids), strict=True):
-            if part is not None:
-                part[position] = value
+        for part, value in zip(result.parts, segments.split(centroids), strict=True):
+            part[position] = value
     return Recombination(result, destination, similarity)
+
+
+def assign_segments(
+    dropped: Tensor, retained: Iterable[Tensor], threshold: float, max_elements: int = MAX_ELEMENTS
+) -> tuple[Tensor, Tensor]:
+    """Find the best retained expert for every dropped segment (DERN, arXiv 2509.10377, step 2).
+
+    Args:
+        dropped: (M, D) unit vectors of the dropped segments.
+        retained: (f, D) unit vectors of the segments of each retained expert in turn.
+        threshold: alpha; a segment moves only if its best cosine exceeds it.
+        max_elements: bound on the similarities held at once.
+
+    Returns:
+        destination (M,) int64, -1 where the segment is discarded, and its best cosine (M,).  Equal cosines go to the
+        expert with the lower index.
+    """
+    best = dropped.new_full((len(dropped),), -torch.inf)
+    destination = torch.full((len(dropped),), -1, dtype=torch.int64, device=dropped.device)
+    for expert, segments in enumerate(retained):
+        rows = max(1, max_elements // len(segments))
+        for start in range(0, len(dropped), rows):
+            part = slice(start, start + rows)
+            cosine = (dropped[part] @ segments.T).amax(dim=1)  # (rows, f) -> (rows,)
+            nearer = cosine > best[part]
+            best[part] = torch.where(nearer, cosine, best[part])
+            destination[part] = torch.where(nearer, expert, destination[part])
+    return torch.where(best > threshold, destination, -1), best
 
 
 def _assign(
@@ -107,11 +134,8 @@ def _assign(
 
 def _pool(segments: Segments, expert: int, source: Tensor, neuron: Tensor) -> tuple[Tensor, Tensor]:
     """Return an expert's own and received segments (f + m, D), and the largest |gate| weight of each (f + m,)."""
-    parts = [part for part in segments[:3] if part is not None]
-    rows = [torch.cat([part[expert], part[source, neuron]]).to(segments.compute_dtype) for part in parts]
-    pool = torch.cat(rows, dim=1)  # (f + m, D)
-    first = parts[0].shape[-1]  # the gate, or the up projection where there is none
-    return pool, pool[:, :first].abs().amax(dim=1)
+    rows = [torch.cat([part[expert], part[source, neuron]]).to(segments.compute_dtype) for part in segments.parts]
+    return torch.cat(rows, dim=1), rows[0].abs().amax(dim=1)  # the up projection's where there is no gate
 
 
 def recombine_layer_cost(shape: LayerShape, iterations: int) -> Cost:

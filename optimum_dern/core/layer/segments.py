@@ -43,6 +43,11 @@ class Segments(NamedTuple):
     workspace: Workspace = IN_MEMORY  # memory limits and allocator of the steps that use these tensors
 
     @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The projections that there are: gate, up and down, or up and down."""
+        return tuple(part for part in self[:3] if part is not None)
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of computations: float32 or wider; weights are converted one expert at a time, when they are used."""
         return torch.promote_types(self.up.dtype, torch.float32)
@@ -61,15 +66,11 @@ class Segments(NamedTuple):
 
     def concatenated(self, expert: int) -> Tensor:
         """Return one expert's segments as the rows of a matrix gate|up|down (f, D)."""
-        parts = [self.up[expert], self.down[expert]]
-        return torch.cat(parts if self.gate is None else [self.gate[expert], *parts], dim=-1)  # (f, D)
+        return torch.cat([part[expert] for part in self.parts], dim=-1)  # (f, D)
 
-    def split(self, matrix: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Split a matrix (f, D) made by `concatenated` into gate, up and down."""
-        d, o = self.up.shape[-1], self.down.shape[-1]
-        if self.gate is None:
-            return None, *matrix.split([d, o], dim=-1)
-        return tuple(matrix.split([d, d, o], dim=-1))
+    def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """Split a matrix (f, D) made by `concatenated` into the rows of each of `parts`."""
+        return matrix.split([part.shape[-1] for part in self.parts], dim=-1)
 
 
 def segments_from_parameters(

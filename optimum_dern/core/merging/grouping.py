@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..criteria.selection import Places
 from .expert_clustering import average_linkage, kmeans_by_cosine
 
 
@@ -74,58 +75,41 @@ def absorb_nearest(
     return Grouping(retained, label)
 
 
-def link_by_average(
-    vectors: Tensor, count: int, scores: Tensor, num_groups: int = 1, protected: tuple[int, ...] = ()
-) -> Grouping:
+def link_by_average(vectors: Tensor, scores: Tensor, places: Places) -> Grouping:
     """Group experts by hierarchical clustering (average linkage, Euclidean distance) of their feature vectors.
 
     Args:
         vectors: (E, D).
-        count: N.
         scores: (E,) the best of a cluster represents it.
-        num_groups: router groups.
-        protected: experts that must represent a cluster, each its own.
+        places: N, router groups, and protected experts, each of which must represent a cluster of its own.
 
     Returns:
         The grouping; of equal distances the one between lower indices is joined first.
     """
-    vectors = vectors.double().cpu()
-    label = torch.cat(
-        [
-            average_linkage(
-                torch.cdist(part, part, compute_mode="donot_use_mm_for_euclid_dist"), count // num_groups, inside
-            )
-            for part, inside in _parts(vectors, num_groups, protected)
-        ]
-    )
-    return _represented(label, count // num_groups, scores, num_groups, protected)
+    labels, per_group = [], places.count // places.num_groups
+    for part, protected in _parts(vectors.double().cpu(), places):
+        distance = torch.cdist(part, part, compute_mode="donot_use_mm_for_euclid_dist")
+        labels.append(average_linkage(distance, per_group, protected))
+    return _represented(torch.cat(labels), scores, places)
 
 
-def cluster_by_cosine(
-    vectors: Tensor, count: int, scores: Tensor, seed: int = 0, num_groups: int = 1, protected: tuple[int, ...] = ()
-) -> Grouping:
+def cluster_by_cosine(vectors: Tensor, scores: Tensor, places: Places, seed: int = 0) -> Grouping:
     """Group experts by k-means with cosine similarity of their feature vectors.
 
     Args:
         vectors: (E, D).
-        count: N.
         scores: (E,) the best of a cluster represents it.
+        places: N, router groups, and protected experts, each of which starts a cluster of its own and represents it.
         seed: of the k-means++ initialisation.
-        num_groups: router groups.
-        protected: experts that must represent a cluster, each its own: they start it and stay in it.
 
     Returns:
         The grouping.
     """
     generator = torch.Generator().manual_seed(seed)
-    directions = normalize(vectors.double().cpu(), dim=1)
-    label = torch.cat(
-        [
-            kmeans_by_cosine(part, count // num_groups, inside, generator)
-            for part, inside in _parts(directions, num_groups, protected)
-        ]
-    )
-    return _represented(label, count // num_groups, scores, num_groups, protected)
+    parts = _parts(normalize(vectors.double().cpu(), dim=1), places)
+    per_group = places.count // places.num_groups
+    labels = [kmeans_by_cosine(part, per_group, protected, generator) for part, protected in parts]
+    return _represented(torch.cat(labels), scores, places)
 
 
 def _within(similarity: Tensor, num_groups: int) -> Tensor:
@@ -134,22 +118,21 @@ def _within(similarity: Tensor, num_groups: int) -> Tensor:
     return similarity.double().cpu().masked_fill(group.unsqueeze(1) != group, -torch.inf)
 
 
-def _parts(vectors: Tensor, num_groups: int, protected: tuple[int, ...]) -> list[tuple[Tensor, list[int]]]:
+def _parts(vectors: Tensor, places: Places) -> list[tuple[Tensor, list[int]]]:
     """Split vectors by router group; return those of each with the positions of its protected experts."""
-    size = len(vectors) // num_groups
+    size = len(vectors) // places.num_groups
     return [
-        (part, [expert - start for expert in protected if start <= expert < start + size])
+        (part, [expert - start for expert in places.protected if start <= expert < start + size])
         for start, part in zip(range(0, len(vectors), size), vectors.split(size), strict=True)
     ]
 
 
-def _represented(
-    label: Tensor, per_group: int, scores: Tensor, num_groups: int, protected: tuple[int, ...]
-) -> Grouping:
+def _represented(label: Tensor, scores: Tensor, places: Places) -> Grouping:
     """Make a grouping of cluster labels that count within each router group; the best member represents a cluster."""
-    label = label + per_group * (torch.arange(len(label)) // (len(label) // num_groups))
+    group = torch.arange(len(label)) // (len(label) // places.num_groups)
+    label = label + places.count // places.num_groups * group
     ranked = scores.double().cpu().clone()
-    ranked[list(protected)] = torch.inf
-    best = [ranked.masked_fill(label != cluster, -torch.inf).argmax() for cluster in range(per_group * num_groups)]
+    ranked[list(places.protected)] = torch.inf
+    best = [ranked.masked_fill(label != cluster, -torch.inf).argmax() for cluster in range(places.count)]
     retained, order = torch.stack(best).sort()
     return Grouping(retained, order.argsort()[label])

@@ -45,7 +45,7 @@ def similarity_map(segments: Segments, weights: Sequence[float], seed: int = 0) 
         return None
     generator = torch.Generator().manual_seed(seed)
     experts = _sample(count, MAX_EXPERTS, generator)
-    size = sum(part.shape[-1] for part in segments[:3] if part is not None)  # numbers in a segment
+    size = sum(part.shape[-1] for part in segments.parts)  # numbers in a segment
     rows = _sample(width, MAX_ELEMENTS // (len(experts) * size), generator)
     cosines = _expert_cosines(segments, experts, rows)
     nearest = (cosines - 2 * torch.eye(len(experts), dtype=cosines.dtype)).argmax(dim=1)  # exclude the expert itself
@@ -88,9 +88,7 @@ def _sample(count: int, limit: int, generator: torch.Generator) -> Tensor:
 def _expert_cosines(segments: Segments, experts: Tensor, rows: Tensor) -> Tensor:
     """Compute the cosines (experts, experts) of experts as vectors of all their weights, in float64 on the CPU."""
     gram = torch.zeros(len(experts), len(experts), dtype=torch.float64)
-    for part in segments[:3]:
-        if part is None:
-            continue
+    for part in segments.parts:
         step = max(1, BLOCK // (len(experts) * part.shape[-1]))
         for block in rows.split(step):
             values = torch.stack([part[expert, block.to(part.device)] for expert in experts.tolist()])

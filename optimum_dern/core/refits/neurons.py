@@ -85,7 +85,7 @@ def refit_neurons(
         Segments with new projections.
     """
     order = torch.arange(len(target)) if order is None else order.cpu()
-    moving = [_moving(part, segments) for part in segments[:3] if part is not None]
+    moving = [_moving(part, segments) for part in segments.parts]
     total = int(reduce(torch.tensor(len(target), device=target.device)))
     passes = count_passes(total) if passes is None else passes
     steps = passes * count_steps(total)
@@ -131,9 +131,8 @@ def _gradients(
     error = -target.to(segments.compute_dtype)
     for batch in batches:
         error.index_add_(0, batch.token, batch.weight * expert_output(segments, batch))
-    parts = [part for part in segments[:3] if part is not None]
     for expert in range(len(segments.up)):
-        gradients = [torch.zeros_like(part[expert]) for part in parts]
+        gradients = [torch.zeros_like(part[expert]) for part in segments.parts]
         for number, batch in enumerate(batches):
             if batch.expert != expert:
                 continue

@@ -15,18 +15,19 @@ The normal equations are solved by conjugate gradients; per token they need only
 the chosen experts' outputs and y', so nothing larger than tokens x experts is ever held.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..layer.cost import Cost, LayerShape, experts_operations, held_by_chunk
 from ..layer.mixture import Activation, Routing, expert_batches, expert_output
-from ..layer.reduction import Reduce, alone
+from ..layer.reduction import Reduce, alone, any_process
 from ..layer.segments import Segments
 from ..router.rule import RouterRule, weight_shares
-from .conjugate_gradients import conjugate_gradients
 
 
-__all__ = ["refit_router_cost", "refit_router"]
+__all__ = ["conjugate_gradients", "refit_router", "refit_router_cost"]
 
 
 def refit_router(
@@ -106,6 +107,40 @@ def _token_grams(
         grams.append(outputs @ outputs.mT)
         products.append((outputs @ residual.unsqueeze(-1)).squeeze(-1))
     return torch.cat(grams), torch.cat(products)
+
+
+def conjugate_gradients(
+    operator: Callable[[Tensor], Tensor],
+    right: Tensor,
+    iterations: int,
+    tolerance: float,
+    reduce: Reduce = alone,
+) -> Tensor:
+    """Solve operator(x) = right by conjugate gradients.
+
+    Args:
+        operator: symmetric, positive definite, on tensors of any shape.
+        right: right-hand side.
+        iterations: at most this many.
+        tolerance: stop once |residual| <= tolerance * |right|.
+        reduce: over the processes, if the operator is reduced over them; all hold the whole x and stop together.
+
+    Returns:
+        x, of the shape of `right`.
+    """
+    solution, residual = torch.zeros_like(right), right.clone()
+    direction, energy = residual.clone(), residual.square().sum()
+    goal = energy * tolerance**2
+    for _ in range(iterations):
+        if not any_process(~(energy <= goal), reduce):
+            break
+        image = operator(direction)
+        length = energy / (direction * image).sum()
+        solution += length * direction
+        residual -= length * image
+        energy, before = residual.square().sum(), energy
+        direction = residual + (energy / before) * direction
+    return solution
 
 
 def refit_router_cost(shape: LayerShape, iterations: int = 50) -> Cost:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import reference_retained_count, reference_selection
+from reference import reference_allowed_sets, reference_retained_count, reference_selection
 from samples import PROPERTY
 
-from optimum_dern.core.criteria.selection import retained_count, select_experts
+from optimum_dern.core.criteria.selection import Places, all_sets, count_sets, retained_count, select_experts
 
 
 @st.composite
@@ -136,3 +136,13 @@ def test_impossible_selections(scores, count, options, message):
     """Each impossible request is refused with its own reason."""
     with pytest.raises(ValueError, match=message):
         select_experts(torch.tensor(scores, dtype=torch.float64), count, **options)
+
+
+@pytest.mark.parametrize(
+    "places", [Places(3), Places(6), Places(4, 2), Places(2, 2, (0, 5)), Places(3, 1, (1, 2, 3)), Places(3, 3, (0,))]
+)
+def test_sets_are_counted(places):
+    """As many as there are, groups and protected experts respected, each of them once."""
+    expected = list(reference_allowed_sets(6, *places))
+    assert count_sets(6, places) == len(expected)
+    assert all_sets(6, places) == expected

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from reference import reference_assignment
 from samples import KINDS, PROPERTY, TOLERANCE, assert_near, make_segments
 
-from optimum_dern.core.dern.assignment import assign_segments
+from optimum_dern.core.dern.recombination import assign_segments
 from optimum_dern.core.layer.segments import similarity_vectors
 
 

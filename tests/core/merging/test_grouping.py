@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from samples import PROPERTY
 from scipy.cluster.hierarchy import cut_tree, linkage
 
-from optimum_dern.core.criteria.selection import select_experts
+from optimum_dern.core.criteria.selection import Places, select_experts
 from optimum_dern.core.merging.expert_clustering import average_linkage, kmeans_by_cosine
 from optimum_dern.core.merging.grouping import (
     Grouping,
@@ -38,12 +38,13 @@ def test_every_grouping_keeps_its_promises(seed, num_groups, count):
     """N representatives in order, each in its own group, as many in every router group, groups inside them."""
     vectors, similarity, scores = random_case(seed)
     protected = (1,) if count == 2 else (1, 2)
-    retained = select_experts(scores, count, num_groups, protected)
+    places = Places(count, num_groups, protected)
+    retained = select_experts(scores, *places)
     groupings = {
         "join": join_nearest(retained, similarity, num_groups),
         "absorb": absorb_nearest(retained, similarity, scores, -(-8 // count), num_groups),
-        "link": link_by_average(vectors, count, scores, num_groups, protected),
-        "cluster": cluster_by_cosine(vectors, count, scores, seed, num_groups, protected),
+        "link": link_by_average(vectors, scores, places),
+        "cluster": cluster_by_cosine(vectors, scores, places, seed),
     }
     for grouping in groupings.values():
         kept = grouping.retained.tolist()
@@ -110,7 +111,7 @@ def test_linkage_against_scipy(seed, count):
     tree = linkage(vectors.numpy(), method="average")
     expected = partition(cut_tree(tree, n_clusters=count).ravel())
     assert partition(average_linkage(torch.cdist(vectors, vectors), count, [])) == expected
-    assert partition(link_by_average(vectors, count, torch.arange(8.0)).label) == expected
+    assert partition(link_by_average(vectors, torch.arange(8.0), Places(count)).label) == expected
 
 
 def test_points_kept_apart():
@@ -140,7 +141,7 @@ def test_kmeans_finds_what_is_there():
     lengths = torch.arange(1, 13, dtype=torch.float64).unsqueeze(1)
     expected = {frozenset(range(start, 12, 3)) for start in range(3)}
     for seed in range(20):
-        grouping = cluster_by_cosine((axes + noise) * lengths, 3, torch.arange(12), seed)
+        grouping = cluster_by_cosine((axes + noise) * lengths, torch.arange(12), Places(3), seed)
         assert partition(grouping.label) == expected
         assert grouping.retained.tolist() == [9, 10, 11]
 
@@ -150,8 +151,8 @@ def test_identical_experts_fill_every_cluster(seed):
     """Where all vectors are the same, or zero, there are still N clusters."""
     for vectors in (torch.ones(6, 2), torch.zeros(6, 2)):
         for grouping in (
-            cluster_by_cosine(vectors, 4, torch.arange(6), seed),
-            link_by_average(vectors, 4, torch.arange(6)),
+            cluster_by_cosine(vectors, torch.arange(6), Places(4), seed),
+            link_by_average(vectors, torch.arange(6), Places(4)),
         ):
             assert set(grouping.label.tolist()) == {0, 1, 2, 3}
 
@@ -160,8 +161,8 @@ def test_the_seed_decides():
     """The same seed gives the same groups, and the global random state does not matter."""
     vectors, _, scores = random_case(3, experts=16)
     torch.manual_seed(0)
-    first = cluster_by_cosine(vectors, 6, scores, 1)
+    first = cluster_by_cosine(vectors, scores, Places(6), 1)
     torch.manual_seed(1)
-    assert torch.equal(first.label, cluster_by_cosine(vectors, 6, scores, 1).label)
-    labels = {tuple(cluster_by_cosine(vectors, 6, scores, seed).label.tolist()) for seed in range(20)}
+    assert torch.equal(first.label, cluster_by_cosine(vectors, scores, Places(6), 1).label)
+    labels = {tuple(cluster_by_cosine(vectors, scores, Places(6), seed).label.tolist()) for seed in range(20)}
     assert len(labels) > 1

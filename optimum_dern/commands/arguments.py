@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from ..config import DernConfig
 
 
-__all__ = ["add_config_arguments", "add_model_arguments", "check_model_name", "config_from_arguments"]
+__all__ = [
+    "add_config_arguments",
+    "add_model_arguments",
+    "check_model_name",
+    "check_numbers",
+    "check_output_file",
+    "config_from_arguments",
+]
 
 NUMBERS = {"sparsity": float, "num_experts": int}
 AMOUNTS = {"sparsity": "X", "num_experts": "N"}
@@ -56,6 +63,20 @@ def check_model_name(name: str) -> None:
         raise FileNotFoundError(
             f"there is no checkpoint folder {name!r}; give a local folder or a Hub id (owner/name)"
         )
+
+
+def check_numbers(args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError for an option that is given and below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; give a whole number of at least 1")
+
+
+def check_output_file(file: Path | None) -> None:
+    """Raise FileNotFoundError for an `--output` in a folder that does not exist."""
+    if file is not None and not file.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {file.parent} for --output")
 
 
 def config_from_arguments(args: argparse.Namespace) -> "DernConfig":

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .arguments import check_model_name
+from .arguments import check_model_name, check_numbers, check_output_file
 from .tables import print_table
 
 
@@ -101,10 +101,7 @@ def _check(args: argparse.Namespace) -> None:
     check_device(args.device)
     for name in (args.original, *args.compressed):
         check_model_name(name)
-    for name in ("limit", "batch_size", "prompt_length", "new_tokens", "repeats"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; give a whole number of at least 1")
+    check_numbers(args, "limit", "batch_size", "prompt_length", "new_tokens", "repeats")
     if args.data is not None:
         check_source(args.data)
     elif not args.speed and not args.tasks:
@@ -112,7 +109,6 @@ def _check(args: argparse.Namespace) -> None:
     load_tasks(args.tasks, args.tasks_folder, limit=1)
     if args.output is not None and args.output.suffix not in (".md", ".json"):
         raise ValueError(f"--output is {args.output}; give a file that ends in .md or .json")
-    if args.output is not None and not args.output.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {args.output.parent} for --output")
+    check_output_file(args.output)
     for name in (args.original, *args.compressed):
         check_checkpoint(name)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..installation import install_hint
-from .arguments import add_model_arguments, check_model_name
+from ..results.estimate import plus_minus
+from .arguments import add_model_arguments, check_model_name, check_numbers, check_output_file
 from .tables import print_table
 
 
@@ -69,7 +70,9 @@ def run(args: argparse.Namespace) -> None:
     tokenizer, texts, length = _load_texts(args)
     with tempfile.TemporaryDirectory() as scratch:
         cache = _original_predictions(args, texts, Path(scratch)) if args.against else None
-        figures = _measure(args, tokenizer, texts, tasks, cache) | {"settings": _settings(args, length)}
+        figures = _measure(args, tokenizer, texts, tasks, cache)
+    settings = {name: getattr(args, name) for name in ("limit", "dtype", "top_k", "lm_eval")}
+    figures["settings"] = {"sequence_length": length} | settings
     if args.output is not None:
         replace_json(args.output, figures)
     if args.json:
@@ -93,10 +96,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--against compares predictions on text: give --data, too")
     if args.cache and not args.against:
         raise ValueError("--cache keeps predictions of the model of --against, which is not given")
-    for name in ("limit", "batch_size", "top_k"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; give a whole number of at least 1")
+    check_numbers(args, "limit", "batch_size", "top_k")
     if args.lm_eval and args.streamed:
         raise ValueError("lm-eval needs the whole model in memory; leave --lm-eval or --streamed out")
     if args.lm_eval:
@@ -107,8 +107,7 @@ def _check(args: argparse.Namespace) -> None:
         from ..evaluation.agreement.logits_cache import check_folder
 
         check_folder(args.cache, overwrite=True)
-    if args.output is not None and not args.output.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {args.output.parent} for --output")
+    check_output_file(args.output)
     for name in args.data:
         check_source(name)
     check_checkpoint(args.model, args.revision)
@@ -190,25 +189,12 @@ def _measure(args: argparse.Namespace, tokenizer: Any, texts: dict, tasks: list,
     }
 
 
-def _settings(args: argparse.Namespace, sequence_length: int) -> dict[str, Any]:
-    given = {name: getattr(args, name) for name in ("limit", "dtype", "top_k", "lm_eval")}
-    return {"sequence_length": sequence_length} | given
-
-
 def _print_figures(figures: dict[str, Any]) -> None:
-    from ..results.estimate import plus_minus
-
     if figures["texts"]:
-        counts = ("tokens", "sequence_length")
-        rows = [
-            (
-                name,
-                plus_minus(f["loss"], f["standard_error"]),
-                f"{f['perplexity']:.3f}",
-                *(f"{f[n]:,}" for n in counts),
-            )
-            for name, f in figures["texts"].items()
-        ]
+        rows = []
+        for name, f in figures["texts"].items():
+            loss = plus_minus(f["loss"], f["standard_error"])
+            rows.append((name, loss, f"{f['perplexity']:.3f}", f"{f['tokens']:,}", f"{f['sequence_length']:,}"))
         print_table(("text", "loss", "perplexity", "tokens", "a sequence"), rows)
     if figures["tasks"]:
         measured = {metric for f in figures["tasks"].values() for metric in f["metrics"]}
@@ -228,6 +214,4 @@ def _print_figures(figures: dict[str, Any]) -> None:
 
 
 def _shown(estimate: dict[str, float] | None) -> str:
-    from ..results.estimate import plus_minus
-
     return "" if estimate is None else plus_minus(estimate["value"], estimate["standard_error"])

@@ -14,14 +14,14 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ..data.batches import preserved_random_state
-from ..evaluation.tasks.accuracy import Outcome, TaskResult
+from ..evaluation.tasks.accuracy import Outcome, TaskResult, summarise_outcomes
 from ..evaluation.tasks.load import Task
 from ..installation import install_hint
-from ..results.estimate import mean_estimate, perplexity_estimate
 from .lm_eval_rows import DEFINITIONS, plain_definition, plain_row
 
 
@@ -168,15 +168,10 @@ def _result(task: Task, samples: Sequence[Mapping[str, Any]]) -> TaskResult:
         logs = tuple(float(answer[0]) for answer in sample["filtered_resps"])
         measured = {name: float(sample[name]) for name in ("acc", "acc_norm") if name in sample}
         outcomes.append(Outcome(item.id, logs, measured))
-    metrics = {name: mean_estimate([outcome.metrics[name] for outcome in outcomes]) for name in outcomes[0].metrics}
-    if task.kind == "last_word":
-        metrics["perplexity"] = perplexity_estimate([outcome.log_likelihoods[0] for outcome in outcomes])
-    return TaskResult(task.name, task.kind, metrics, task.chance, tuple(outcomes))
+    return summarise_outcomes(task, outcomes)
 
 
 def _lm_eval(module: str) -> Any:
-    from importlib import import_module
-
     try:
         return import_module(module)
     except ImportError as error:

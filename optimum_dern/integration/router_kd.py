@@ -18,7 +18,7 @@ from transformers import Trainer
 from ..evaluation.agreement.logits_cache import LogitsCache, predicted_positions
 from ..evaluation.loss.metrics import IGNORED_LABEL
 from ..models.moe.structure import find_moe_layers
-from .teacher import CachedTeacher, ModelTeacher, Teacher
+from .teacher import CachedTeacher, ModelTeacher
 
 
 __all__ = ["RouterDistillationTrainer", "only_routers_trainable", "router_parameters"]
@@ -53,7 +53,7 @@ class RouterDistillationTrainer(Trainer):
         **options: Any,
     ) -> None:
         router_parameters(model)  # refused before any work
-        self.teacher = make_teacher(teacher, temperature)
+        self.teacher = _teacher(teacher, temperature)
         super().__init__(model, args, **options)
         self.model_accepts_loss_kwargs = False  # each micro-batch's loss is a mean of its own
 
@@ -78,12 +78,8 @@ class RouterDistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def make_teacher(source: nn.Module | LogitsCache, temperature: float) -> Teacher:
-    """Make a teacher from a model or a cache of its predictions.
-
-    Raises:
-        ValueError: the temperature is not positive and finite, or, with a cache, not 1.
-    """
+def _teacher(source: nn.Module | LogitsCache, temperature: float) -> CachedTeacher | ModelTeacher:
+    """Make a teacher from a model or a cache of its predictions; refuses invalid temperatures."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature!r}, but it must be finite and above 0; the paper's is 1")
     if not isinstance(source, LogitsCache):

@@ -11,7 +11,6 @@ which takes all other tokens as one: a lower bound of KL(p || q), and equal to i
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -22,22 +21,9 @@ from ..evaluation.agreement.logits_cache import LogitsCache, predicted_positions
 from ..models.mode import evaluation_mode
 
 
-__all__ = ["CachedTeacher", "ModelTeacher", "Teacher", "cached_rows"]
+__all__ = ["CachedTeacher", "ModelTeacher", "cached_rows"]
 
 SMALLEST = ("ids", "log_probs", "tail")  # the tensors of a cache that the divergence needs
-
-
-class Teacher(Protocol):
-    """Computes the divergence of a student's logits from the teacher's predictions."""
-
-    def divergence(self, student: Tensor, batch: Mapping[str, Tensor], predicted: Tensor) -> Tensor:
-        """Compute the student's divergence, summed over the predicted tokens, in nats.
-
-        Args:
-            student: logits (batch, sequence, vocabulary); gradients flow into them only.
-            batch: arguments of the model, `input_ids` among them.
-            predicted: (batch, sequence - 1) bool, whether the token after each position counts.
-        """
 
 
 class ModelTeacher:
@@ -52,7 +38,12 @@ class ModelTeacher:
         self.model, self.temperature = model, temperature
 
     def divergence(self, student: Tensor, batch: Mapping[str, Tensor], predicted: Tensor) -> Tensor:
-        """Compute the divergence from the model's predictions; see `Teacher`.
+        """Compute a student's divergence from the model's predictions, summed over the predicted tokens, in nats.
+
+        Args:
+            student: logits (batch, sequence, vocabulary); gradients flow into them only.
+            batch: arguments of the model, `input_ids` among them.
+            predicted: (batch, sequence - 1) bool, whether the token after each position counts.
 
         Raises:
             ValueError: the two models have different vocabularies.
@@ -86,7 +77,7 @@ class CachedTeacher:
                 end += length
 
     def divergence(self, student: Tensor, batch: Mapping[str, Tensor], predicted: Tensor) -> Tensor:
-        """Compute the divergence from the cached predictions; see `Teacher`.
+        """Compute a student's divergence from the cached predictions; arguments as of `ModelTeacher.divergence`.
 
         Raises:
             ValueError: a sequence is not in the cache, or the student has another vocabulary.

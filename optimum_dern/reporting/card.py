@@ -4,6 +4,7 @@ from importlib.resources import files
 from typing import Any
 
 from ..installation import install_hint, project_link
+from ..results.estimate import error_text
 from ..results.licence import source_metadata
 from ..results.report import CompressionReport
 from .plots import image_description
@@ -99,8 +100,6 @@ def _size_rows(report: CompressionReport) -> list[dict[str, str]]:
 
 
 def _evaluation_rows(report: CompressionReport) -> list[dict[str, str]]:
-    from ..results.estimate import error_text
-
     rows = []
     for name, pair in report.evaluation.items():
         before, after = pair["before"], pair["after"]

@@ -11,7 +11,7 @@ from ..results.report import CompressionReport
 __all__ = ["IMAGE_NAME", "image_description", "write_image"]
 
 IMAGE_NAME = "assets/dern_report.png"
-KEPT, LOST, FAINT, TEXT, MUTED, LINE = "#1f5fa8", "#b8500a", "#c3cad4", "#161a20", "#566070", "#dfe3ea"
+LOST, FAINT, TEXT, MUTED, LINE = "#b8500a", "#c3cad4", "#161a20", "#566070", "#dfe3ea"
 RAMP = ["#bdd0e6", "#0b3c78"]  # colours of low and high saliency, as in the page
 STYLE = {
     "font.size": 9,

@@ -20,7 +20,7 @@ from ..loss.logits import batch_logits
 from .logits_cache import INPUTS, LogitsCache, predicted_positions
 
 
-__all__ = ["Agreement", "agreement", "summarise_agreement"]
+__all__ = ["Agreement", "agreement"]
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,11 @@ def agreement(model: Any, cache: LogitsCache) -> dict[str, Agreement]:
                 "one vocabulary can be compared"
             )
         rows[name].append(_compare_batch(logits, tensors, cache.top_k == cache.vocabulary))
-    return {name: summarise_agreement(torch.cat(parts)) for name, parts in rows.items()}
+    return {name: _summarised(torch.cat(parts)) for name, parts in rows.items()}
 
 
-def summarise_agreement(rows: Tensor) -> Agreement:
-    """Compute the means over tokens from sums per sequence.
-
-    Args:
-        rows: (sequences, 6): sums of kl, its lower bound, equal top tokens, the original's losses, loss increases,
-            and the number of positions.
-    """
+def _summarised(rows: Tensor) -> Agreement:
+    """Compute the means over tokens from sums per sequence, (sequences, 6) as `_compare_batch` lists them."""
     *columns, counts = rows.T.tolist()
     kl, bound, top1, loss, increase = (Estimate(*mean_and_error(sums, counts)) for sums in columns)
     return Agreement(kl, bound.value, top1, loss, increase, int(sum(counts)))
@@ -80,7 +75,7 @@ def summarise_agreement(rows: Tensor) -> Agreement:
 
 @torch.no_grad()
 def _compare_batch(logits: Tensor, stored: dict[str, Tensor], exact: bool) -> Tensor:
-    """Compute the sums per sequence that `summarise_agreement` takes, (batch, 6) float64."""
+    """Compute the sums per sequence of what `_compare_positions` lists, and their number, (batch, 6) float64."""
     predicts = predicted_positions(stored["attention_mask"])  # (B, S - 1)
     counts = predicts.sum(1).tolist()
     parts = {name: value.split(counts) for name, value in stored.items() if name not in INPUTS}

@@ -22,14 +22,7 @@ from torch.nn.functional import cross_entropy
 from ...results.estimate import mean_and_error
 
 
-__all__ = [
-    "IGNORED_LABEL",
-    "make_compute_metrics",
-    "perplexity_of",
-    "preprocess_logits_for_metrics",
-    "token_losses_and_ranks",
-    "trainer_metrics",
-]
+__all__ = ["IGNORED_LABEL", "perplexity_of", "token_losses_and_ranks", "trainer_metrics"]
 
 IGNORED_LABEL = -100  # of padding and prompts; Trainer pads predictions with it too
 
@@ -37,35 +30,28 @@ IGNORED_LABEL = -100  # of padding and prompts; Trainer pads predictions with it
 def trainer_metrics(top_k: int = 5) -> dict[str, Callable]:
     """Make the two arguments of `Trainer` that compute these metrics.
 
+    They also work with `TrainingArguments(batch_eval_metrics=True)`; after an evaluation that was interrupted in that
+    mode, make new ones.
+
     Args:
         top_k: for the accuracy among this many most probable tokens.
 
     Returns:
-        `compute_metrics` and `preprocess_logits_for_metrics`.
+        `preprocess_logits_for_metrics`, and `compute_metrics`, which gives `token_loss` in nats with
+        `token_loss_stderr`, `perplexity`, `token_accuracy`, `top5_accuracy` (named after `top_k`) and `tokens`, the
+        number of predicted tokens.
 
     Raises:
         ValueError: `top_k` below 1.
     """
-    return {
-        "compute_metrics": make_compute_metrics(top_k),
-        "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
-    }
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; give at least 1")
+    return {"compute_metrics": _compute_metrics(top_k), "preprocess_logits_for_metrics": _preprocess_logits}
 
 
 @torch.no_grad()
-def preprocess_logits_for_metrics(logits: Tensor | Sequence, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Reduce a batch's logits to the losses and ranks of its tokens, for `Trainer`.
-
-    Args:
-        logits: (batch, sequence, vocabulary), or all outputs of a model that has more (router logits, losses).
-        labels: (batch, sequence), not shifted.
-
-    Returns:
-        The result of `token_losses_and_ranks`.
-
-    Raises:
-        ValueError: no output has the shape of logits for these labels.
-    """
+def _preprocess_logits(logits: Tensor | Sequence, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Reduce logits, found among a model's outputs by their shape, to losses and ranks of the tokens."""
     outputs = [logits] if isinstance(logits, Tensor) else list(logits)
     for output in outputs:
         if isinstance(output, Tensor) and output.dim() == 3 and output.shape[:2] == labels.shape:
@@ -99,24 +85,8 @@ def token_losses_and_ranks(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     return torch.stack(losses), torch.stack(ranks)
 
 
-def make_compute_metrics(top_k: int = 5) -> Callable[..., dict[str, float]]:
-    """Make a `compute_metrics` for predictions from `preprocess_logits_for_metrics`.
-
-    It also works with `TrainingArguments(batch_eval_metrics=True)`; after an evaluation that was interrupted in that
-    mode, make a new one.
-
-    Args:
-        top_k: for the accuracy among this many most probable tokens.
-
-    Returns:
-        A function of an `EvalPrediction` that returns `token_loss` in nats with `token_loss_stderr`, `perplexity`,
-        `token_accuracy`, `top5_accuracy` (named after `top_k`) and `tokens`, the number of predicted tokens.
-
-    Raises:
-        ValueError: `top_k` below 1.
-    """
-    if top_k < 1:
-        raise ValueError(f"top_k is {top_k}; give at least 1")
+def _compute_metrics(top_k: int) -> Callable[..., dict[str, float]]:
+    """Make the function of an `EvalPrediction`, whose predictions are losses and ranks, that returns the metrics."""
     rows: list[tuple[float, int, int, int]] = []  # per sequence: sum of losses, tokens, hits, hits among the top k
 
     def compute_metrics(prediction: Any, compute_result: bool = True) -> dict[str, float]:

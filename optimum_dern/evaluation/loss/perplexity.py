@@ -22,15 +22,7 @@ from .logits import batch_logits
 from .metrics import mean_and_error, perplexity_of
 
 
-__all__ = [
-    "TextLoss",
-    "evaluate_loss",
-    "evaluate_texts",
-    "evaluation_length",
-    "load_texts",
-    "sequence_losses",
-    "summarise",
-]
+__all__ = ["TextLoss", "evaluate_loss", "evaluate_texts", "evaluation_length", "load_texts"]
 
 logger = getLogger(__name__)
 LONGEST = 2048  # largest default of the sequence length
@@ -73,26 +65,16 @@ def evaluate_loss(model: Any, batches: Sequence[dict]) -> TextLoss:
     return evaluate_texts(model, {"text": batches})["text"]
 
 
-def sequence_losses(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[list[float], list[float]]:
-    """Compute the sum of the next-token losses and the number of predicted tokens of every sequence of a batch.
-
-    Args:
-        logits: (batch, sequence, vocabulary).
-        ids: (batch, sequence).
-        mask: (batch, sequence), zero for padding, which is neither predicted nor read.
-    """
+def _sequence_losses(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[list[float], list[float]]:
+    """Compute the sum of the next-token losses and the number of predicted tokens of every sequence of a batch."""
     rows = zip(logits[:, :-1], ids[:, 1:], strict=True)  # one at a time: float32 copies are large
     losses = torch.stack([cross_entropy(row.float(), targets, reduction="none") for row, targets in rows])
     predicted = (mask[:, 1:] * mask[:, :-1]).double()  # (B, S - 1)
     return (losses.double() * predicted).sum(1).tolist(), predicted.sum(1).tolist()
 
 
-def summarise(batches: Iterable[tuple[list[float], list[float]]]) -> TextLoss:
-    """Compute the loss over all tokens from the `sequence_losses` of all batches.
-
-    Raises:
-        ValueError: there is no token to predict.
-    """
+def _summarised(batches: Iterable[tuple[list[float], list[float]]]) -> TextLoss:
+    """Compute the loss over all tokens from the `_sequence_losses` of all batches."""
     sums, counts = [], []
     for batch_sums, batch_counts in batches:
         sums += batch_sums
@@ -154,6 +136,6 @@ def evaluate_texts(model: Any, texts: Mapping[str, Sequence[dict]]) -> dict[str,
     losses = []
     for batch, logits in zip(batches, batch_logits(model, batches), strict=True):
         ids, mask = (batch[name].to(logits.device) for name in ("input_ids", "attention_mask"))
-        losses.append(sequence_losses(logits, ids, mask))
+        losses.append(_sequence_losses(logits, ids, mask))
     remaining = iter(losses)
-    return {name: summarise([next(remaining) for _ in text]) for name, text in texts.items()}
+    return {name: _summarised([next(remaining) for _ in text]) for name, text in texts.items()}

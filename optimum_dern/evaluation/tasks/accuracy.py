@@ -18,7 +18,7 @@ from .load import Task
 from .scoring import BATCH_TOKENS, Score, score_requests
 
 
-__all__ = ["NORMALISED", "Outcome", "TaskResult", "evaluate_tasks", "make_result"]
+__all__ = ["Outcome", "TaskResult", "evaluate_tasks", "make_result", "summarise_outcomes"]
 
 NORMALISED = ("arc_challenge", "hellaswag", "openbookqa", "piqa")  # papers report acc_norm for these, acc elsewhere
 
@@ -51,9 +51,9 @@ class TaskResult:
     def main(self) -> Estimate:
         return self.metrics[self.main_metric]
 
-    def values(self, metric: str | None = None) -> list[float]:
-        """Return one value per item, in the task's order, for paired comparisons; by default of the main metric."""
-        return [outcome.metrics[metric or self.main_metric] for outcome in self.outcomes]
+    def values(self) -> list[float]:
+        """Return the main metric of every item, in the task's order, for paired comparisons."""
+        return [outcome.metrics[self.main_metric] for outcome in self.outcomes]
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dict for JSON, without the items."""
@@ -86,11 +86,17 @@ def evaluate_tasks(
 
 def make_result(task: Task, scores: Sequence[Sequence[Score]]) -> TaskResult:
     """Compute a task's result from the scores of every item's requests."""
-    outcomes = tuple(_outcome(item, row, task.kind) for item, row in zip(task.items, scores, strict=True))
+    return summarise_outcomes(
+        task, [_outcome(item, row, task.kind) for item, row in zip(task.items, scores, strict=True)]
+    )
+
+
+def summarise_outcomes(task: Task, outcomes: Sequence[Outcome]) -> TaskResult:
+    """Compute a task's metrics from the outcomes of its items."""
     metrics = {name: mean_estimate([outcome.metrics[name] for outcome in outcomes]) for name in outcomes[0].metrics}
     if task.kind == "last_word":
         metrics["perplexity"] = perplexity_estimate([outcome.log_likelihoods[0] for outcome in outcomes])
-    return TaskResult(task.name, task.kind, metrics, task.chance, outcomes)
+    return TaskResult(task.name, task.kind, metrics, task.chance, tuple(outcomes))
 
 
 def _outcome(item: Item, scores: Sequence[Score], kind: str) -> Outcome:
@@ -99,11 +105,8 @@ def _outcome(item: Item, scores: Sequence[Score], kind: str) -> Outcome:
         return Outcome(item.id, logs, {"acc": float(scores[0].greedy)})
     metrics = {"acc": float(_best(logs) == item.label)}
     if item.lengths:
-        for name, lengths in (
-            ("acc_norm", [len(text) for text in item.lengths]),
-            ("acc_bytes", [len(text.encode("utf-8")) for text in item.lengths]),
-        ):
-            per_unit = [value / length for value, length in zip(logs, lengths, strict=True)]
+        for name, size in (("acc_norm", len), ("acc_bytes", lambda text: len(text.encode("utf-8")))):
+            per_unit = [value / size(text) for value, text in zip(logs, item.lengths, strict=True)]
             metrics[name] = float(_best(per_unit) == item.label)
     return Outcome(item.id, logs, metrics)
 

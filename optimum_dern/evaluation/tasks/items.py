@@ -9,12 +9,12 @@ The texts are exactly those of lm-eval's own prompts, so that both give the same
     last_word          context, target                    log p(" " + target | context), and whether greedily chosen
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 
-__all__ = ["KINDS", "Item", "Request", "kind_of_row", "make_item"]
+__all__ = ["Item", "Request", "kind_of_row", "make_item"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ KEYS = {  # kind -> the keys of its rows; the first kind whose keys a row has is
     "last_word": ("context", "target"),
     "minimal_pair": ("choices", "label"),
 }
-KINDS = tuple(KEYS)
 
 
 def kind_of_row(row: Mapping[str, Any]) -> str:
@@ -62,7 +61,7 @@ def make_item(row: Mapping[str, Any], kind: str, name: str, cloze: bool = False)
 
     Args:
         row: of a task file.
-        kind: one of `KINDS`.
+        kind: as `kind_of_row` gives it.
         name: of the item, where the row has no `id`.
         cloze: for rows with letters, score the choices' texts after the question alone.
 
@@ -72,7 +71,7 @@ def make_item(row: Mapping[str, Any], kind: str, name: str, cloze: bool = False)
     missing = [key for key in KEYS[kind] if key not in row]
     if missing:
         raise ValueError(f"{name} has no {missing[0]!r}, which {kind} rows have; it has {sorted(row)}")
-    requests, label, lengths = _MAKERS[kind](row, name, cloze)
+    requests, label, lengths = _parts(row, kind, name, cloze)
     if not isinstance(label, int) or not 0 <= label < len(requests):
         raise ValueError(f"{name} has the label {label!r}; give the right choice's index, 0 to {len(requests) - 1}")
     if any(not request.continuation.strip() for request in requests):
@@ -80,7 +79,17 @@ def make_item(row: Mapping[str, Any], kind: str, name: str, cloze: bool = False)
     return Item(str(row.get("id", name)), requests, label, lengths)
 
 
-def _multiple_choice(row: Mapping[str, Any], name: str, cloze: bool) -> tuple:
+def _parts(row: Mapping[str, Any], kind: str, name: str, cloze: bool) -> tuple:
+    """Return an item's requests, its label, and the texts whose lengths normalise, from a row with the kind's keys."""
+    if kind == "last_word":
+        return (Request(row["context"], f" {row['target']}"),), 0, ()
+    if kind == "minimal_pair":
+        return tuple(Request("", f" {choice}") for choice in _texts(row, "choices", name)), row["label"], ()
+    if kind == "multiple_context":
+        contexts, continuation = _texts(row, "contexts", name), row["continuation"]
+        if continuation[:1].isspace():
+            continuation = f" {continuation.strip()}"  # as lm-eval does, whatever white space the sentence has
+        return tuple(Request(context, continuation) for context in contexts), row["label"], ()
     context, choices = row["context"], _texts(row, "choices", name)
     if cloze:
         if "question" not in row:
@@ -92,31 +101,8 @@ def _multiple_choice(row: Mapping[str, Any], name: str, cloze: bool) -> tuple:
     return tuple(Request(context, f" {choice}") for choice in choices), row["label"], choices
 
 
-def _multiple_context(row: Mapping[str, Any], name: str, cloze: bool) -> tuple:
-    contexts, continuation = _texts(row, "contexts", name), row["continuation"]
-    if continuation[:1].isspace():
-        continuation = f" {continuation.strip()}"  # as lm-eval does, whatever white space the sentence has
-    return tuple(Request(context, continuation) for context in contexts), row["label"], ()
-
-
-def _minimal_pair(row: Mapping[str, Any], name: str, cloze: bool) -> tuple:
-    return tuple(Request("", f" {choice}") for choice in _texts(row, "choices", name)), row["label"], ()
-
-
-def _last_word(row: Mapping[str, Any], name: str, cloze: bool) -> tuple:
-    return (Request(row["context"], f" {row['target']}"),), 0, ()
-
-
 def _texts(row: Mapping[str, Any], key: str, name: str) -> tuple[str, ...]:
     texts = row[key]
     if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name} has {key} {texts!r:.80}; give a list of at least two strings")
     return tuple(texts)
-
-
-_MAKERS: dict[str, Callable[[Mapping[str, Any], str, bool], tuple]] = {
-    "multiple_context": _multiple_context,
-    "multiple_choice": _multiple_choice,
-    "last_word": _last_word,
-    "minimal_pair": _minimal_pair,
-}

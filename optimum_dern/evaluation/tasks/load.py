@@ -9,7 +9,7 @@ from ...data.files import parse_json, read_text
 from .items import Item, kind_of_row, make_item
 
 
-__all__ = ["SUITE", "Task", "load_task", "load_tasks", "make_task"]
+__all__ = ["SUITE", "Task", "load_tasks", "make_task"]
 
 SUITE = ("boolq", "piqa", "hellaswag", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "mmlu")
 CLOZE = ":cloze"  # after a task's name: score the texts of the choices, not their letters
@@ -40,44 +40,30 @@ def load_tasks(names: Iterable[str | Path], folder: str | Path | None = None, li
             the paper (`SUITE`), `"all"` for every file that can be scored, and `NAME:cloze` scores choices by their
             texts where the rows have letters.
         folder: in which names are looked up.
-        limit: at most this many items per task.
+        limit: at most this many items per task, evenly spaced in its file, which may be sorted by subject.
 
     Returns:
         The tasks, in the order of their names.
 
     Raises:
         FileNotFoundError: a task is not found.
-        ValueError: a file cannot be scored, or a name is given twice.
+        ValueError: a line is not a JSON object, a file cannot be scored, or a name is given twice.
     """
     paths: list[tuple[Path, bool]] = []
     for name in map(str, names):
         plain = name.removesuffix(CLOZE)
         if plain in ("suite", "all"):
-            there = _needed(folder, name)
-            listed = SUITE if plain == "suite" else _scorable(there)
+            if folder is None:
+                raise ValueError(f"{name!r} stands for the tasks of a folder; name the folder, too")
+            listed = SUITE if plain == "suite" else _scorable(Path(folder).expanduser())
             paths += [(_find(entry, folder), False) for entry in listed]
         else:
             paths.append((_find(plain, folder), name.endswith(CLOZE)))
-    tasks = [load_task(path, limit, cloze) for path, cloze in paths]
+    tasks = [make_task(path.stem, list(_rows(path)), limit, cloze) for path, cloze in paths]
     found = [task.name for task in tasks]
     if twice := sorted({name for name in found if found.count(name) > 1}):
         raise ValueError(f"task {twice[0]!r} is given twice; give files different names")
     return tasks
-
-
-def load_task(path: str | Path, limit: int | None = None, cloze: bool = False) -> Task:
-    """Load one task from a file.
-
-    Args:
-        path: JSONL file with rows of one kind; its name is the task's.
-        limit: at most this many items, evenly spaced in the file, which may be sorted by subject.
-        cloze: score choices by their texts where the rows have letters; `:cloze` becomes part of the name.
-
-    Raises:
-        ValueError: a line is not a JSON object, or the rows cannot be scored.
-    """
-    path = Path(path)
-    return make_task(path.stem, list(_rows(path)), limit, cloze)
 
 
 def make_task(name: str, rows: Sequence[Mapping[str, Any]], limit: int | None = None, cloze: bool = False) -> Task:
@@ -130,12 +116,6 @@ def _find(name: str, folder: str | Path | None) -> Path:
         return path
     there = sorted(file.stem for file in path.parent.glob("*.jsonl"))
     raise FileNotFoundError(f"there is no task {name!r} in {folder}; it has {', '.join(there) or 'no .jsonl file'}")
-
-
-def _needed(folder: str | Path | None, name: str) -> Path:
-    if folder is None:
-        raise ValueError(f"{name!r} stands for the tasks of a folder; name the folder, too")
-    return Path(folder).expanduser()
 
 
 def _scorable(folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ...models.context_length import context_length
 from ..loss.logits import batch_logits
@@ -80,33 +81,22 @@ def encode_requests(
     Raises:
         ValueError: a continuation has no token, or more than `max_length`.
     """
-    contexts, wholes = [], []
-    for request in requests:
-        context = request.context.rstrip()
-        contexts.append(context)
-        wholes.append(_whole(request))
+    contexts = [request.context.rstrip() for request in requests]
+    texts = [request.context + request.continuation for request in requests]
     distinct = list(dict.fromkeys(context for context in contexts if context))
-    of_context = dict(zip(distinct, _encode(distinct, tokenizer), strict=True))
+    lengths = {context: len(ids) for context, ids in zip(distinct, _encode(distinct, tokenizer), strict=True)}
     encoded = []
-    for request, context, whole in zip(requests, contexts, _encode(wholes, tokenizer), strict=True):
-        if context:
-            start = len(of_context[context])
-        else:
-            whole, start = _after_prefix(_whole(request), tokenizer), 1
-        count = len(whole) - start
+    for request, context, text, ids in zip(requests, contexts, texts, _encode(texts, tokenizer), strict=True):
+        ids = ids if context else _after_prefix(text, tokenizer)
+        count = len(ids) - (lengths[context] if context else 1)
         if count < 1:
             raise ValueError(f"the continuation {request.continuation!r:.60} has no token of its own")
         if max_length is not None and count > max_length:
             raise ValueError(
                 f"the continuation {request.continuation!r:.60} has {count} tokens, but the model reads {max_length}"
             )
-        encoded.append((whole if max_length is None else whole[-(max_length + 1) :], count))
+        encoded.append((ids if max_length is None else ids[-(max_length + 1) :], count))
     return encoded
-
-
-def _whole(request: Request) -> str:
-    """Join context and continuation into one text."""
-    return request.context + request.continuation
 
 
 def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
@@ -133,12 +123,9 @@ def _batches(rows: list[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tu
 
 def _padded(rows: list[tuple[int, ...]]) -> dict[str, Tensor]:
     """Pad a batch on the right, which does not affect the results of causal models."""
-    ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    parts = {"input_ids": ids, "attention_mask": [torch.ones_like(row) for row in ids]}
+    return {name: pad_sequence(part, batch_first=True) for name, part in parts.items()}
 
 
 def _wanted(encoded: list, sharing: dict, row: tuple[int, ...], width: int) -> int:

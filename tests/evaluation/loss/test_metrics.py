@@ -14,10 +14,8 @@ from transformers import Trainer, TrainingArguments
 
 from optimum_dern.evaluation.loss.hf_metrics import Perplexity, TokenAccuracy
 from optimum_dern.evaluation.loss.metrics import (
-    make_compute_metrics,
     mean_and_error,
     perplexity_of,
-    preprocess_logits_for_metrics,
     token_losses_and_ranks,
     trainer_metrics,
 )
@@ -128,22 +126,27 @@ def test_outputs_beside_the_logits(tmp_path):
     assert result["eval_loss"] > plain["eval_loss"] + 0.5  # the auxiliary loss is at least top_k
 
 
+def preprocess(logits, labels):
+    """The losses and ranks that Trainer keeps."""
+    return trainer_metrics()["preprocess_logits_for_metrics"](logits, labels)
+
+
 def test_the_right_output_is_taken():
     """Of several outputs, the one with a row of numbers for every label; none is an error that lists them."""
     logits, labels = torch.randn(2, 4, 9), torch.randint(9, (2, 4))
     expected = token_losses_and_ranks(logits, labels)
     outputs = (torch.tensor(0.3), torch.randn(8, 4), (torch.randn(2, 4, 9),), torch.randn(2, 1, 9), logits)
     for given in (logits, outputs, list(outputs)):
-        result = preprocess_logits_for_metrics(given, labels)
+        result = preprocess(given, labels)
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
     with pytest.raises(ValueError, match=r"\(2, 4\).*\(8, 4\)"):
-        preprocess_logits_for_metrics(outputs[:-1], labels)
+        preprocess(outputs[:-1], labels)
 
 
 def test_memory_and_gradients():
     """No gradient and no logits are kept: one float and one integer a token."""
     logits = torch.randn(2, 6, 1000, requires_grad=True)
-    losses, ranks = preprocess_logits_for_metrics(logits, torch.zeros(2, 6, dtype=torch.int64))
+    losses, ranks = preprocess(logits, torch.zeros(2, 6, dtype=torch.int64))
     assert losses.shape == ranks.shape == (2, 5)
     assert (losses.dtype, ranks.dtype) == (torch.float32, torch.int64)
     assert not losses.requires_grad
@@ -175,19 +178,19 @@ def test_numbers_by_hand():
     """Two sequences, three tokens that count: mean, ratio error, accuracies; ignored positions hold garbage."""
     given = prediction([[1.0, -100.0, 3.0], [5.0, 9.0, -100.0]], [[0, -100, 4], [5, 0, -100]],
                        [[7, 7, -100, 7], [-100, 7, -100, -100]])  # fmt: skip
-    result = make_compute_metrics()(given)
+    result = trainer_metrics()["compute_metrics"](given)
     assert (result["token_loss"], result["tokens"]) == (3.0, 3)
     assert result["token_loss_stderr"] == pytest.approx(math.sqrt(2 * ((4 - 6) ** 2 + (5 - 3) ** 2)) / 3)
     assert result["perplexity"] == pytest.approx(math.exp(3))
     assert (result["token_accuracy"], result["top5_accuracy"]) == (1 / 3, 2 / 3)
-    assert make_compute_metrics(6)(given)["top6_accuracy"] == 1
-    assert make_compute_metrics(1)(given)["top1_accuracy"] == 1 / 3
+    assert trainer_metrics(6)["compute_metrics"](given)["top6_accuracy"] == 1
+    assert trainer_metrics(1)["compute_metrics"](given)["top1_accuracy"] == 1 / 3
 
 
 def test_what_cannot_be_measured():
     """No label, and a top_k of nothing, are refused; a huge loss has an infinite perplexity, NaN stays NaN."""
     with pytest.raises(ValueError, match="no token to predict.*labels"):
-        make_compute_metrics()(prediction([[1.0]], [[0]], [[5, -100]]))
+        trainer_metrics()["compute_metrics"](prediction([[1.0]], [[0]], [[5, -100]]))
     with pytest.raises(ValueError, match="top_k is 0"):
         trainer_metrics(top_k=0)
     mean, error = mean_and_error([6.0], [3])

@@ -6,7 +6,7 @@ import pytest
 from task_rows import ROWS, write_tasks
 
 from optimum_dern.evaluation.tasks.items import Request, kind_of_row
-from optimum_dern.evaluation.tasks.load import SUITE, load_task, load_tasks, make_task
+from optimum_dern.evaluation.tasks.load import SUITE, load_tasks, make_task
 
 
 def requests_of(row, **options):
@@ -68,7 +68,7 @@ def test_lines_end_with_newlines_only(tmp_path):
     row = ROWS["riddles"][0] | {"context": "one\u2028two\u0085three"}
     path = tmp_path / "odd.jsonl"
     path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n\n" + json.dumps(row, ensure_ascii=False), "utf-8")
-    task = load_task(path)
+    (task,) = load_tasks([path])
     assert len(task.items) == 2
     assert task.items[0].requests[0] == Request("one\u2028two\u0085three", " a comb")
 
@@ -151,7 +151,7 @@ def test_lines_that_are_no_objects(tmp_path, text, match):
     """The line is named."""
     (tmp_path / "t.jsonl").write_text(text, "utf-8")
     with pytest.raises(ValueError, match=match):
-        load_task(tmp_path / "t.jsonl")
+        load_tasks([tmp_path / "t.jsonl"])
 
 
 def test_nothing_to_score():

@@ -1,11 +1,7 @@
 """Teachers of router distillation: the original model in memory, or its cached predictions on disk.
 
-The divergence of a student q from its teacher p at one position is KL(p || q).  With cached predictions of the k most
-probable tokens K, and P and Q the probabilities outside of K, it is
-
-    sum_K p log(p / q) + P log(P / Q)
-
-which takes all other tokens as one: a lower bound of KL(p || q), and equal to it where k is the vocabulary's size.
+The divergence of a student q from its teacher p at one position is KL(p || q); with cached predictions its lower bound
+`kl_at_least` of `evaluation.agreement.measure`, which takes all tokens that are not cached as one.
 """
 
 import hashlib

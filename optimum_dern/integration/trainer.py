@@ -3,9 +3,8 @@
     cache = cache_logits(original, texts, "predictions")  # before the model is compressed in place
     trainer.add_callback(DernEvaluationCallback(trainer, cache))
 
-A loss says how well a model predicts a text, not how close it is to the original: healing on one domain lowers the
-loss there, and may move the model away from the original elsewhere.  So the callback also logs the divergence from the
-original, and the share of tokens for which both have the same most probable token.
+A loss alone does not say how close a model is to the original: healing on one domain lowers the loss there, and may
+move the model away from the original elsewhere.
 """
 
 from collections.abc import Callable

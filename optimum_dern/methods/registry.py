@@ -48,31 +48,25 @@ class Candidate:
 
 
 class Method(Protocol):
-    """A compression method; all but `compress_layer` may be left out."""
+    """A compression method; all but `compress_layer` may be left out, and then is what stands here."""
 
-    needs_tokens: bool  # False if it needs only statistics and weights
-    needs_router_logits: bool  # True if it needs a router matrix with the experts' inputs
-    defaults: Mapping[str, object]  # options of the config that its paper fixes; the user's values win
-    options: Sequence[str] | None  # method-specific config fields that it reads, refused with other methods; None: any
+    needs_tokens: bool = True  # False if it needs only statistics and weights
+    needs_router_logits: bool = False  # True if it needs a router matrix with the experts' inputs
+    defaults: Mapping[str, object] = {}  # options of the config that its paper fixes; the user's values win
+    options: Sequence[str] | None = None  # config fields that only it reads, refused with other methods; None: any
 
     def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
         """Return candidates by name, the method's own result last; without the guard, the last one is used."""
 
     def candidates(self, config: "DernConfig") -> tuple[int, int]:
         """Return the most candidates that the method proposes, and their most different sets of retained experts."""
+        return 2, 2  # its own result, with its own retained experts, and plain pruning
 
     def costs(self, shape: LayerShape, config: "DernConfig") -> list[Cost]:
         """Return the costs of the method's steps in order, up to the copying of the retained experts."""
+        return []
 
 
-OPTIONAL = {
-    "needs_tokens": True,
-    "needs_router_logits": False,
-    "defaults": {},
-    "options": None,
-    "candidates": lambda self, config: (2, 2),  # its own result, with its own retained experts, and plain pruning
-    "costs": lambda self, shape, config: [],
-}
 METHODS: dict[str, Method] = {}
 
 
@@ -80,9 +74,9 @@ def register_method(name: str) -> Callable[[type], type]:
     """Return a class decorator that registers a method for `DernConfig(method=name)`."""
 
     def register(cls: type) -> type:
-        for attribute, value in OPTIONAL.items():
+        for attribute in ("needs_tokens", "needs_router_logits", "defaults", "options", "candidates", "costs"):
             if not hasattr(cls, attribute):
-                setattr(cls, attribute, value)
+                setattr(cls, attribute, getattr(Method, attribute))
         METHODS[name] = cls()
         return cls
 

@@ -55,9 +55,9 @@ class Cost(NamedTuple):
     operations: float = 0.0  # a multiplication and an addition are two
 
 
-def experts_operations(shape: LayerShape, tokens: int | None = None) -> float:
+def experts_operations(shape: LayerShape) -> float:
     """Return the operations of the forward pass of all tokens through their chosen experts."""
-    return 2.0 * (shape.tokens if tokens is None else tokens) * shape.top_k * shape.expert
+    return 2.0 * shape.tokens * shape.top_k * shape.expert
 
 
 def held_by_chunk(shape: LayerShape) -> int:

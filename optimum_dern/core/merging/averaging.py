@@ -20,6 +20,7 @@ from .grouping import Grouping
 
 __all__ = ["average_groups_cost", "fit_group_outputs_cost", "Align", "average_groups", "fit_group_outputs", "shares"]
 
+RIDGE = 1e-6  # relative to a Gram matrix's mean eigenvalue; only directions without data stay at the average
 Align = Callable[[int, int], Tensor]  # (representative, member) -> permutation (f,) of the member's neurons
 
 
@@ -69,7 +70,7 @@ def average_groups(
 
 
 def fit_group_outputs(
-    layer: ObservedLayer, hidden: Tensor, grouping: Grouping, weights: Tensor, merged: Segments, ridge: float = 1e-6
+    layer: ObservedLayer, hidden: Tensor, grouping: Grouping, weights: Tensor, merged: Segments
 ) -> Segments:
     """Refit the down projections of averaged experts to the weighted mean of their members' outputs.
 
@@ -79,8 +80,6 @@ def fit_group_outputs(
         grouping: into N groups.
         weights: (E,) as in `average_groups`.
         merged: N averaged experts; their output biases stay.
-        ridge: penalty relative to the mean eigenvalue of the Gram matrix; the default is so small that only directions
-            without data stay at the average.
 
     Returns:
         N experts; what the tokens do not determine of a down projection stays as it was.
@@ -89,18 +88,12 @@ def fit_group_outputs(
     for position in range(len(grouping.retained)):
         members = grouping.members(position)
         if len(members) > 1:
-            down[position] = _fitted_down(layer, hidden, members, shares(weights, members), merged, position, ridge)
+            down[position] = _fitted_down(layer, hidden, members, shares(weights, members), merged, position)
     return merged._replace(down=down)
 
 
 def _fitted_down(
-    layer: ObservedLayer,
-    hidden: Tensor,
-    members: list[int],
-    share: list[float],
-    merged: Segments,
-    position: int,
-    ridge: float,
+    layer: ObservedLayer, hidden: Tensor, members: list[int], share: list[float], merged: Segments, position: int
 ) -> Tensor:
     """Compute the refitted down projection D' (f, o) of one group."""
     before = merged.down[position].double()  # (f, o)
@@ -121,7 +114,7 @@ def _fitted_down(
         gram += (neurons.T @ neurons).double()
         right += (neurons.T @ target).double()
     gram, right = layer.reduce(gram), layer.reduce(right)
-    penalty = ridge * gram.trace() / len(gram)
+    penalty = RIDGE * gram.trace() / len(gram)
     if not penalty > 0:  # no token, or no neuron that fires
         return before
     residual = right - gram @ before

@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 AGREEMENT = 0.99  # fraction of tokens that a rule must explain; not all, because rounding breaks ties
+TOLERANCE = 1e-2  # largest deviation of a weight, relative to the largest one; loose enough for weights in bfloat16
 
 
 class RouterRule(NamedTuple):
@@ -61,22 +62,19 @@ def possible_logits(rows: Tensor, bias: Tensor | None, routing: Routing) -> Iter
             return
 
 
-def recognise_rule(
-    logits: Tensor, routing: Routing, tolerance: float = 1e-2, reduce: Reduce = alone
-) -> RouterRule | None:
+def recognise_rule(logits: Tensor, routing: Routing, reduce: Reduce = alone) -> RouterRule | None:
     """Infer the rule by which a router computes gate weights from logits.
 
     Args:
         logits: (T, N) router logits.
         routing: T tokens as routed by this router.
-        tolerance: largest deviation of a weight, relative to the largest weight; loose enough for weights in bfloat16.
         reduce: over the processes that share the tokens.
 
     Returns:
         The rule that explains the gate weights of nearly all tokens (`AGREEMENT`), or None.
     """
     weight = routing.weight.to(logits.dtype)
-    bound, total = tolerance * largest(weight, reduce), reduce(weight.sum())
+    bound, total = TOLERANCE * largest(weight, reduce), reduce(weight.sum())
     for phi in ("exp", "sigmoid"):
         for over_all in (False, True):
             share = weight_shares(logits, routing.index, phi, over_all).gather(1, routing.index)  # (T, k)

@@ -100,9 +100,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.lm_eval and args.streamed:
         raise ValueError("lm-eval needs the whole model in memory; leave --lm-eval or --streamed out")
     if args.lm_eval:
-        from ..integration.lm_eval import check_installed
+        from ..integration.lm_eval import import_lm_eval
 
-        check_installed()
+        import_lm_eval()
     if args.cache is not None:
         from ..evaluation.agreement.logits_cache import check_folder
 

@@ -25,7 +25,7 @@ from ..installation import install_hint
 from .lm_eval_rows import DEFINITIONS, plain_definition, plain_row
 
 
-__all__ = ["check_installed", "evaluate_with_lm_eval", "harness_model", "write_lm_eval_tasks"]
+__all__ = ["evaluate_with_lm_eval", "harness_model", "import_lm_eval", "write_lm_eval_tasks"]
 
 
 def evaluate_with_lm_eval(
@@ -46,8 +46,8 @@ def evaluate_with_lm_eval(
     Raises:
         ImportError: lm-eval is not installed.
     """
-    evaluator = _lm_eval("lm_eval.evaluator")
-    manager = _lm_eval("lm_eval.tasks").TaskManager
+    evaluator = import_lm_eval("lm_eval.evaluator")
+    manager = import_lm_eval("lm_eval.tasks").TaskManager
     with ExitStack() as stack:
         stack.enter_context(preserved_random_state())  # lm-eval seeds the global generators
         if folder is None:
@@ -69,11 +69,6 @@ def evaluate_with_lm_eval(
     return results
 
 
-def check_installed() -> None:
-    """Raise ImportError, with how to install it, where lm-eval is missing."""
-    _lm_eval("lm_eval")
-
-
 def harness_model(model: Any, tokenizer: Any = None, batch_size: int = 8, **options: Any) -> Any:
     """Wrap a model for `lm_eval.simple_evaluate`, with log-likelihoods computed in float32.
 
@@ -90,7 +85,7 @@ def harness_model(model: Any, tokenizer: Any = None, batch_size: int = 8, **opti
         ImportError: lm-eval is not installed.
         ValueError: the model is in memory and no tokenizer is given.
     """
-    wrapper = _lm_eval("lm_eval.models.huggingface").HFLM
+    wrapper = import_lm_eval("lm_eval.models.huggingface").HFLM
     defaults: dict[str, Any] = {"backend": "causal", "batch_size": batch_size, "softmax_dtype": "float32"}
     if isinstance(model, str | Path):
         from ..machine.torch_state import default_device
@@ -117,7 +112,7 @@ def write_lm_eval_tasks(tasks: Sequence[Task], folder: str | Path) -> dict[str, 
     Raises:
         ImportError: lm-eval is not installed.
     """
-    root = Path(_lm_eval("lm_eval.tasks").__file__).parent
+    root = Path(import_lm_eval("lm_eval.tasks").__file__).parent
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     names = {}
@@ -171,7 +166,8 @@ def _result(task: Task, samples: Sequence[Mapping[str, Any]]) -> TaskResult:
     return summarise_outcomes(task, outcomes)
 
 
-def _lm_eval(module: str) -> Any:
+def import_lm_eval(module: str = "lm_eval") -> Any:
+    """Import a module of lm-eval; raises ImportError, with how to install it, where lm-eval is missing."""
     try:
         return import_module(module)
     except ImportError as error:

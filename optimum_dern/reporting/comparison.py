@@ -21,24 +21,23 @@ def comparison_rows(comparison: Any) -> tuple[list[str], list[list[str]]]:
     models = comparison.models
     first = models[0]
     rows = [["experts per layer", *(f"{m.experts}, {m.experts_per_token} a token" for m in models)]]
-    rows += _ratios("parameters", [m.parameters for m in models])
-    rows += _ratios("active per token", [m.active_parameters for m in models])
-    rows += _ratios("weights on disk", [m.disk_bytes for m in models], _bytes)
+    rows.append(_ratios("parameters", [m.parameters for m in models]))
+    rows.append(_ratios("active per token", [m.active_parameters for m in models]))
+    rows.append(_ratios("weights on disk", [m.disk_bytes for m in models], _bytes))
     if first.memory_bytes:
-        rows += _ratios("peak memory", [m.memory_bytes for m in models], _bytes)
+        rows.append(_ratios("peak memory", [m.memory_bytes for m in models], _bytes))
         for name in ("prefill", "decode"):
-            rows += _ratios(f"{name}, tokens/s", [median(getattr(m, name)) for m in models], "{:,.0f}".format)
-    if lengths := [_longest(m.losses) for m in models if m.losses]:
+            rows.append(_ratios(f"{name}, tokens/s", [median(getattr(m, name)) for m in models], "{:,.0f}".format))
+    if first.losses:
+        lengths = [max(loss["sequence_length"] for loss in m.losses.values()) for m in models]
         rows.append(["text, tokens a sequence", *(f"{length:,}" for length in lengths)])
-    for text in first.losses:
-        values = [(m.losses[text]["loss"], m.losses[text]["standard_error"]) for m in models]
-        rows.append(_differences(f"loss, {text}", values))
-    for key, name in (("kl", "KL from the original"), ("top1", "same top token")):
-        if first.losses:
-            rows.append([name, "", *(f"{_mean(m.agreement, key):.4f}" for m in models[1:])])
+        rows += [_loss_row(text, [m.losses[text] for m in models]) for text in first.losses]
+        for key, name in (("kl", "KL from the original"), ("top1", "same top token")):
+            means = [fmean(result[key]["value"] for result in m.agreement.values()) for m in models[1:]]
+            rows.append([name, "", *(f"{mean:.4f}" for mean in means)])
     for task, result in first.tasks.items():
         rows.append(_task_row(task, result, [m.tasks[task] for m in models[1:]]))
-    return ["", *(_name(m.path) for m in models)], rows
+    return ["", *(m.path.rstrip("/").rsplit("/", 1)[-1] for m in models)], rows
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -47,24 +46,15 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _ratios(name: str, values: Sequence[float], form: Any = "{:,}".format) -> list[list[str]]:
+def _ratios(name: str, values: Sequence[float], form: Any = "{:,}".format) -> list[str]:
     first, *rest = values
-    return [[name, form(first), *(f"{form(value)} (x {value / first:.2f})" for value in rest)]]
+    return [name, form(first), *(f"{form(value)} (x {value / first:.2f})" for value in rest)]
 
 
-def _differences(name: str, values: Sequence[tuple[float, float | None]]) -> list[str]:
-    (first, error), *rest = values
-    return [name, plus_minus(first, error), *(f"{value:.4f} ({value - first:+.4f})" for value, _ in rest)]
-
-
-def _longest(losses: dict[str, dict[str, Any]]) -> int:
-    """Return the number of tokens of the longest sequence of all texts."""
-    return max(loss["sequence_length"] for loss in losses.values())
-
-
-def _mean(agreement: dict[str, dict[str, Any]], key: str) -> float:
-    """Compute the mean of a value over the texts, with equal weights."""
-    return fmean(result[key]["value"] for result in agreement.values())
+def _loss_row(text: str, losses: Sequence[dict[str, Any]]) -> list[str]:
+    first, *rest = (loss["loss"] for loss in losses)
+    changes = (f"{loss:.4f} ({loss - first:+.4f})" for loss in rest)
+    return [f"loss, {text}", plus_minus(first, losses[0]["standard_error"]), *changes]
 
 
 def _task_row(name: str, first: dict[str, Any], rest: Sequence[dict[str, Any]]) -> list[str]:
@@ -81,7 +71,3 @@ def _task_row(name: str, first: dict[str, Any], rest: Sequence[dict[str, Any]]) 
 
 def _bytes(count: float) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"
-
-
-def _name(path: str) -> str:
-    return path.rstrip("/").rsplit("/", 1)[-1]

@@ -120,7 +120,8 @@ def cache_logits(
     work.mkdir(parents=True)
     try:
         vocabulary = _write_batches(model, texts, work, top_k)
-        facts = {"format": FORMAT, "model": name or _name_of(model), "vocabulary": vocabulary}
+        name = name or str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+        facts = {"format": FORMAT, "model": name, "vocabulary": vocabulary}
         facts |= {"top_k": min(top_k, vocabulary), "texts": {text: len(batches) for text, batches in texts.items()}}
         (work / CACHE_NAME).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
         if folder.exists():
@@ -188,7 +189,3 @@ def _summary(logits: Tensor, ids: Tensor, mask: Tensor, top_k: int, generator: t
 
 def _batch_file(folder: Path, text: int, batch: int) -> Path:
     return folder / f"text-{text:03d}-batch-{batch:05d}.safetensors"
-
-
-def _name_of(model: Any) -> str:
-    return str(getattr(model.config, "name_or_path", "") or type(model).__name__)

@@ -66,10 +66,12 @@ class CachedTeacher:
     def __init__(self, cache: LogitsCache) -> None:
         self.cache = cache
         self.places: dict[bytes, tuple[Path, int, int]] = {}  # file, and the range of positions in it
-        for file, ids, mask in _files(cache):
+        for path in sorted(cache.folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                ids, mask = file.get_tensor("input_ids"), file.get_tensor("attention_mask")
             end = 0
             for row, real, length in zip(ids, mask.bool(), predicted_positions(mask).sum(1).tolist(), strict=True):
-                self.places[_fingerprint(row[real])] = (file, end, end + length)
+                self.places[_fingerprint(row[real])] = (path, end, end + length)
                 end += length
 
     def divergence(self, student: Tensor, batch: Mapping[str, Tensor], predicted: Tensor) -> Tensor:
@@ -116,17 +118,11 @@ class CachedTeacher:
 def cached_rows(cache: LogitsCache) -> list[dict[str, list[int]]]:
     """List the sequences of a cache, without padding, as rows of a training set."""
     return [
-        {"input_ids": row[real].tolist()}
-        for _, ids, mask in _files(cache)
-        for row, real in zip(ids, mask.bool(), strict=True)
+        {"input_ids": row[mask.bool()].tolist()}
+        for text in cache.texts
+        for batch in cache.inputs(text)
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
-
-
-def _files(cache: LogitsCache):
-    """Yield the path, tokens and mask of every batch of a cache."""
-    for path in sorted(cache.folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            yield path, file.get_tensor("input_ids"), file.get_tensor("attention_mask")
 
 
 def _fingerprint(tokens: Tensor) -> bytes:

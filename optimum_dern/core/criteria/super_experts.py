@@ -18,6 +18,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from .selection import select_experts
+
 
 __all__ = ["find_super_experts"]
 
@@ -46,9 +48,4 @@ def find_super_experts(
         return []
     largest = max([output_max.max().item(), *earlier])
     outliers = (output_max > OF_MEDIAN * reached.median()) & (output_max > OF_LARGEST * largest)
-    found = []
-    for start in range(0, len(output_max), len(output_max) // num_groups):
-        group = output_max[start : start + len(output_max) // num_groups]
-        order = group.argsort(descending=True, stable=True)[: count // num_groups] + start
-        found += [expert for expert in order.tolist() if outliers[expert]]
-    return sorted(found)
+    return [expert for expert in select_experts(output_max, count, num_groups).tolist() if outliers[expert]]

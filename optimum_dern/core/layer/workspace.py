@@ -41,14 +41,11 @@ class Workspace(NamedTuple):
 
     def copy(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Copy a tensor one expert at a time."""
-        copy = self.empty_like(tensor, dtype=dtype)
-        for expert in range(len(tensor)):
-            copy[expert] = tensor[expert]
-        return copy
+        return self.select(tensor, torch.arange(len(tensor)), dtype)
 
-    def select(self, tensor: Tensor, experts: Tensor) -> Tensor:
-        """Copy the entries of some experts (N,), in the order given."""
-        chosen = self.empty_like(tensor, len(experts))
+    def select(self, tensor: Tensor, experts: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Copy the entries of some experts (N,) one at a time, in the order given."""
+        chosen = self.empty_like(tensor, len(experts), dtype)
         for position, expert in enumerate(experts.tolist()):
             chosen[position] = tensor[expert]
         return chosen

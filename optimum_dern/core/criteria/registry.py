@@ -9,7 +9,6 @@ A criterion's function is called with exactly the input that its `needs` names.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from .hope import hope
 from .selection import Places, select_experts
 
 
-__all__ = ["CRITERIA", "NEEDS", "Criterion", "Selection", "check_criterion", "select"]
+__all__ = ["CRITERIA", "NEEDS", "Criterion", "check_criterion", "select"]
 
 # From least to most; each includes those before it.  "residual" adds the tokens' residual stream.
 NEEDS = ("nothing", "weights", "statistics", "tokens", "residual")
@@ -35,13 +34,6 @@ class Criterion:
     function: Callable  # of (number of experts, seed), the segments, the statistics, or the observed layer
     chooses_set: bool = False  # True: takes `Places` too and returns (scores, retained); False: returns scores
     cost: Callable[[LayerShape], Cost] = lambda shape: Cost()
-
-
-class Selection(NamedTuple):
-    """Scores and retained experts of one layer, as decided by a criterion."""
-
-    scores: Tensor  # (E,) float64, larger is more important
-    retained: Tensor  # (N,) int64, ascending
 
 
 CRITERIA = {
@@ -59,7 +51,7 @@ CRITERIA = {
 }
 
 
-def select(name: str, layer: ObservedLayer, places: Places, seed: int = 0) -> Selection:
+def select(name: str, layer: ObservedLayer, places: Places, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Select the retained experts of a layer by a criterion.
 
     Args:
@@ -69,7 +61,8 @@ def select(name: str, layer: ObservedLayer, places: Places, seed: int = 0) -> Se
         seed: for "random".
 
     Returns:
-        Scores and retained experts, the same in every process.
+        (E,) float64 scores, larger is more important, and (N,) int64 retained experts, ascending; the same in every
+        process.
 
     Raises:
         ValueError: an unknown criterion, places that cannot be filled, scores that are not finite, or a router that
@@ -82,9 +75,9 @@ def select(name: str, layer: ObservedLayer, places: Places, seed: int = 0) -> Se
     else:
         arguments = ({"weights": layer.segments, "statistics": layer.statistics}.get(criterion.needs, layer),)
     if criterion.chooses_set:
-        return Selection(*criterion.function(*arguments, places))
+        return criterion.function(*arguments, places)
     scores = criterion.function(*arguments)
-    return Selection(scores, select_experts(scores, *places))
+    return scores, select_experts(scores, *places)
 
 
 def check_criterion(name: str) -> None:

@@ -101,9 +101,6 @@ def cluster_by_cosine(vectors: Tensor, scores: Tensor, places: Places, seed: int
         scores: (E,) the best of a cluster represents it.
         places: N, router groups, and protected experts, each of which starts a cluster of its own and represents it.
         seed: of the k-means++ initialisation.
-
-    Returns:
-        The grouping.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = _parts(normalize(vectors.double().cpu(), dim=1), places)

@@ -102,9 +102,6 @@ def cache_logits(
         overwrite: replace an existing cache.
         name: of the model, stored with the cache; by default the name or path it was loaded from.
 
-    Returns:
-        The cache.
-
     Raises:
         ValueError: `top_k` is below 1, there is no text, or the folder is not empty.
     """

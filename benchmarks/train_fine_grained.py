@@ -33,7 +33,7 @@ from train_tiny_moe import (  # noqa: E402
 )
 
 
-VOCABULARY, WINDOW, BATCH = 8192, 512, 8
+VOCABULARY, WINDOW, BATCH = 8192, 512, 4
 PEAK_RATE, BALANCE = 2e-3, 2e-3  # of the learning rate; weight of the load-balancing loss of each layer
 MEASURED_STEPS = 10  # from which the length of the schedule is estimated
 CONFIG = {

@@ -56,7 +56,7 @@ def load_rows(sources: list[Path], tokenizer: Any, length: int) -> Tensor:
     """Load all complete sequences of the training text, (rows, length)."""
     files = training_files(sources)
     samples = load_samples(dict.fromkeys(map(str, files), 1), tokenizer, ALL, length, seed=0)
-    rows = [ids for ids, _ in samples if len(ids) == length]
+    rows = [ids for ids, _, _ in samples if len(ids) == length]
     if not rows:
         raise SystemExit(f"--data holds no {length} tokens in a row; give more text or shorter sequences")
     return torch.stack(rows)

@@ -26,7 +26,7 @@ samples = load_samples(str(folder / "text" / "evaluation"), tokenizer, num_sampl
 trainer = Trainer(
     model,
     TrainingArguments(output_dir="build/trainer", per_device_eval_batch_size=16, report_to="none"),
-    eval_dataset=[{"input_ids": ids} for ids, _ in samples],
+    eval_dataset=[{"input_ids": ids} for ids, _, _ in samples],
     data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     **trainer_metrics(),
 )

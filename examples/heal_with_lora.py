@@ -57,7 +57,7 @@ trainer = Trainer(
         save_strategy="no",
         report_to="none",
     ),
-    train_dataset=[{"input_ids": ids} for ids, _ in samples],
+    train_dataset=[{"input_ids": ids} for ids, _, _ in samples],
     data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
 )
 trainer.train()

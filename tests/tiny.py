@@ -6,7 +6,9 @@ import torch
 
 
 VOCABULARY = 300
-EOS, PAD = 256, 257
+EOS, PAD, BOS = 256, 257, 258  # BOS of `adding_tokenizer` only
+MESSAGE = "<{{ message.role }}>{{ message.content }}\n"
+TEMPLATE = f"{{{{ bos_token }}}}{{% for message in messages %}}{MESSAGE}{{% endfor %}}{{{{ eos_token }}}}"
 EXPERTS, TOP_K, HIDDEN, WIDTH = 8, 2, 32, 16
 
 COMMON = {
@@ -100,6 +102,22 @@ def tiny_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+def adding_tokenizer(bos: str = "<bos>") -> Any:
+    """Make a byte-level tokenizer that puts BOS in front of every text, and whose chat template writes it as well.
+
+    Args:
+        bos: the token; "<eos>" for one that is both.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": bos})
+    start = (bos, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[start])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
 
 
 def random_tokens(n: int = 5, length: int = 24, seed: int = 0) -> list[dict[str, torch.Tensor]]:

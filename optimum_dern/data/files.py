@@ -1,4 +1,7 @@
-"""Read data files (text, JSON, Parquet, tensors), with errors that name the file and line."""
+"""Read data files (text, JSON, Parquet, tensors), with errors that name the file and line.
+
+Types go by the name, in capitals or not; text and JSON also compressed, as in `notes.txt.gz` or `ROWS.JSONL.ZST`.
+"""
 
 import json
 from collections.abc import Sequence
@@ -8,9 +11,38 @@ from typing import Any
 from ..paths import check_utf8
 
 
-__all__ = ["FILE_TYPES", "data_files", "listed", "parse_json", "read_rows", "read_text", "skipped_names"]
+__all__ = [
+    "FILE_TYPES",
+    "data_files",
+    "data_name",
+    "file_type",
+    "listed",
+    "parse_json",
+    "read_rows",
+    "read_text",
+    "skipped_names",
+]
 
 FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet", ".pt")
+TEXT_TYPES = (".txt", ".jsonl", ".json")  # these may be compressed
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # suffix: what pyarrow calls it
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which Windows programs write in front of UTF-8
+
+
+def file_type(path: Path) -> str:
+    """Return which of `FILE_TYPES` a name has, without its compression and in lower case; "" for all others."""
+    inner = _without_compression(path)
+    kind = inner.suffix.lower()
+    return kind if kind in (FILE_TYPES if inner == path else TEXT_TYPES) else ""
+
+
+def data_name(path: Path) -> str:
+    """Return a file's name without its type and compression: `notes` of notes.txt.gz."""
+    return _without_compression(path).stem
+
+
+def _without_compression(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
 
 
 def data_files(folder: Path) -> list[Path]:
@@ -19,7 +51,7 @@ def data_files(folder: Path) -> list[Path]:
     Raises:
         ValueError: no data file, or a name that is not UTF-8.
     """
-    files = sorted(file for file in folder.iterdir() if file.suffix in FILE_TYPES)
+    files = sorted(filter(file_type, folder.iterdir()))
     if not files:
         there = listed(skipped_names(folder)) or "nothing"
         raise ValueError(f"the folder {folder} has no data file ({', '.join(FILE_TYPES)}); it holds {there}")
@@ -35,21 +67,41 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 
 def skipped_names(folder: Path) -> list[str]:
     """List the entries of a folder that are not data files."""
-    others = sorted(entry for entry in folder.iterdir() if entry.suffix not in FILE_TYPES)
+    others = sorted(entry for entry in folder.iterdir() if not file_type(entry))
     return [f"{entry.name}/" if entry.is_dir() else entry.name for entry in others]
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 text file.
+    """Read a UTF-8 text file, with or without a byte order mark, compressed or not.
 
     Raises:
-        ValueError: the file is not UTF-8.
+        ValueError: the file is not UTF-8, or cannot be decompressed.
+        ImportError: pyarrow has been built without this compression.
     """
+    content = _read_bytes(path).removeprefix(BYTE_ORDER_MARK)
     try:
-        return path.read_text("utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = content[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line} is not UTF-8 text ({error.reason}); convert the file") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read_bytes(path: Path) -> bytes:
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
+        return path.read_bytes()
+    import pyarrow  # reads all three by itself, .zst too, which Python has no module for
+
+    if not pyarrow.Codec.is_available(compression):
+        raise ImportError(f"{path.name} needs a pyarrow that reads {compression}; reinstall it, or unpack the file")
+    try:
+        with pyarrow.input_stream(str(path), compression=compression) as stream:
+            return stream.read()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be decompressed as {compression} ({error}); pack it again") from error
 
 
 def parse_json(text: str, path: Path, line: int = 1) -> Any:
@@ -71,23 +123,40 @@ def read_rows(path: Path) -> Any:
     Raises:
         ValueError: an unsupported file type or content.
     """
-    if path.suffix == ".jsonl":
-        lines = enumerate(read_text(path).split("\n"), 1)
-        return [parse_json(line, path, number) for number, line in lines if line.strip()]
-    if path.suffix == ".json":
-        return _checked_list(parse_json(read_text(path), path), path)
-    if path.suffix == ".parquet":
+    kind = file_type(path)
+    if kind == ".jsonl":
+        return _json_lines(read_text(path), path)
+    if kind == ".json":
+        return _json_rows(read_text(path), path)
+    if kind == ".parquet":
         import pyarrow.parquet
+        from datasets import Dataset
 
-        return pyarrow.parquet.read_table(path).to_pylist()
-    if path.suffix == ".pt":
+        return Dataset(pyarrow.parquet.read_table(path))  # unlike `from_parquet`, without a copy in the disk's cache
+    if kind == ".pt":
         import torch
 
-        rows = torch.load(path, weights_only=True)
+        rows = torch.load(path, weights_only=True, map_location="cpu")
         return list(rows) if isinstance(rows, torch.Tensor) and rows.dim() == 2 else _checked_list(rows, path)
     raise ValueError(
         f"cannot read calibration data from {path.name!r}; give one of {', '.join(FILE_TYPES)}, or a folder"
     )
+
+
+def _json_lines(text: str, path: Path) -> list:
+    # Not by `datasets`: its lines must be objects with the same columns, and its errors name no line.
+    return [parse_json(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _json_rows(text: str, path: Path) -> list:
+    """Parse a JSON list, or JSON lines, which many files named .json hold."""
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # a whole value, and something behind it
+            return _json_lines(text, path)
+        rows = parse_json(text, path)  # fails, naming the line
+    return _checked_list(rows, path)
 
 
 def _checked_list(rows: Any, path: Path) -> list:

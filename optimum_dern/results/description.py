@@ -41,7 +41,7 @@ def describe_dataset(dataset: Any) -> str:
     if isinstance(dataset, str | Path):
         return str(dataset)
     if isinstance(dataset, Mapping):
-        return " + ".join(f"{weight:g} x {name}" for name, weight in dataset.items())
+        return " + ".join(f"{weight:g} x {describe_dataset(part)}" for part, weight in dataset.items())
     kind = type(dataset[0]).__name__ if isinstance(dataset, Sequence) and len(dataset) else "row"
     size = len(dataset) if hasattr(dataset, "__len__") else "unknown number"
     return f"{size} {kind}s in memory ({type(dataset).__name__})"
@@ -51,8 +51,9 @@ def _without_folders(dataset: Any) -> Any:
     if isinstance(dataset, str | Path):
         return public_paths([str(dataset)])[str(dataset)]
     if isinstance(dataset, Mapping):
-        names = public_paths(map(str, dataset))
-        return {names[str(name)]: weight for name, weight in dataset.items()}
+        described = {describe_dataset(part): weight for part, weight in dataset.items()}
+        names = public_paths(described)
+        return {names[name]: weight for name, weight in described.items()}
     return dataset
 
 

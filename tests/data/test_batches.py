@@ -27,8 +27,8 @@ def ids_of(text):
 def samples_of(dataset, num_samples=128, sequence_length=2048, seed=0, column="text", tokenizer=TOKENIZER):
     """The ids of all samples, after a check that nothing is masked."""
     samples = load_samples(dataset, tokenizer, num_samples, sequence_length, seed, column)
-    assert all(ids.dtype == mask.dtype == torch.int64 and mask.all() for ids, mask in samples)
-    return [ids.tolist() for ids, _ in samples]
+    assert all(ids.dtype == mask.dtype == torch.int64 and mask.all() for ids, mask, _ in samples)
+    return [ids.tolist() for ids, _, _ in samples]
 
 
 EXPECTED = [ids_of(text) for text in TEXTS]
@@ -233,13 +233,13 @@ def test_batches_come_apart(side):
     batch = padded_batch([9, 4, 7], side)
     batch["attention_mask"][2, 4] = 0  # real tokens on both sides
     samples = load_samples([batch], None, 128, 6, 0)
-    assert [len(ids) for ids, _ in samples] == [6, 4, 6]
+    assert [len(ids) for ids, _, _ in samples] == [6, 4, 6]
     assert samples[0][0].equal(batch["input_ids"][0, :6])
     assert samples[1][0].equal(batch["input_ids"][1][batch["attention_mask"][1].bool()])
-    assert [int(mask.sum()) for _, mask in samples] == [6, 4, 5]
+    assert [int(mask.sum()) for _, mask, _ in samples] == [6, 4, 5]
     assert len(load_samples([batch], None, 2, 6, 0)) == 2
     whole = load_samples([{"input_ids": batch["input_ids"]}], None, 128, 9, 0)
-    assert torch.stack([ids for ids, _ in whole]).equal(batch["input_ids"])
+    assert torch.stack([ids for ids, _, _ in whole]).equal(batch["input_ids"])
 
 
 def test_padding_without_a_padding_token():
@@ -259,8 +259,8 @@ def test_padding_without_a_padding_token():
         (42, ValueError, "type int is not supported"),
         (b"bytes", ValueError, "type bytes is not supported"),
         ([3, 4], ValueError, "row is a int"),
-        ([None], ValueError, "row is a NoneType"),
-        ([[]], ValueError, "row is a list"),
+        ([None], ValueError, "holds no token"),
+        ([[]], ValueError, "holds no token"),
         ([{"body": "x"}], ValueError, r"no column 'text', only \['body'\]; name it with text_column"),
         ({}, ValueError, "needs sources"),
         ({"a.txt": 0}, ValueError, "not all zero"),

@@ -9,6 +9,7 @@ from ...checkpoint.source.provenance import load_tokenizer, source_tokenizer
 from ...config import DernConfig
 from ...data.batches import holds_text, load_batches
 from ...data.files import listed, skipped_names
+from ...data.sources import find_repository
 from ...models.context_length import bounded_length
 from ...results.description import describe_dataset
 
@@ -63,7 +64,8 @@ def _warn_of_few(config: DernConfig, sequences: int, length: int) -> None:
     if sequences >= config.num_samples:
         return
     sources = config.dataset if isinstance(config.dataset, Mapping) else [config.dataset]
-    folders = [Path(source).expanduser() for source in sources if isinstance(source, str | Path)]
+    names = [source for source in sources if isinstance(source, str | Path)]
+    folders = [Path(name).expanduser() for name in names if find_repository(name) is None]
     skipped = [f"{folder}/{name}" for folder in folders if folder.is_dir() for name in skipped_names(folder)]
     logger.warning(
         "the calibration data (%s) gives %d sequences of up to %d tokens, fewer than num_samples=%d%s",

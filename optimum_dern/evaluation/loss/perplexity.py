@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ...data.batches import load_batches
-from ...data.files import data_files
+from ...data.batches import is_endless, load_batches
+from ...data.files import data_files, data_name
+from ...data.sources import find_repository
 from ...models.context_length import bounded_length, context_length
 from ...results.estimate import json_error
 from .logits import batch_logits
@@ -27,6 +28,7 @@ __all__ = ["TextLoss", "evaluate_loss", "evaluate_texts", "evaluation_length", "
 logger = getLogger(__name__)
 LONGEST = 2048  # largest default of the sequence length
 ALL = 1 << 62  # as the number of samples: all of them
+OF_A_STREAM = 512  # sequences of data that has no end, or that would have to be downloaded whole
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,28 @@ def load_texts(
         tokenizer: of the model.
         sequence_length: tokens per sequence.
         batch_size: sequences per forward pass.
-        limit: at most this many sequences per entry, drawn at random with a fixed seed; all by default.
+        limit: at most this many sequences per entry, drawn at random with a fixed seed; by default all, of datasets
+            on the Hub and other streams 512.
     """
-    sources = {Path(source).stem if isinstance(source, str | Path) else "text": source}
-    if isinstance(source, str | Path) and Path(source).is_dir():
-        sources = {file.stem: file for file in data_files(Path(source))}
+    if limit is None and is_endless(source):
+        logger.warning("%d sequences of the stream are taken; set a limit for another number", OF_A_STREAM)
+        limit = OF_A_STREAM
     options = {"num_samples": limit or ALL, "sequence_length": sequence_length, "batch_size": batch_size}
-    return {name: load_batches(data, tokenizer, **options) for name, data in sources.items()}
+    return {name: load_batches(data, tokenizer, **options) for name, data in _by_name(source).items()}
+
+
+def _by_name(source: Any) -> dict[str, Any]:
+    """The texts of a source: the files of a folder, or itself."""
+    if not isinstance(source, str | Path):
+        return {"text": source}
+    path = Path(source).expanduser()
+    if find_repository(source):
+        return {path.name if path.is_dir() else str(source): source}
+    files = data_files(path) if path.is_dir() else [path]
+    names = [data_name(file) for file in files]
+    # Files whose names differ in their type alone keep it.
+    names = [file.name if names.count(name) > 1 else name for name, file in zip(names, files, strict=True)]
+    return dict(zip(names, files if path.is_dir() else [source], strict=True))
 
 
 @torch.no_grad()

@@ -1,0 +1,188 @@
+"""Samples: token ids and masks of one sequence, from text or from token rows.
+
+A sequence begins with one beginning-of-sequence token (BOS) if the tokenizer puts one in front of plain text, since
+that is what the model sees in use: also where a chat template has written it already, and in windows of a stream.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+__all__ = ["Reading", "Sample", "check_masks", "checked_mask", "sequences", "to_tokens", "windows"]
+
+DOCUMENTS = 64  # tokenized at once
+
+
+class Sample(NamedTuple):
+    """One unpadded sequence."""
+
+    ids: Tensor  # (S,) int64
+    mask: Tensor  # (S,) int64, 1 for tokens that count
+    source: str  # name of the part of the data that it came from
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How data becomes samples: what is the same for all parts of it."""
+
+    tokenizer: Any
+    length: int  # tokens a sequence, at most
+    seed: int = 0
+    column: str = "text"
+    made: Mapping[str, Callable[[int], list[Sample]]] = field(default_factory=dict)  # by name of the source
+
+    @cached_property
+    def bos(self) -> int | None:
+        """The token that the tokenizer puts in front of plain text, if any."""
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        ids = [] if bos is None else self.tokenizer("x")["input_ids"]
+        return bos if len(ids) and ids[0] == bos else None
+
+    def text_tokenizer(self, source: Any) -> Any:
+        """Return the tokenizer.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"calibration data {str(source)!r} is text: give a tokenizer, or token ids instead")
+        return self.tokenizer
+
+
+def to_tokens(row: Any, reading: Reading) -> tuple[Tensor, Tensor]:
+    """Convert a text or a token row of one sequence.
+
+    Args:
+        row: text, token ids, or a mapping of `input_ids` and perhaps `attention_mask`.
+        reading: gives the tokenizer and the length.
+
+    Returns:
+        Token ids and mask, each (S,) int64 on the CPU with S <= `reading.length`.
+
+    Raises:
+        ValueError: text without a tokenizer, or a mask that is none.
+    """
+    if isinstance(row, str):
+        tokenizer = reading.text_tokenizer("text")
+        written = reading.bos is not None and row.startswith(tokenizer.bos_token)
+        special = {"add_special_tokens": False} if written else {}  # as after a chat template: they are there
+        row = tokenizer(row, truncation=True, max_length=reading.length, **special)
+    row = row if isinstance(row, Mapping) or hasattr(row, "data") and hasattr(row, "keys") else {"input_ids": row}
+    ids = torch.as_tensor(row["input_ids"]).cpu().flatten().long()
+    mask = row["attention_mask"] if "attention_mask" in row else torch.ones_like(ids)
+    return ids[: reading.length], checked_mask(mask, ids)[: reading.length].long()
+
+
+def sequences(row: Any) -> Iterator[Any]:
+    """Yield the sequences of a token batch without their padding; a single sequence is yielded unchanged."""
+    tokens = row if isinstance(row, Mapping) else {"input_ids": row}
+    if not _is_batch(tokens["input_ids"]):
+        yield row
+        return
+    ids = [torch.as_tensor(sequence).cpu().flatten() for sequence in tokens["input_ids"]]
+    for sequence, mask in zip(ids, tokens.get("attention_mask", map(torch.ones_like, ids)), strict=True):
+        mask = checked_mask(mask, sequence)
+        real = mask.nonzero().flatten().tolist()
+        if real:
+            part = slice(real[0], real[-1] + 1)
+            yield {"input_ids": sequence[part], "attention_mask": mask[part]}
+
+
+def _is_batch(ids: Any) -> bool:
+    """Return whether token ids are a batch of several sequences: a matrix, or a list of lists or vectors."""
+    if isinstance(ids, Sequence):
+        return len(ids) > 1 and (isinstance(ids[0], Sequence) or getattr(ids[0], "ndim", 0) > 0)
+    return getattr(ids, "ndim", 0) > 1 and len(ids) > 1
+
+
+def windows(documents: Iterable[str], reading: Reading, most: int | None = None) -> list[Tensor]:
+    """Cut a stream of documents, each followed by EOS, into whole windows.
+
+    Args:
+        documents: texts; those that are blank do not count.
+        reading: gives the tokenizer and the length.
+        most: number of windows after which to stop reading; all by default.
+
+    Returns:
+        Windows of (`reading.length`,) int64; a single shorter one where there is not more.
+    """
+    stream: list[int] = []
+    for ids in _document_tokens(iter(documents), reading):
+        stream += ids
+        if most is not None and len(stream) >= most * reading.length:
+            break
+    if reading.bos is not None and stream and stream[0] != reading.bos:
+        stream.insert(0, reading.bos)
+    found = list(_cut(stream, reading.length, reading.bos))
+    if len(found) > 1 and len(found[-1]) < reading.length:
+        found.pop()  # whole windows only, so that nothing needs padding
+    return [torch.tensor(window, dtype=torch.int64) for window in found][:most]
+
+
+def _document_tokens(documents: Iterator[str], reading: Reading) -> Iterator[list[int]]:
+    """Yield every document's tokens with EOS behind them, and BOS in front where the tokenizer adds one."""
+    tokenizer, bos = reading.text_tokenizer("text"), reading.bos
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    texts = (text for text in documents if text.strip())
+    for first in texts:
+        batch = list(chain([first], islice(texts, DOCUMENTS - 1)))
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            if bos is None:
+                yield ids + end
+                continue
+            # A token that is both stands between two documents once; `windows` puts it in front of the first.
+            start = [] if [bos] == end or ids[:1] == [bos] else [bos]
+            ids = ids[1:] if [bos] == end and ids[:1] == [bos] else ids
+            yield start + ids + ([] if ids[-1:] == end else end)
+
+
+def _cut(stream: list[int], length: int, bos: int | None) -> Iterator[list[int]]:
+    """Yield the windows of a stream, each beginning with BOS, which is put in front where none is there."""
+    position = 0
+    while position < len(stream):
+        lead = [] if bos is None or stream[position] == bos else [bos]
+        step = max(length - len(lead), 1)
+        yield (lead + stream[position : position + step])[:length]
+        position += step
+
+
+def check_masks(batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Check the attention masks of batches made by the caller, as in `checked_mask`."""
+    for batch in batches:
+        if "attention_mask" in batch:
+            checked_mask(batch["attention_mask"], batch["input_ids"])
+
+
+def checked_mask(mask: Any, ids: Tensor) -> Tensor:
+    """Convert an attention mask to a vector of zeros and ones, one entry per token.
+
+    Args:
+        mask: as a list, array or tensor.
+        ids: the S token ids that it belongs to.
+
+    Returns:
+        (S,) of zeros and ones on the CPU, 1 for real tokens.
+
+    Raises:
+        ValueError: another shape, or other numbers, such as indices of samples packed into one row.
+    """
+    mask = torch.as_tensor(mask).cpu()
+    if mask.numel() != ids.numel():
+        raise ValueError(
+            f"an attention_mask of shape {tuple(mask.shape)} stands beside {ids.numel()} tokens; give one number a "
+            "token, 1 for a real one and 0 for padding"
+        )
+    mask = mask.flatten()
+    others = mask[(mask != 0) & (mask != 1)]
+    if len(others):
+        raise ValueError(
+            f"an attention_mask holds {others[0].item()}, but it must hold 1 for real tokens and 0 for padding; where "
+            "its numbers tell packed samples apart, give each sample as a row of its own"
+        )
+    return mask

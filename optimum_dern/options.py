@@ -195,8 +195,9 @@ class DernOptions:
     )
     dataset: Any = _option(
         None,
-        "calibration data: a file, a folder, wikitext2, c4 or c4-new; in Python also texts, token ids or "
-        "{source: weight}",
+        "calibration data: a file, a folder, a Hub dataset (owner/name, owner/name:config:split), or the name of a "
+        "known one (general: a mix of domains; wikitext2, c4, c4-new); in Python also texts, chats, token ids, a "
+        "datasets.Dataset, or {source: weight}",
         group="data",
     )
     num_samples: int = _option(128, "maximum number of calibration sequences", group="data")

@@ -3,13 +3,13 @@
 This is the only module that uses transformers' loading functions, which are partly private and may change.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -136,14 +136,11 @@ def release_(module: nn.Module) -> None:
 @contextmanager
 def _loading_quietly() -> Iterator[None]:
     """Make transformers load tensors one at a time, and without progress bars, while the context is open."""
-    before, bars = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD"), logging.is_progress_bar_enabled()
-    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with patch_environment(hf_deactivate_async_load=1):
+            yield
     finally:
-        os.environ.pop("HF_DEACTIVATE_ASYNC_LOAD")
-        if before is not None:
-            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
         if bars:
             logging.enable_progress_bar()

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ...core.layer.workspace import Empty
+from .quantisation import check_quantisation, find_packed, without_quantisation
 from .tensor_file import DTYPES, TensorInfo, read_header, read_tensor
 from .weight_files import weight_files
 
 
-__all__ = ["CheckpointReader", "LazyTensor"]
+__all__ = ["CheckpointReader", "LazyTensor", "stored_tensors"]
 
 
 class LazyTensor:
@@ -45,65 +46,81 @@ class LazyTensor:
 
 
 class CheckpointReader:
-    """Reader of the weights in a folder of safetensors files.
+    """Reader of the weights in a folder of safetensors files; quantised ones are read as if stored in bfloat16.
 
     Args:
         folder: with a config.json and the weight files that `weight_files` finds, all tensors of which count.
 
     Raises:
         FileNotFoundError: there are no safetensors files, or a shard is missing.
-        ValueError: a file is broken.
+        ValueError: a file is broken, the quantisation is not supported, or its scales do not fit.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = json.loads((folder / "config.json").read_text("utf-8"))
-        self.infos: dict[str, TensorInfo] = {}
-        for path in weight_files(folder):
-            self.infos.update(read_header(path))
+        self.stored = stored_tensors(folder)
+        self.infos, self._packed = self.stored, {}
+        if quantisation := check_quantisation(self.config):
+            self.config = without_quantisation(self.config)
+            self._packed, hidden = find_packed(self.stored, quantisation)
+            plain = {name: info for name, info in self.stored.items() if name not in hidden}
+            self.infos = plain | {name: packed.info for name, packed in self._packed.items()}
         self.bytes_read = 0
         self.after_read: Callable[[str, Tensor], None] | None = None  # called with every tensor that is read
         self._files: dict[Path, int] = {}
 
     @property
-    def stored(self) -> dict[str, TensorInfo]:
-        """The tensors in the files; `infos` differs from it for a quantised checkpoint."""
-        return self.infos
-
-    @property
     def bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(info.size for info in self.infos.values())
+        """Bytes of all tensors as they are stored."""
+        return sum(info.size for info in self.stored.values())
 
     @property
     def largest_file(self) -> int:
         """Bytes of the largest file."""
-        return max(path.stat().st_size for path in {info.path for info in self.infos.values()})
+        return max(path.stat().st_size for path in {info.path for info in self.stored.values()})
 
     def lazy(self, name: str) -> LazyTensor:
         """Return a tensor that is read when it is used."""
         return LazyTensor(self.infos[name], lambda empty: self.read(name, empty))
 
     def read(self, name: str, empty: Empty = torch.empty) -> Tensor:
-        """Read a tensor as it is stored.
+        """Read a tensor, and dequantise it where it is quantised.
 
         Args:
             name: of the tensor.
             empty: allocates its memory.
         """
-        info = self.infos[name]
+        packed = self._packed.get(name)
+        if packed is None:
+            tensor = self._read_stored(name, empty)
+        else:
+            tensor = packed.decode(*(self._read_stored(part, empty) for part in packed.parts), empty=empty)
+        if self.after_read is not None:
+            self.after_read(name, tensor)
+        return tensor
+
+    def _read_stored(self, name: str, empty: Empty) -> Tensor:
+        info = self.stored[name]
         if info.dtype not in DTYPES:
             raise ValueError(f"{name} has the dtype {info.dtype}, which is not one of {', '.join(DTYPES)}")
         if info.path not in self._files:
             self._files[info.path] = os.open(info.path, os.O_RDONLY)
-        tensor = read_tensor(info, self._files[info.path], empty)
         self.bytes_read += info.size
-        if self.after_read is not None:
-            self.after_read(name, tensor)
-        return tensor
+        return read_tensor(info, self._files[info.path], empty)
 
     def close(self) -> None:
         """Close all files."""
         for file in self._files.values():
             os.close(file)
         self._files.clear()
+
+
+def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Read the headers of a checkpoint's weight files: its tensors as they are stored, by name.
+
+    Raises:
+        FileNotFoundError: there are no safetensors files, or a shard is missing.
+        ValueError: a file is broken.
+    """
+    return {name: info for path in weight_files(folder) for name, info in read_header(path).items()}

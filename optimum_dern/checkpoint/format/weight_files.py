@@ -5,15 +5,26 @@ that no index names, variants.  All code that reads, counts or downloads weights
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
-from .adapter_folder import check_whole_model
 
-
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "entry_names", "has_weights", "weight_files", "weight_names"]
+__all__ = [
+    "ADAPTER_NAME",
+    "INDEX_NAME",
+    "PICKLED",
+    "SINGLE_NAME",
+    "check_whole_model",
+    "entry_names",
+    "has_weights",
+    "no_weights",
+    "weight_files",
+    "weight_names",
+]
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
-PICKLED = ("*.bin", "*.pt", "*.pth")
+ADAPTER_NAME = "adapter_config.json"
+PICKLED = (".bin", ".pt", ".pth")
 
 
 def entry_names(folder: Path) -> tuple[str, ...]:
@@ -50,18 +61,55 @@ def weight_files(folder: Path) -> list[Path]:
         FileNotFoundError: there are none, or some are missing.
     """
     names = weight_names(folder)
-    if not names and not any(folder.glob("pytorch_model.bin*")):
-        check_whole_model(folder, folder)
-    if not names and any(any(folder.glob(pattern)) for pattern in PICKLED):
-        raise FileNotFoundError(
-            f"{folder} holds pickled weights, which can run code when they are loaded; convert them once, with "
-            "transformers: AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER)"
-        )
     if not names:
-        entries = entry_names(folder)
-        found = f"neither {' nor '.join(entries)}" if len(entries) > 1 else f"no {entries[0]}, which its config names"
-        raise FileNotFoundError(f"{folder} has {found}")
+        raise no_weights(folder, folder, [file.name for file in folder.iterdir()], "FOLDER")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {len(missing)} of its {len(names)} shards, such as {missing[0]}")
     return [folder / name for name in names]
+
+
+def no_weights(model: str | Path, folder: Path, files: Collection[str], source: str) -> FileNotFoundError:
+    """Make the error for a checkpoint without safetensors weights, which says what is there instead.
+
+    Args:
+        model: as the user gave it.
+        folder: local, with its config.
+        files: names of all files of the checkpoint.
+        source: the arguments with which `from_pretrained` loads it.
+
+    Raises:
+        FileNotFoundError: it is an adapter.
+    """
+    if not any(name.startswith("pytorch_model.bin") for name in files):
+        check_whole_model(model, folder)
+    if any(name.endswith(PICKLED) for name in files):
+        return FileNotFoundError(
+            f"{model} holds pickled weights, which can run code when they are loaded; convert them once, with "
+            f"transformers: AutoModelForCausalLM.from_pretrained({source}, dtype='auto').save_pretrained(NEW_FOLDER), "
+            "and give that folder"
+        )
+    entries = entry_names(folder)
+    found = f"neither {' nor '.join(entries)}" if len(entries) > 1 else f"no {entries[0]}, which its config names"
+    return FileNotFoundError(f"{model} has {found}; give the checkpoint in safetensors")
+
+
+def check_whole_model(model: str | Path, folder: Path) -> None:
+    """Refuse a folder that holds an adapter where a whole model is expected.
+
+    Args:
+        model: as the user gave it.
+        folder: with its files, among which no weights of a whole model were found.
+
+    Raises:
+        FileNotFoundError: the folder has an adapter's config.
+    """
+    path = folder / ADAPTER_NAME
+    if not path.is_file():
+        return
+    base = json.loads(path.read_text("utf-8")).get("base_model_name_or_path") or "its base"
+    raise FileNotFoundError(
+        f"{model} is an adapter of {base} without the weights of a whole model; merge it into its base first, and "
+        f"give the new folder: AutoPeftModelForCausalLM.from_pretrained({str(model)!r}).merge_and_unload()"
+        ".save_pretrained(NEW_FOLDER), of peft (the tokenizer goes there, too)"
+    )

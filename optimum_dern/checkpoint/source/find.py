@@ -11,7 +11,6 @@ import torch
 from ...models.dtype import parse_dtype
 from ...models.skeleton import build_skeleton
 from ..format.conversion import NameMap
-from ..format.dequantise import DequantisingReader, open_reader
 from ..format.precision import loading_dtype
 from ..format.quantisation import check_quantisation
 from ..format.reader import CheckpointReader
@@ -21,9 +20,7 @@ from .resolve import fetch_weights, remote_dtypes, resolve_checkpoint
 from .ties import match_ties_
 
 
-__all__ = ["Source", "find_checkpoint", "open_checkpoint"]
-
-Reader = CheckpointReader | DequantisingReader
+__all__ = ["Source", "find_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,10 @@ class Source:
     commit: str | None  # of a Hub model
     skeleton: Any  # its model without weights, on the meta device
     token: Any
-    reader: Reader | None  # None where the weights are not downloaded yet
+    reader: CheckpointReader | None  # None where the weights are not downloaded yet
     download: Mapping[str, Any] = field(default_factory=dict)  # further options of `resolve_checkpoint`
 
-    def open_weights(self) -> Reader:
+    def open_weights(self) -> CheckpointReader:
         """Open the weights, and download them first where that is needed.
 
         Raises:
@@ -48,7 +45,7 @@ class Source:
         if self.reader is not None:
             return self.reader
         fetch_weights(self.name, self.commit, self.folder, self.token, **self.download)
-        reader = open_reader(self.folder)
+        reader = CheckpointReader(self.folder)
         _match_(self.skeleton, reader)
         return reader
 
@@ -83,7 +80,7 @@ def find_checkpoint(
             incomplete.
     """
     folder, commit = resolve_checkpoint(model, revision, token, **download)
-    reader = open_reader(folder) if (commit is None if need_weights else has_weights(folder)) else None
+    reader = CheckpointReader(folder) if (commit is None if need_weights else has_weights(folder)) else None
     quantised = check_quantisation(json.loads((folder / "config.json").read_text("utf-8"))) is not None
 
     def stored_dtype() -> torch.dtype | None:
@@ -97,33 +94,24 @@ def find_checkpoint(
 
 
 def _first_dtypes(
-    model: str, folder: Path, commit: str | None, token: Any, reader: Reader | None, download: Mapping[str, Any]
+    model: str,
+    folder: Path,
+    commit: str | None,
+    token: Any,
+    reader: CheckpointReader | None,
+    download: Mapping[str, Any],
 ) -> dict[str, str]:
     """Return the safetensors dtypes of the tensors in the first weight file; empty where there is none."""
     if reader is None and has_weights(folder):
-        reader = open_reader(folder)
+        reader = CheckpointReader(folder)
     if reader is not None:
         first = folder / weight_names(folder)[0]
         return {name: info.dtype for name, info in reader.infos.items() if info.path == first}
     return {} if commit is None else remote_dtypes(model, commit, folder, token, download.get("subfolder") or "")
 
 
-def _match_(skeleton: Any, reader: Reader) -> None:
+def _match_(skeleton: Any, reader: CheckpointReader) -> None:
     """Tie the parameters of a model without weights as its checkpoint does, and refuse an incomplete checkpoint."""
     names = NameMap(skeleton, list(reader.infos))
     match_ties_(skeleton, reader, names)
     check_complete(skeleton, reader, names)
-
-
-def open_checkpoint(model: str | Path, **options: Any) -> tuple[Reader, Any, str | None]:
-    """Find a checkpoint and open its weights at once.
-
-    Args:
-        model: folder or Hub id.
-        **options: arguments of `find_checkpoint`.
-
-    Returns:
-        The reader of its weights, its model without weights, and the commit of a Hub model.
-    """
-    source = find_checkpoint(model, **options)
-    return source.open_weights(), source.skeleton, source.commit

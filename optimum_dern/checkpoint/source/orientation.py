@@ -7,7 +7,7 @@ converters that it was loaded with, and saves with them; this module sets those 
 
 from typing import Any
 
-from ..format.reader import CheckpointReader
+from ..format.reader import stored_tensors
 from .provenance import source_file
 
 
@@ -24,7 +24,7 @@ def keep_orientation_(model: Any) -> None:
     config = source_file(model, "config.json") if turning else None
     if config is None:
         return
-    stored = CheckpointReader(config.parent).stored
+    stored = stored_tensors(config.parent)
     for converter, operation in turning:
         parameters = {name: p for name, p in model.named_parameters() if converter.target_patterns[0] in name}
         sources = [info for name, info in stored.items() if converter.source_patterns[0] in name]

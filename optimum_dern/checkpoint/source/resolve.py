@@ -9,14 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..format.adapter_folder import ADAPTER_NAME, check_whole_model
 from ..format.sidecars import FOLDERS
-from ..format.weight_files import entry_names, weight_names
+from ..format.weight_files import ADAPTER_NAME, PICKLED, check_whole_model, entry_names, no_weights, weight_names
 
 
 __all__ = ["check_checkpoint", "fetch_weights", "remote_dtypes", "resolve_checkpoint"]
 
-PICKLED = (".bin", ".pt", ".pth")
 LARGE = (*PICKLED, ".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".npz", ".pkl", ".distcp", ".ckpt")
 LOGIN = "log in with `hf auth login`, or give token=..."
 
@@ -165,17 +163,8 @@ def _check_weights(model: str, commit: str, folder: Path, token: Any, inside: st
     with _explained(model, commit):
         files = HfApi(token=token).list_repo_files(model, revision=commit)
     files = [name.removeprefix(inside) for name in files if name.startswith(inside)]
-    if any(name in files for name in entries):
-        return
-    if not any(name.startswith("pytorch_model") for name in files):
-        check_whole_model(model, folder)
-    if any(name.endswith(PICKLED) for name in files):
-        raise FileNotFoundError(
-            f"{model} holds pickled weights, which can run code when they are loaded; convert them once, with "
-            f"transformers: AutoModelForCausalLM.from_pretrained({model!r}, revision={commit!r}, dtype='auto')"
-            ".save_pretrained(NEW_FOLDER), and give that folder"
-        )
-    raise FileNotFoundError(f"{model} has neither {' nor '.join(entries)}; give the checkpoint in safetensors")
+    if not any(name in files for name in entries):
+        raise no_weights(model, folder, files, f"{model!r}, revision={commit!r}")
 
 
 @contextmanager

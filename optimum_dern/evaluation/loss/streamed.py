@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.format.conversion import NameMap
-from ...checkpoint.source.find import open_checkpoint
+from ...checkpoint.source.find import find_checkpoint
 from ...checkpoint.source.loader import PartLoader
 from ...engine.walk.calls import record_layer_calls, replay_last_hidden
 from ...engine.walk.stream import HiddenStream
@@ -32,7 +32,8 @@ class StreamedCheckpoint:
     """
 
     def __init__(self, model: str | Path, device: torch.device, **source: Any) -> None:
-        reader, self.skeleton, _ = open_checkpoint(model, **source)
+        found = find_checkpoint(model, **source)
+        reader, self.skeleton = found.open_weights(), found.skeleton
         self.config = self.skeleton.config
         names = NameMap(self.skeleton, list(reader.infos))
         self.loader = PartLoader(self.skeleton, find_moe_layers(self.skeleton), reader, names, device)

@@ -214,7 +214,7 @@ def train(kind: str, data: Path, output: Path, steps: int) -> None:
 
 def write_config(model: torch.nn.Module, path: Path) -> None:
     """Rewrite the saved config with the rotary embedding and expert counts also under the names of older readers."""
-    from optimum_dern.checkpoint.config.config_json import compressed_config
+    from optimum_dern.checkpoint.output.config_json import compressed_config
     from optimum_dern.text_files import replace_json
 
     replace_json(path, compressed_config(json.loads(path.read_text("utf-8")), None, model.config))

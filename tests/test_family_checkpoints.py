@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import EXPERTS, random_tokens
 
 from optimum_dern import DernCompressor
-from optimum_dern.checkpoint.config.rope_json import ROPE_KEYS
+from optimum_dern.checkpoint.output.config_json import ROPE_KEYS
 from optimum_dern.models.moe.structure import COUNT_KEYS, find_moe_layers
 
 

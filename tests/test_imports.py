@@ -14,7 +14,7 @@ ORDER = """
     versions errors paths text_files installation
     core.layer core.router core.criteria core.pictures core.dern core.refits core.merging
     machine results models.moe models data methods options config reporting
-    checkpoint.format checkpoint.config checkpoint.source checkpoint.hub checkpoint.output
+    checkpoint.format checkpoint.source checkpoint.hub checkpoint.output
     engine.layer engine.walk engine.cost engine.run compressor
     evaluation.loss evaluation.agreement evaluation.tasks evaluation.compare integration commands __main__
 """.split()

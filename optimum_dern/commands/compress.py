@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.output.prepare import check_output
+from ..checkpoint.output.folder import check_output
 from .arguments import add_config_arguments, add_model_arguments, check_model_name, config_from_arguments
 from .tables import print_table
 

@@ -80,7 +80,7 @@ os._exit(0)  # as the command does
 # The command itself, in which one process stops at the second layer.
 STOPPING = """
 import os, signal, sys
-from optimum_dern.checkpoint.output.copied_layers import CheckpointLayers
+from optimum_dern.checkpoint.output.tensors import CheckpointLayers
 from optimum_dern.commands.main import main
 
 loaded = CheckpointLayers.loaded

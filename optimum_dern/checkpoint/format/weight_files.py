@@ -5,8 +5,10 @@ that no index names, variants.  All code that reads, counts or downloads weights
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+
+from ...text_files import replace_json
 
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "no_weights",
     "weight_files",
     "weight_names",
+    "write_index",
 ]
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
@@ -67,6 +70,18 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         raise FileNotFoundError(f"{folder} lacks {len(missing)} of its {len(names)} shards, such as {missing[0]}")
     return [folder / name for name in names]
+
+
+def write_index(folder: Path, files: Mapping[str, str], total: int) -> None:
+    """Write the index of a checkpoint's shards.
+
+    Args:
+        folder: of the checkpoint.
+        files: file name of each tensor.
+        total: bytes of all tensors.
+    """
+    names = dict(sorted(files.items()))
+    replace_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": names})
 
 
 def no_weights(model: str | Path, folder: Path, files: Collection[str], source: str) -> FileNotFoundError:

@@ -15,8 +15,8 @@ from ...models.adapters import check_no_adapter, has_adapter
 from ...reporting.presentation import write_presentation
 from ...results.report import CompressionReport
 from ...text_files import replace_json
-from ..config.config_json import compressed_config
 from ..source.ties import record_untied_
+from .config_json import compressed_config
 
 
 __all__ = [

@@ -5,6 +5,7 @@ header at the start, and each tensor is written to its place when it is ready.  
 """
 
 import hashlib
+import math
 import os
 import weakref
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ...text_files import replace_json
 from ..format.reader import LazyTensor
 from ..format.tensor_file import DTYPES, TensorInfo, create_file, read_header, read_tensor, write_bytes
-from ..format.weight_files import INDEX_NAME, SINGLE_NAME
+from ..format.weight_files import SINGLE_NAME, write_index
 
 
 __all__ = ["OutputTensor", "ShardWriter", "parse_bytes", "plan_shards"]
@@ -32,10 +32,7 @@ class OutputTensor(NamedTuple):
     @property
     def size(self) -> int:
         """Size in bytes."""
-        count = 1
-        for dim in self.shape:
-            count *= dim
-        return count * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def plan_shards(tensors: Sequence[OutputTensor], max_shard_size: int) -> dict[str, list[OutputTensor]]:
@@ -108,23 +105,15 @@ class ShardWriter:
         for file in self._files.values():
             os.fsync(file)
 
-    def index(self) -> dict | None:
-        """Make the index of the shards; None for a single file."""
-        if list(self.plan) == [SINGLE_NAME]:
-            return None
-        total = sum(tensor.size for tensors in self.plan.values() for tensor in tensors)
-        names = {tensor.name: name for name, tensors in self.plan.items() for tensor in tensors}
-        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
-
     def publish(self, output: Path) -> None:
         """Move finished shards to the output folder, and write their index last."""
         self.close()
         for name in self.plan:
             if (self.folder / name).exists():  # else moved before an interruption
                 os.replace(self.folder / name, output / name)
-        index = self.index()
-        if index is not None:
-            replace_json(output / INDEX_NAME, index)
+        if list(self.plan) != [SINGLE_NAME]:
+            names = {tensor.name: name for name, tensors in self.plan.items() for tensor in tensors}
+            write_index(output, names, sum(tensor.size for tensors in self.plan.values() for tensor in tensors))
 
 
 def _close_files(files: dict[Path, int]) -> None:

@@ -18,7 +18,7 @@ from ...results.report import CompressionReport
 from ..format.sidecars import TOKENIZER, copy_companions, remove_stale
 from ..format.weight_files import INDEX_NAME
 from ..source.provenance import model_source, source_config
-from .foreign import check_no_foreign, set_card_aside
+from .folder import check_no_foreign, set_card_aside
 from .publishing import write_sidecars
 
 

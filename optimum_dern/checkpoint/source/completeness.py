@@ -4,18 +4,27 @@ transformers initialises missing weights at random, and would do so for a checkp
 """
 
 import re
+from collections.abc import Iterable
 from logging import getLogger
 from typing import Any
 
 from ...models.moe.structure import find_decoder_layers, find_moe_layers
 from ..format.conversion import NameMap
 from ..format.reader import CheckpointReader
-from .wrapped_names import explain_wrapped
 
 
 __all__ = ["check_complete"]
 
 logger = getLogger(__name__)
+
+WRAPPERS = {  # part of a tensor's name -> the wrapper that adds it
+    "_orig_mod.": "torch.compile",
+    "module.": "DataParallel or DeepSpeed",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "base_model.model.": "PEFT",
+    "base_layer.": "PEFT",
+}
 
 
 def check_complete(model: Any, reader: CheckpointReader, names: NameMap) -> None:
@@ -36,7 +45,7 @@ def check_complete(model: Any, reader: CheckpointReader, names: NameMap) -> None
     for part in _absent_parts(model, names) if missing else ():
         logger.warning("%s has no weights for %s, which text does not go through", reader.folder, part)
         missing = [name for name in missing if not name.startswith(f"{part}.")]
-    if missing and (reason := explain_wrapped(missing[0], reader.infos)):
+    if missing and (reason := _explain_wrapped(missing[0], reader.infos)):
         raise ValueError(f"{reader.folder} has no weights for {missing[0]}: {reason}")
     if missing:
         more = f" and {len(missing) - 1} others" if missing[1:] else ""
@@ -83,3 +92,37 @@ def _beside(reader: CheckpointReader) -> str:
     read = {info.path.name for info in reader.stored.values()}
     others = sorted(path.name for path in reader.folder.glob("*.safetensors") if path.name not in read)
     return f" (beside it, and no part of it: {', '.join(others)})" if others else ""
+
+
+def _explain_wrapped(wanted: str, stored: Iterable[str]) -> str | None:
+    """Explain why a tensor is not found where its stored name has the prefix of a wrapper; else return None."""
+    for name in stored:
+        parts = [part for part in WRAPPERS if f".{part}" in f".{name}"]
+        if parts and (_stripped(name, parts) == wanted or parts != ["module."]):
+            origin = " and ".join(dict.fromkeys(WRAPPERS[part] for part in parts))
+            return _message(name, parts, f"as {origin} leaves it")
+        if name.endswith(f".{wanted}"):
+            return _message(name, [name.removesuffix(wanted)], "which no model of transformers has")
+    return None
+
+
+def _stripped(name: str, parts: list[str]) -> str:
+    for part in parts:
+        name = f".{name}".replace(f".{part}", ".")[1:]
+    return name
+
+
+def _message(name: str, parts: list[str], origin: str) -> str:
+    if any(WRAPPERS.get(part) == "PEFT" for part in parts):
+        mend = "load the model with its adapter, and save what model.merge_and_unload() returns"
+    else:
+        replaced = "".join(f".replace({part!r}, '')" for part in parts)
+        mend = (
+            "save the model that is inside the wrapper, or rename the tensors of every file (and those of an index): "
+            f"save_file({{name{replaced}: tensor for name, tensor in load_file(FILE).items()}}, FILE, "
+            "metadata={'format': 'pt'}), of safetensors.torch"
+        )
+    return (
+        f"the checkpoint has {name}, with {' and '.join(map(repr, parts))} in its name, {origin}. Loading it with "
+        f"transformers would leave weights random; {mend}"
+    )

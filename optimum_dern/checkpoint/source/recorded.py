@@ -17,15 +17,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...core.layer.statistics import ExpertStatistics
-from ...text_files import replace_json
 from ..format.reader import CheckpointReader
 from ..format.tensor_file import TensorInfo, create_file, dtype_name, read_header, read_tensor, write_bytes
-from ..format.weight_files import INDEX_NAME, SINGLE_NAME
+from ..format.weight_files import SINGLE_NAME, write_index
 
 
 __all__ = ["STATISTICS_NAME", "RecordedStatistics", "StatisticsWriter", "identify_model", "publish_statistics"]
 
 STATISTICS_NAME, KEY = "dern_statistics.safetensors", "dern_statistics"
+FIELDS = [field.name for field in fields(ExpertStatistics)]
 SAMPLE = 64  # bytes of every tensor (of every expert in a fused tensor) that `identify_model` hashes
 
 
@@ -48,20 +48,14 @@ class StatisticsWriter:
         if not self.path.exists():
             self._create(tensors)
         self.places = self.places or read_header(self.path)
-        file = os.open(self.path, os.O_RDWR)
-        try:
+        with self.path.open("r+b") as file:
             for name, tensor in tensors.items():
-                write_bytes(self.places[f"{position}.{name}"], file, tensor)
+                write_bytes(self.places[f"{position}.{name}"], file.fileno(), tensor)
             os.fsync(file)
-        finally:
-            os.close(file)
 
     def _create(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        places = [
-            (f"{position}.{name}", dtype_name(tensor.dtype), tuple(tensor.shape))
-            for position in self.positions
-            for name, tensor in tensors.items()
-        ]
+        forms = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+        places = [(f"{position}.{name}", *form) for position in self.positions for name, form in forms.items()]
         create_file(temporary := self.path.with_suffix(".tmp"), places, {KEY: json.dumps(self.describe())})
         os.replace(temporary, self.path)
 
@@ -90,11 +84,8 @@ class RecordedStatistics:
 
     def read(self, position: int) -> ExpertStatistics:
         """Read the statistics of one layer."""
-        file = os.open(self.path, os.O_RDONLY)
-        try:
-            values = {f.name: read_tensor(self.places[f"{position}.{f.name}"], file) for f in fields(ExpertStatistics)}
-        finally:
-            os.close(file)
+        with self.path.open("rb") as file:
+            values = {name: read_tensor(self.places[f"{position}.{name}"], file.fileno()) for name in FIELDS}
         return ExpertStatistics(**values | {"tokens": int(values["tokens"])})
 
     def check(self, expected: Mapping[str, Any], positions: Collection[int]) -> None:
@@ -113,12 +104,8 @@ class RecordedStatistics:
                 f"{self.path} was recorded with another {' and another '.join(different)} "
                 f"(it is of {self.description.get('source')!r}); record it again, or leave statistics out"
             )
-        missing = [
-            f"{position}.{field.name}"
-            for position in positions
-            for field in fields(ExpertStatistics)
-            if f"{position}.{field.name}" not in self.places
-        ]
+        names = (f"{position}.{name}" for position in positions for name in FIELDS)
+        missing = [name for name in names if name not in self.places]
         if missing:
             raise ValueError(f"{self.path} was written by another release: it has no {missing[0]}; record it again")
 
@@ -156,6 +143,4 @@ def publish_statistics(work: Path, output: Path) -> None:
         os.replace(work / STATISTICS_NAME, output / STATISTICS_NAME)
     if (output / STATISTICS_NAME).exists() and (output / SINGLE_NAME).exists():
         infos = read_header(output / SINGLE_NAME)
-        total = sum(info.size for info in infos.values())
-        names = dict.fromkeys(sorted(infos), SINGLE_NAME)
-        replace_json(output / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": names})
+        write_index(output, dict.fromkeys(infos, SINGLE_NAME), sum(info.size for info in infos.values()))

@@ -14,13 +14,12 @@ from typing import Any
 from ...checkpoint import WORK_NAME
 from ...checkpoint.format.conversion import NameMap
 from ...checkpoint.format.sidecars import companions, copy_companions, left_out, remove_stale
-from ...checkpoint.output.copied_layers import CheckpointLayers
-from ...checkpoint.output.foreign import set_card_aside
+from ...checkpoint.output.folder import set_card_aside
 from ...checkpoint.output.manifest import Manifest, only_process
 from ...checkpoint.output.plan import OutputPlan, plan_output
 from ...checkpoint.output.publishing import MANIFEST_NAME, write_report, write_sidecars
 from ...checkpoint.output.shards import OutputTensor, ShardWriter, plan_shards
-from ...checkpoint.output.tensors import CheckpointOutput
+from ...checkpoint.output.tensors import CheckpointLayers, CheckpointOutput
 from ...checkpoint.source.loader import PartLoader
 from ...checkpoint.source.recorded import StatisticsWriter, publish_statistics
 from ...config import DernConfig

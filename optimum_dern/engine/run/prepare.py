@@ -9,7 +9,7 @@ import torch
 
 from ...checkpoint.format.precision import describe_precision
 from ...checkpoint.format.tensor_file import dtype_name
-from ...checkpoint.output.prepare import prepare_output
+from ...checkpoint.output.folder import prepare_output
 from ...checkpoint.output.shards import parse_bytes
 from ...checkpoint.source.find import Source, find_checkpoint
 from ...checkpoint.source.recorded import RecordedStatistics, identify_model

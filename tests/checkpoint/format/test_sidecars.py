@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dern import DernCompressor
 from optimum_dern.checkpoint.format.sidecars import companions, left_out
-from optimum_dern.checkpoint.output.foreign import check_no_foreign, set_card_aside
+from optimum_dern.checkpoint.output.folder import check_no_foreign, set_card_aside
 
 
 FIELDS = {"num_experts": 4, "dataset": random_tokens(), "method": "prune", "preset": "paper", "batch_size": 4}

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM
 from optimum_dern import DernCompressor
 from optimum_dern.checkpoint.format.conversion import NameMap
 from optimum_dern.checkpoint.format.reader import CheckpointReader
-from optimum_dern.checkpoint.output.copied_layers import CheckpointLayers
 from optimum_dern.checkpoint.output.manifest import Manifest
+from optimum_dern.checkpoint.output.tensors import CheckpointLayers
 from optimum_dern.engine.cost.memory import plan_memory
 from optimum_dern.models.moe.structure import find_moe_layers
 from optimum_dern.models.skeleton import build_skeleton

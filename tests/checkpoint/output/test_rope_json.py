@@ -14,8 +14,7 @@ from tiny import compress, make_config, make_model, random_tokens
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dern import DernCompressor
-from optimum_dern.checkpoint.config.config_json import compressed_config
-from optimum_dern.checkpoint.config.rope_json import complete_rope
+from optimum_dern.checkpoint.output.config_json import complete_rope, compressed_config
 
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny_moe"

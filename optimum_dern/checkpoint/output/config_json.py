@@ -2,7 +2,8 @@
 
 transformers 5 rewrites a config when it saves it (`rope_theta` moves into `rope_parameters`, `num_experts` of
 Qwen3-MoE becomes `num_local_experts`), and older readers then silently use defaults.  So the source's JSON is kept key
-by key, and the differences between the config as loaded and the config now are applied to it.
+by key, and the differences between the config as loaded and the config now are applied to it.  The rotary embedding is
+also written as transformers 4 and mlx-lm read it: `rope_theta`, `rope_scaling` and `partial_rotary_factor` at the top.
 """
 
 import json
@@ -10,17 +11,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...results.public_names import public_source
-from .from_json import config_from_json
-from .rope_json import ROPE_KEYS, complete_rope
 
 
-__all__ = ["compressed_config"]
+__all__ = ["complete_rope", "compressed_config"]
 
 # Names that readers use for the same key.
 ALIASES = ({"num_experts", "num_local_experts"}, {"dtype", "torch_dtype"})
 IGNORED = {"transformers_version", "architectures", "quantization_config", "model_type"}
 SOURCE_KEYS = ("quantization_config", "transformers_weights")  # about the source's files, not the output's
 MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # these layers are not in the saved model
+ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+OF_TRANSFORMERS_4 = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")  # its rope types
 
 
 def compressed_config(saved: Mapping[str, Any], source: Mapping[str, Any] | None, config: Any) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def compressed_config(saved: Mapping[str, Any], source: Mapping[str, Any] | None
         result = json.loads(json.dumps(saved))
     else:
         result = json.loads(json.dumps(source))
-        loaded = config_from_json(type(config), source).to_dict()
+        loaded = _config_from_json(type(config), source).to_dict()
         _apply_changes(result, loaded, config.to_dict())
     _complete_aliases(result, config)
     complete_rope(result, config)
@@ -91,3 +92,54 @@ def _name_without_folders(target: dict[str, Any]) -> None:
 
 def _names(key: str) -> set[str]:
     return next((aliases for aliases in ALIASES if key in aliases), {key})
+
+
+def complete_rope(target: dict[str, Any], config: Any) -> None:
+    """Add the transformers 4 fields for `rope_parameters` to a config's JSON and to the configs nested in it.
+
+    Parameters per layer type stay as they are, since no Mixture-of-Experts family of transformers 4 uses them.  So
+    does a config that has the older form already, or that `config`'s class would read differently with it.
+
+    Args:
+        target: a config's JSON, which is written to.
+        config: the config object that it describes.
+    """
+    for key, value in target.items():
+        if isinstance(value, dict) and hasattr(getattr(config, key, None), "to_dict"):
+            complete_rope(value, getattr(config, key))
+    rope = target.get("rope_parameters")
+    if not isinstance(rope, Mapping) or "rope_theta" not in rope or {"rope_theta", "rope_scaling"} & target.keys():
+        return
+    older = {key: value for key, value in _older_form(rope).items() if key not in target}
+    now, then = (_config_from_json(type(config), values) for values in (target, target | older))
+    if getattr(then, "rope_parameters", None) == getattr(now, "rope_parameters", None):
+        target.update(older)
+
+
+def _older_form(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that transformers 4 reads; none for a rope type that it does not know."""
+    scaling = {key: value for key, value in rope.items() if key not in ROPE_KEYS}
+    kind = scaling.get("rope_type", "default")
+    if kind not in OF_TRANSFORMERS_4:
+        return {}
+    plain = scaling == {"rope_type": "default"}
+    older = {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
+    if rope.get("partial_rotary_factor") is not None:
+        older["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    original = "original_max_position_embeddings"
+    if kind == "longrope" and original in rope:  # only this type reads it at the top level
+        older[original] = rope[original]
+    return older
+
+
+def _config_from_json(config_class: type, values: Mapping[str, Any]) -> Any:
+    """Build a config object from its JSON, which is not modified, unlike by `from_dict`."""
+    return config_class.from_dict(_with_floats(values))
+
+
+def _with_floats(value: Any) -> Any:
+    """Convert infinities in JSON values to numbers: transformers writes them as {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        number = value.get("__float__")
+        return {k: _with_floats(v) for k, v in value.items()} if number is None else float(number)
+    return [_with_floats(v) for v in value] if isinstance(value, list) else value

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from optimum_dern.checkpoint.output.copied_layers import CheckpointLayers
+from optimum_dern.checkpoint.output.tensors import CheckpointLayers
 
 
 class Reader:

@@ -9,7 +9,7 @@ from tiny import FAMILIES, make_model, random_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_dern import DernCompressor
-from optimum_dern.checkpoint.config.config_json import compressed_config
+from optimum_dern.checkpoint.output.config_json import compressed_config
 from optimum_dern.checkpoint.source.provenance import source_config
 
 

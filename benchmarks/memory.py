@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from optimum_dern.checkpoint.output.shards import OutputTensor, ShardWriter, parse_bytes, plan_shards
+from optimum_dern.checkpoint.output.shards import OutputTensor, ShardWriter, parse_bytes, plan_shards, publish_shards
 
 
 CHILD = """
@@ -179,12 +179,14 @@ def write_checkpoint(folder: Path, layers: int, experts: int, hidden: int, width
             shapes |= {f"{prefix}.{w}.weight": (width, hidden) for w in ("w1", "w3")}
             shapes[f"{prefix}.w2.weight"] = (hidden, width)
     tensors = [OutputTensor(name, "BF16", shape) for name, shape in shapes.items()]
-    writer = ShardWriter(folder, plan_shards(tensors, 2**31))
+    plan = plan_shards(tensors, 2**31)
+    writer = ShardWriter(folder, plan)
     generator = torch.Generator().manual_seed(0)
     for tensor in tensors:
         values = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).mul_(tensor.shape[-1] ** -0.5)
         writer.write(tensor.name, (values + 1 if "norm" in tensor.name else values).bfloat16())
-    writer.publish(folder)
+    writer.close()
+    publish_shards(folder, plan, folder)
     return sum(tensor.size for tensor in tensors if tensor.name.startswith("model.layers.0."))
 
 

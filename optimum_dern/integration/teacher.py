@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from ..evaluation.agreement.logits_cache import LogitsCache, predicted_positions
-from ..models.mode import evaluation_mode
+from ..machine.torch_state import evaluation_mode
 
 
 __all__ = ["CachedTeacher", "ModelTeacher", "cached_rows"]

@@ -1,12 +1,13 @@
-"""Independence of the caller's torch settings, and checks of the device."""
+"""Independence of the caller's torch settings and module modes, and checks of the device."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import nn
 
 
-__all__ = ["check_device", "check_precision", "default_device", "plain_torch"]
+__all__ = ["check_device", "check_precision", "default_device", "evaluation_mode", "plain_torch"]
 
 
 @contextmanager
@@ -21,6 +22,18 @@ def plain_torch() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and restore the mode of every module on exit."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def default_device(device: str | None = None) -> torch.device:

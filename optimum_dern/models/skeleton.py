@@ -17,10 +17,8 @@ LARGE = 1 << 24  # elements; more than any buffer has
 
 
 def build_skeleton(
-    model: str | Path,
-    revision: str | None = None,
+    folder: str | Path,
     trust_remote_code: bool = False,
-    token: Any = None,
     dtype: torch.dtype | None = None,
     dequantised: bool = False,
     stored_dtype: Callable[[], torch.dtype | None] | None = None,
@@ -30,10 +28,8 @@ def build_skeleton(
     `AutoModelForCausalLM` would build only the language model of a checkpoint that has a vision tower too.
 
     Args:
-        model: local folder or Hub id; only its config is read.
-        revision: of a Hub model.
+        folder: of the checkpoint; only its config is read.
         trust_remote_code: run the checkpoint's own modelling code.
-        token: for a private Hub model.
         dtype: of the model; by default that of its config.
         stored_dtype: returns the dtype of the checkpoint's tensors; called only if its config has none.
         dequantised: ignore the config's quantisation, because weights are dequantised when they are read.
@@ -48,7 +44,7 @@ def build_skeleton(
     from accelerate import init_empty_weights
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(model, revision=revision, token=token, **options)
+    config = transformers.AutoConfig.from_pretrained(folder, **options)
     check_config(config)
     for part in (config, config.get_text_config()) if dequantised else ():
         vars(part).pop("quantization_config", None)

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from optimum_dern import CompressionReport, DernCompressor, DernConfig
 from optimum_dern.checkpoint.format.reader import CheckpointReader
 from optimum_dern.checkpoint.output.manifest import Manifest
-from optimum_dern.checkpoint.output.shards import ShardWriter
 from optimum_dern.checkpoint.source.recorded import STATISTICS_NAME
 from optimum_dern.data.batches import load_batches
 from optimum_dern.engine.cost.memory import plan_memory
 from optimum_dern.engine.layer import compression
+from optimum_dern.engine.run import checkpoint
 from optimum_dern.engine.walk.decoder import compress_layers_
 from optimum_dern.engine.walk.recipe import Recipe
 from optimum_dern.engine.walk.stream import HiddenStream
@@ -143,8 +143,8 @@ MOMENTS = [
     (Manifest, "finish_layer", 4, True),
     (Manifest, "finish_layer", 5, False),
     (Manifest, "complete", 2, True),  # one result is complete
-    (ShardWriter, "publish", 2, True),  # one result is in its place
-    (ShardWriter, "publish", 2, False),
+    (checkpoint, "publish_shards", 2, True),  # one result is in its place
+    (checkpoint, "publish_shards", 2, False),
 ]
 PRUNE = {"method": "prune", "refit": False, "guard": False, "dataset": random_tokens(8), "batch_size": 4}
 

@@ -1,10 +1,10 @@
-"""Devices that are not there are refused by name, before anything is opened."""
+"""Devices that are not there are refused by name, before anything is opened; modules get their modes back."""
 
 import pytest
 import torch
 
 from optimum_dern import DernCompressor
-from optimum_dern.machine.torch_state import check_device
+from optimum_dern.machine.torch_state import check_device, evaluation_mode
 
 
 @pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu"), "meta"])
@@ -40,3 +40,19 @@ def test_devices_that_cannot_work(device, match, tmp_path):
     with pytest.raises(ValueError, match=match):
         DernCompressor().compress_checkpoint(tmp_path / "nowhere", tmp_path / "out", device=device)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_every_module_gets_its_own_mode_back(fails):
+    """A frozen part of a model in training stays frozen, also after an error."""
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2)))
+    model[1].eval()
+    before = [module.training for module in model.modules()]
+    try:
+        with evaluation_mode(model):
+            assert not any(module.training for module in model.modules())
+            if fails:
+                raise RuntimeError
+    except RuntimeError:
+        assert fails
+    assert [module.training for module in model.modules()] == before == [True, True, False, False, False]

@@ -115,29 +115,24 @@ def _pieces(info: TensorInfo, file: int) -> Iterator[Tensor]:
 
 def create_file(
     path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
-) -> dict[str, TensorInfo]:
+) -> None:
     """Create a safetensors file with its header and space for the tensors, which can then be written in any order.
 
     Args:
         path: of the new file.
         tensors: name, safetensors dtype and shape of each.
         metadata: entries for the header's `__metadata__`.
-
-    Returns:
-        The place of each tensor in the file, by name.
     """
-    header, places, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, {}, 0
+    header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, dtype, shape in sorted(tensors, key=lambda t: (-DTYPES[t[1]].itemsize, t[0])):  # keeps all aligned
         size = DTYPES[dtype].itemsize * torch.Size(shape).numel()
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        places[name] = (dtype, shape, offset, size)
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
-    return {name: TensorInfo(path, d, s, 8 + len(text) + start, size) for name, (d, s, start, size) in places.items()}
 
 
 def write_bytes(info: TensorInfo, file: int, tensor: Tensor) -> memoryview:

@@ -56,7 +56,7 @@ def check_output(source: Path, output: Path, overwrite: bool) -> None:
         raise ValueError(f"{output} is not empty; choose another folder or add --overwrite (overwrite=True)")
 
 
-def prepare_output(source: Path, output: Path, restart: bool, overwrite: bool, names: Sequence[str] = (".",)) -> Path:
+def prepare_output(source: Path, output: Path, restart: bool, overwrite: bool, names: Sequence[str]) -> None:
     """Check an output folder, and discard an unfinished run in it if asked to.
 
     Args:
@@ -65,9 +65,6 @@ def prepare_output(source: Path, output: Path, restart: bool, overwrite: bool, n
         restart: discard an unfinished run.
         overwrite: allow other files in it, but none that programs would load instead of the result.
         names: of the results' folders in it.
-
-    Returns:
-        The output folder.
 
     Raises:
         ValueError: it is a file, the source itself, or a folder with other files.
@@ -80,7 +77,6 @@ def prepare_output(source: Path, output: Path, restart: bool, overwrite: bool, n
             shutil.rmtree(work)
     check_output(source, output, overwrite)
     check_no_foreign(output / name for name in names)
-    return output
 
 
 def check_no_foreign(folders: Iterable[Path]) -> None:

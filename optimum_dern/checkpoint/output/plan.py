@@ -22,11 +22,10 @@ __all__ = ["OutputPlan", "layer_parameters", "plan_output"]
 
 @dataclass
 class OutputPlan:
-    """The tensors of a compressed checkpoint, divided into copied and rewritten ones."""
+    """The tensors of a compressed checkpoint, divided into copied and rewritten ones; MTP layers have neither."""
 
     copied: set[str] = field(default_factory=set)  # tensors that compression does not change
     rewritten: dict[str, list[str]] = field(default_factory=dict)  # tensors of each MoE layer, by the block's name
-    dropped: list[str] = field(default_factory=list)  # tensors of multi-token prediction layers
     tensors: list[OutputTensor] = field(default_factory=list)  # all tensors to write, layer by layer
 
 
@@ -56,34 +55,29 @@ def plan_output(
     """
     plan = OutputPlan()
     decoder, decoder_layers = find_decoder_layers(model, layers[0])
-    replaced: dict[str, Tensor] = {}
+    replaced: set[str] = set()
+    shapes: dict[str, tuple[int, ...]] = {}  # of all tensors to write
     for layer in layers:
         if layer.twins:
             raise ValueError(f"two stacks share the experts of {layer.name}; compress this model in memory instead")
         before = names.original(model, layer_parameters(layer, layer.num_experts))
         for name, tensor in before.items():
             _check_stored(reader, name, tensor, layer)
-        replaced |= before
-        plan.rewritten[layer.name] = list(names.original(model, layer_parameters(layer, num_experts)))
-    usual = reader.infos[next(iter(replaced))].dtype
-
-    def stored(name: str) -> str:
-        found = reader.infos[name].dtype
-        return dtype if dtype and found == usual else found
-
-    for layer in layers:
         after = names.original(model, layer_parameters(layer, num_experts))
         for name, tensor in after.items():
-            shape = _shape(reader.infos[name].shape, replaced[name].shape, tensor.shape)
-            plan.tensors.append(OutputTensor(name, stored(name), shape))
+            shapes[name] = _shape(reader.infos[name].shape, before[name].shape, tensor.shape)
+        plan.rewritten[layer.name] = list(after)
+        replaced |= before.keys()
+    usual = reader.infos[next(iter(shapes))].dtype
     for name, info in reader.infos.items():
-        if name in replaced:
-            continue
-        if name not in names.target and names.is_extra_layer(name, decoder, len(decoder_layers)):
-            plan.dropped.append(name)
-            continue
-        plan.copied.add(name)
-        plan.tensors.append(OutputTensor(name, stored(name), info.shape))
+        if name not in replaced:
+            if name not in names.target and names.is_extra_layer(name, decoder, len(decoder_layers)):
+                continue
+            plan.copied.add(name)
+            shapes[name] = info.shape
+        if name in shapes:
+            stored = dtype if dtype and info.dtype == usual else info.dtype
+            plan.tensors.append(OutputTensor(name, stored, shapes[name]))
     plan.tensors.sort(key=lambda tensor: _natural(tensor.name))
     return plan
 

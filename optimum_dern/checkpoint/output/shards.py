@@ -19,7 +19,7 @@ from ..format.tensor_file import DTYPES, TensorInfo, create_file, read_header, r
 from ..format.weight_files import SINGLE_NAME, write_index
 
 
-__all__ = ["OutputTensor", "ShardWriter", "parse_bytes", "plan_shards"]
+__all__ = ["OutputTensor", "ShardWriter", "parse_bytes", "plan_shards", "publish_shards"]
 
 
 class OutputTensor(NamedTuple):
@@ -64,14 +64,11 @@ class ShardWriter:
     Args:
         folder: working folder; shards of an interrupted run there are continued.
         plan: tensors by file name.
-        complete: all tensors are written already, and some shards may have been moved to the output folder.
     """
 
-    def __init__(self, folder: Path, plan: Mapping[str, Sequence[OutputTensor]], complete: bool = False) -> None:
-        self.folder = folder
-        self.plan = plan
+    def __init__(self, folder: Path, plan: Mapping[str, Sequence[OutputTensor]]) -> None:
         self.places: dict[str, TensorInfo] = {}
-        for name, tensors in () if complete else plan.items():
+        for name, tensors in plan.items():
             path = folder / name
             if not path.exists():
                 create_file(temporary := folder / f".{name}.tmp", tensors)
@@ -105,15 +102,21 @@ class ShardWriter:
         for file in self._files.values():
             os.fsync(file)
 
-    def publish(self, output: Path) -> None:
-        """Move finished shards to the output folder, and write their index last."""
-        self.close()
-        for name in self.plan:
-            if (self.folder / name).exists():  # else moved before an interruption
-                os.replace(self.folder / name, output / name)
-        if list(self.plan) != [SINGLE_NAME]:
-            names = {tensor.name: name for name, tensors in self.plan.items() for tensor in tensors}
-            write_index(output, names, sum(tensor.size for tensors in self.plan.values() for tensor in tensors))
+
+def publish_shards(folder: Path, plan: Mapping[str, Sequence[OutputTensor]], output: Path) -> None:
+    """Move finished shards to the output folder, and write their index last.
+
+    Args:
+        folder: working folder; some shards may have been moved before an interruption.
+        plan: tensors by file name.
+        output: folder of the checkpoint.
+    """
+    for name in plan:
+        if (folder / name).exists():
+            os.replace(folder / name, output / name)
+    if list(plan) != [SINGLE_NAME]:
+        names = {tensor.name: name for name, tensors in plan.items() for tensor in tensors}
+        write_index(output, names, sum(tensor.size for tensors in plan.values() for tensor in tensors))
 
 
 def _close_files(files: dict[Path, int]) -> None:
@@ -130,7 +133,7 @@ def parse_bytes(size: int | str) -> int:
     """
     text = str(size).strip().upper()
     number, unit = text.rstrip("KMGTIB"), text[len(text.rstrip("KMGTIB")) :].removesuffix("B")
-    factors = {"": 1, **{f"{prefix}": 10 ** (3 * i) for i, prefix in enumerate("KMGT", 1)}}
+    factors = {"": 1, **{prefix: 10 ** (3 * i) for i, prefix in enumerate("KMGT", 1)}}
     factors |= {f"{prefix}I": 2 ** (10 * i) for i, prefix in enumerate("KMGT", 1)}
     try:
         value = int(float(number) * factors[unit])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...models.dtype import parse_dtype
+from ...models.loading import parse_dtype
 from ...models.skeleton import build_skeleton
 from ..format.conversion import NameMap
 from ..format.precision import loading_dtype

@@ -18,7 +18,7 @@ from ...checkpoint.output.folder import set_card_aside
 from ...checkpoint.output.manifest import Manifest, only_process
 from ...checkpoint.output.plan import OutputPlan, plan_output
 from ...checkpoint.output.publishing import MANIFEST_NAME, write_report, write_sidecars
-from ...checkpoint.output.shards import OutputTensor, ShardWriter, plan_shards
+from ...checkpoint.output.shards import OutputTensor, ShardWriter, plan_shards, publish_shards
 from ...checkpoint.output.tensors import CheckpointLayers, CheckpointOutput
 from ...checkpoint.source.loader import PartLoader
 from ...checkpoint.source.recorded import StatisticsWriter, publish_statistics
@@ -206,7 +206,6 @@ def _publish_all(
 def _publish(task: CheckpointTask, result: Result, report: CompressionReport) -> None:
     """Move a result's files into the output folder, the weights last, so that an incomplete folder never loads."""
     output, manifest = result.folder, result.manifest
-    writer = ShardWriter(manifest.path.parent, result.shards, complete=True)
     model, layers = copy.deepcopy((task.model, list(task.layers)))  # other results start from the original counts
     write_counts_(model, layers, result.num_experts)
     stale = {*output.glob("model*.safetensors"), *output.glob("model*.index.json")}
@@ -216,6 +215,6 @@ def _publish(task: CheckpointTask, result: Result, report: CompressionReport) ->
     replace_json(output / MANIFEST_NAME, {"tensors": dict(sorted(manifest.tensors.items()))})
     write_sidecars(model, output, report, task.reader.config)
     write_report(output, report)  # replaces the card of an earlier checkpoint, too
-    for file in stale - {output / name for name in writer.plan}:
+    for file in stale - {output / name for name in result.shards}:
         file.unlink()
-    writer.publish(output)
+    publish_shards(manifest.path.parent, result.shards, output)

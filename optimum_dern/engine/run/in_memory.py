@@ -3,7 +3,7 @@
 from typing import Any
 
 from ...config import DernConfig
-from ...models.mode import evaluation_mode
+from ...machine.torch_state import evaluation_mode
 from ...models.moe.original import restored_on_error
 from ...models.moe.structure import MoELayer
 from ...models.moe.view import write_counts_

@@ -16,7 +16,7 @@ from ...checkpoint.source.recorded import RecordedStatistics, identify_model
 from ...config import DernConfig
 from ...data.batches import holds_text
 from ...machine.processes import Processes
-from ...models.dtype import parse_dtype
+from ...models.loading import parse_dtype
 from ...models.moe.structure import find_moe_layers, layers_by_position
 from ...paths import check_utf8
 from ...results.description import describe_calibration
@@ -76,11 +76,8 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
     skeleton = source.skeleton
     layers = find_moe_layers(skeleton)
     counts = resolve_counts(request.configs, skeleton, layers)
-    output = processes.on_main(
-        lambda: prepare_output(
-            source.folder, Path(request.output), request.restart, request.overwrite, result_names(counts)
-        )
-    )
+    output, names = Path(request.output), result_names(counts)
+    processes.on_main(lambda: prepare_output(source.folder, output, request.restart, request.overwrite, names))
     batches = processes.on_main(lambda: _load_batches(request, source))
     configs, calibration = request.configs, describe_calibration(request.configs[0].dataset, batches)
     tokens = sum(batch["input_ids"].numel() for batch in processes.share(batches)) if batches and not recorded else 0

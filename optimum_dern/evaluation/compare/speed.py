@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.mode import evaluation_mode
+from ...machine.torch_state import evaluation_mode
 
 
 __all__ = ["SpeedSettings", "decode_seconds", "prefill_seconds", "random_prompt"]

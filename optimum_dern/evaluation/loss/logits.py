@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...data.batches import check_masks
-from ...models.mode import evaluation_mode
+from ...machine.torch_state import evaluation_mode
 
 
 __all__ = ["batch_logits"]

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ...core.layer.mixture import Routing
 
 
-__all__ = ["RoutingHook", "routing_hook"]
+__all__ = ["routing_hook"]
 
 RoutingHook = Callable[[nn.Module, nn.Module, Callable[[Routing], None]], RemovableHandle]
 

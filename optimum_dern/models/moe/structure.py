@@ -17,12 +17,10 @@ from ...core.layer.workspace import IN_MEMORY, Workspace
 __all__ = [
     "COUNT_KEYS",
     "MoELayer",
-    "RoutingTensor",
     "experts_name",
     "find_decoder_layers",
     "find_moe_layers",
     "layers_by_position",
-    "single_count",
 ]
 
 # Config keys that hold the number of routed experts, and modules' attributes that repeat it.
@@ -174,19 +172,8 @@ def _routing_tensors(block: nn.Module, experts: nn.Module, num_experts: int) -> 
                 yield RoutingTensor(module, name, path, tensor.shape.index(num_experts))
 
 
-def single_count(key: str, value: object) -> object:
-    """Reduce a per-layer list of equal counts in a config to the count (Hunyuan-A13B: `"moe_topk": [8, 8, ...]`).
-
-    Args:
-        key: of the config.
-        value: a number, or a list of one repeated number.
-
-    Returns:
-        The number.
-
-    Raises:
-        ValueError: a list of several numbers, or of none.
-    """
+def _single_count(key: str, value: object) -> object:
+    """Reduce a per-layer list of equal counts in a config to the count (Hunyuan-A13B: `"moe_topk": [8, 8, ...]`)."""
     if not isinstance(value, list | tuple):
         return value
     if len(set(value)) != 1:
@@ -200,4 +187,4 @@ def single_count(key: str, value: object) -> object:
 def _first(config: object, keys: tuple[str, ...], default: int) -> int:
     """Return the value of the first of the keys that the config sets, else the default."""
     found = ((key, value) for key in keys if (value := getattr(config, key, None)) is not None)
-    return next((single_count(key, value) for key, value in found), default)
+    return next((_single_count(key, value) for key, value in found), default)

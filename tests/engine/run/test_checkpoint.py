@@ -117,7 +117,7 @@ def test_resume(order, moment, sources, tmp_path, monkeypatch):
         if moment == "copy":
             patch.setattr(*stop, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         if moment == "publish":
-            patch.setattr("optimum_dern.checkpoint.output.shards.ShardWriter.publish", _half_published)
+            patch.setattr("optimum_dern.engine.run.checkpoint.publish_shards", _half_published)
         with pytest.raises(KeyboardInterrupt):
             DernCompressor(**options).compress_checkpoint(source, tmp_path / "part")
     assert (tmp_path / "part" / ".dern").is_dir()
@@ -126,10 +126,9 @@ def test_resume(order, moment, sources, tmp_path, monkeypatch):
     assert [layer.retained for layer in report.layers] == [layer.retained for layer in whole.layers]
 
 
-def _half_published(self, output):
-    self.close()
-    name = next(iter(self.plan))
-    os.replace(self.folder / name, output / name)
+def _half_published(folder, plan, output):
+    name = next(iter(plan))
+    os.replace(folder / name, output / name)
     raise KeyboardInterrupt
 
 

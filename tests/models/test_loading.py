@@ -7,8 +7,7 @@ from tiny import make_model
 
 from optimum_dern import DernCompressor
 from optimum_dern.checkpoint.source.find import find_checkpoint
-from optimum_dern.models.dtype import parse_dtype
-from optimum_dern.models.loading import load_model
+from optimum_dern.models.loading import load_model, parse_dtype
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,22 @@ reveals whose machine it was.
 import os
 from collections.abc import Iterable
 from pathlib import PurePath
+from typing import Any
 
 
-__all__ = ["public_paths", "public_source"]
+__all__ = ["is_hub_id", "public_paths", "public_source"]
+
+
+def is_hub_id(name: Any) -> bool:
+    """Return whether a name is a valid id of a Hub repository, with a namespace or without one."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name is not None
 
 
 def public_source(name: str | None) -> str | None:

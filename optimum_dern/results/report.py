@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..text_files import replace_text
+from .estimate import json_error
 
 
 __all__ = ["REPORT_VERSION", "CompressionReport", "LayerReport", "ModelSize"]
@@ -87,8 +88,6 @@ class CompressionReport:
 
     def add_evaluation(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Record the losses of the original and the compressed model (`TextLoss` by name of the text)."""
-        from .estimate import json_error
-
         measured = {"before": before, "after": after}
         self.evaluation = {
             name: {

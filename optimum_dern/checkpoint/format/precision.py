@@ -4,6 +4,7 @@ transformers computes in the dtype that config.json names, whatever the tensors 
 that of the first floating-point tensor in the first weight file.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from logging import getLogger
 from typing import Any
@@ -58,8 +59,8 @@ def describe_precision(model: Any, reader: CheckpointReader, written: str | None
 
 def _most_common(infos: Mapping[str, TensorInfo]) -> str:
     """Return the floating-point dtype in which most bytes are stored."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for info in infos.values():
         if info.dtype in DTYPES and DTYPES[info.dtype].is_floating_point:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.size
+            sizes[info.dtype] += info.size
     return max(sizes, key=sizes.get)

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 
-__all__ = ["FOLDERS", "TOKENIZER", "companions", "copy_companions", "is_companion", "left_out", "remove_stale"]
+__all__ = ["FOLDERS", "TOKENIZER", "companions", "copy_companions", "left_out", "remove_stale"]
 
 FOLDERS = ("additional_chat_templates",)
 # Patterns for lower-case names.  Files of tokenizers and processors, of any class in transformers or of custom code:

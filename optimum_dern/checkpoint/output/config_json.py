@@ -60,7 +60,7 @@ def _apply_changes(target: dict[str, Any], before: Mapping[str, Any], after: Map
         old = before.get(key)
         if key.startswith("_") or key in IGNORED or value == old:
             continue
-        names = _names(key) & target.keys()
+        aliases = next((names for names in ALIASES if key in names), {key})
         if key == "rope_parameters":  # older files have its parts under names of their own
             for name in ROPE_KEYS - after.keys():
                 target.pop(name, None)
@@ -69,7 +69,7 @@ def _apply_changes(target: dict[str, Any], before: Mapping[str, Any], after: Map
             if isinstance(target.get(key), dict):
                 _apply_changes(target[key], old, value)
         else:
-            target.update(dict.fromkeys(names or {key}, value))
+            target.update(dict.fromkeys(aliases & target.keys() or {key}, value))
 
 
 def _complete_aliases(target: dict[str, Any], config: Any) -> None:
@@ -88,10 +88,6 @@ def _name_without_folders(target: dict[str, Any]) -> None:
             _name_without_folders(value)
         elif key in ("_name_or_path", "name_or_path") and isinstance(value, str):
             target[key] = public_source(value)
-
-
-def _names(key: str) -> set[str]:
-    return next((aliases for aliases in ALIASES if key in aliases), {key})
 
 
 def complete_rope(target: dict[str, Any], config: Any) -> None:

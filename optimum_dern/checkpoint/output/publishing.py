@@ -1,8 +1,7 @@
 """The files written beside a compressed model's weights, also by `save_pretrained`: config, provenance, report, card.
 
-transformers rewrites a config when it saves it, and older readers then silently use defaults; it also puts a card of
-its own on the Hub.  So a compressed model, which is of a plain transformers class, gets its own `save_pretrained` and
-`push_to_hub`, which call those of the class and then write the files of this module.
+transformers would rewrite the config, and put a card of its own on the Hub.  So a compressed model, which is of a
+plain transformers class, gets its own `save_pretrained` and `push_to_hub`, which write these files after the weights.
 """
 
 import json

@@ -47,7 +47,11 @@ def save_checkpoint(
     """
     check_no_adapter(model, "saved")
     check_utf8(output, tokenizer)
-    _check_output(output, report)
+    if output.resolve() == report.source_folder:
+        raise ValueError(
+            f"{output} is the folder that the model was loaded from; the original would be lost, choose another one"
+        )
+    check_no_foreign([output])
     _check_model(model, report)
     output.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=output))
@@ -60,15 +64,6 @@ def save_checkpoint(
         _publish(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _check_output(output: Path, report: CompressionReport) -> None:
-    """Refuse the source's folder, and a folder with files of another kind of checkpoint."""
-    if output.resolve() == report.source_folder:
-        raise ValueError(
-            f"{output} is the folder that the model was loaded from; the original would be lost, choose another one"
-        )
-    check_no_foreign([output])
 
 
 def _check_model(model: Any, report: CompressionReport) -> None:

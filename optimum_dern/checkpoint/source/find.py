@@ -84,30 +84,18 @@ def find_checkpoint(
     quantised = check_quantisation(json.loads((folder / "config.json").read_text("utf-8"))) is not None
 
     def stored_dtype() -> torch.dtype | None:
-        return loading_dtype(_first_dtypes(str(model), folder, commit, token, reader, download))
+        headers = reader or (CheckpointReader(folder) if has_weights(folder) else None)
+        if headers is not None:
+            first = folder / weight_names(folder)[0]
+            return loading_dtype({name: info.dtype for name, info in headers.infos.items() if info.path == first})
+        subfolder = download.get("subfolder") or ""
+        return commit and loading_dtype(remote_dtypes(str(model), commit, folder, token, subfolder))
 
     options = {"trust_remote_code": trust_remote_code, "dequantised": quantised, "stored_dtype": stored_dtype}
     skeleton = build_skeleton(folder, dtype=parse_dtype(dtype), **options)
     if reader is not None:
         _match_(skeleton, reader)
     return Source(str(model), folder, commit, skeleton, token, reader, download)
-
-
-def _first_dtypes(
-    model: str,
-    folder: Path,
-    commit: str | None,
-    token: Any,
-    reader: CheckpointReader | None,
-    download: Mapping[str, Any],
-) -> dict[str, str]:
-    """Return the safetensors dtypes of the tensors in the first weight file; empty where there is none."""
-    if reader is None and has_weights(folder):
-        reader = CheckpointReader(folder)
-    if reader is not None:
-        first = folder / weight_names(folder)[0]
-        return {name: info.dtype for name, info in reader.infos.items() if info.path == first}
-    return {} if commit is None else remote_dtypes(model, commit, folder, token, download.get("subfolder") or "")
 
 
 def _match_(skeleton: Any, reader: CheckpointReader) -> None:

@@ -60,7 +60,7 @@ def source_file(model: Any, filename: str) -> Path | None:
     name, revision = model_source(model)
     if name is None:
         return None
-    options = _loading(model)
+    options = getattr(model, "dern_loading", {})  # set while transformers loads it
     found = cached_file(
         name,
         filename,
@@ -83,7 +83,7 @@ def source_config(model: Any) -> dict[str, Any] | None:
 def source_tokenizer(model: Any, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of the checkpoint that a model was loaded from; None for a model created in memory."""
     name, revision = model_source(model)
-    location = dict(_loading(model))
+    location = dict(getattr(model, "dern_loading", {}))
     trusts_code = location.pop(OWN_CODE, False) or trust_remote_code
     return None if name is None else load_tokenizer(name, revision, trusts_code, **location)
 
@@ -120,8 +120,3 @@ def load_tokenizer(
     if not trust_remote_code and "AutoTokenizer" in own_code and type(tokenizer).__name__ == "TokenizersBackend":
         raise ValueError(refusal)
     return tokenizer
-
-
-def _loading(model: Any) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that a model is being loaded with, where they are known."""
-    return getattr(model, "dern_loading", {})

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...results.public_names import is_hub_id
 from ..format.sidecars import FOLDERS
 from ..format.weight_files import ADAPTER_NAME, PICKLED, check_whole_model, entry_names, no_weights, weight_names
 
@@ -115,7 +116,7 @@ def _find(
     """Find a checkpoint's folder, which must have a config.json; a Hub model is downloaded, and has a commit."""
     folder, commit = Path(model).expanduser(), None
     if not folder.is_dir():
-        if isinstance(model, Path) or folder.is_absolute() or folder.exists() or not _is_hub_id(model):
+        if isinstance(model, Path) or folder.is_absolute() or folder.exists() or not is_hub_id(model):
             what = "is a file, not a folder" if folder.exists() else "does not exist"
             raise FileNotFoundError(
                 f"{str(model)!r} {what}; give the folder of a checkpoint, or a Hub id (owner/name)"
@@ -128,17 +129,6 @@ def _find(
         where = f"{model}, subfolder {subfolder!r}," if subfolder else model
         raise FileNotFoundError(f"{where} has no config.json; give a checkpoint that transformers loads")
     return folder, commit
-
-
-def _is_hub_id(model: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _fetch(model: str, revision: str | None, token: Any, **download: Any) -> Path:

@@ -198,11 +198,8 @@ def _own_device(device: str | None, rank: int, count: int) -> torch.device:
 
 
 def _local_rank(rank: int) -> int:
-    """Return the local rank of a process, from the environment variables of its launcher.
-
-    Variables whose rank differs belong to another launcher, such as an enclosing batch job.
-    """
-    for name, local in LAUNCHERS.items():
+    """Return the local rank of a process, from the environment variables of its launcher."""
+    for name, local in LAUNCHERS.items():  # of another launcher, such as an enclosing batch job, the rank may differ
         if local in os.environ and os.environ.get(name, str(rank)) == str(rank):
             return int(os.environ[local])
     raise ValueError(

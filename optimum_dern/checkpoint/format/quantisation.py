@@ -17,7 +17,7 @@ from ...core.layer.workspace import Empty
 from .tensor_file import TensorInfo
 
 
-__all__ = ["Packed", "check_quantisation", "find_packed", "without_quantisation"]
+__all__ = ["check_quantisation", "find_packed", "without_quantisation"]
 
 KEYS = ("quantization_config", "compression_config")
 FP8, FLOATS = ("F8_E4M3", "F8_E5M2"), ("F32", "BF16", "F16", "F8_E8M0", "U8")
@@ -104,7 +104,8 @@ def _find_fp8(infos: Mapping[str, TensorInfo], quantisation: Mapping[str, Any]) 
         grid = tuple(-(-size // step) for size, step in zip(info.shape[-2:], block, strict=True))
         _check(name, info, FP8, info.shape)
         _check(scale_name, scale, FLOATS, scale.shape if math.prod(scale.shape) == 1 else (*info.shape[:-2], *grid))
-        packed[name] = Packed(_as_bfloat16(info, info.shape), (name, scale_name), partial(dequantise_fp8, block=block))
+        decode = partial(_dequantise_fp8, block=block)
+        packed[name] = Packed(_as_bfloat16(info, info.shape), (name, scale_name), decode)
     return packed, {name for name in infos if name.endswith(("_scale_inv", "activation_scale"))}
 
 
@@ -122,7 +123,7 @@ def _find_mxfp4(infos: Mapping[str, TensorInfo], _: Mapping[str, Any]) -> tuple[
         _check(scales_name, scales, BYTES, info.shape[:3])
         experts, out, groups, width = info.shape
         plain = _as_bfloat16(info, (experts, 2 * groups * width, out))
-        packed[name] = Packed(plain, (blocks_name, scales_name), dequantise_mxfp4)
+        packed[name] = Packed(plain, (blocks_name, scales_name), _dequantise_mxfp4)
     return packed, {part for weight in packed.values() for part in weight.parts}
 
 
@@ -138,24 +139,14 @@ def _as_bfloat16(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
     return info._replace(dtype="BF16", shape=shape, size=2 * math.prod(shape))
 
 
-def dequantise_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int], empty: Empty = torch.empty) -> Tensor:
-    """Dequantise an FP8 weight to bfloat16.
-
-    Args:
-        weight: (..., rows, columns), 8-bit floats.
-        scale: (..., row blocks, column blocks), or one number; bytes are exponents of two, plus 127.
-        block: rows and columns of a block.
-        empty: allocates the memory of a weight of several experts.
-
-    Returns:
-        The weight in bfloat16, rounded once from float32.
-    """
+def _dequantise_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int], empty: Empty = torch.empty) -> Tensor:
+    """Dequantise (..., rows, columns) by (..., row blocks, column blocks), or one number; rounded once."""
     if scale.numel() > 1 and weight.dim() > 2:  # fused experts one by one, as float32 takes four times the space
         result = empty(weight.shape, dtype=torch.bfloat16)
         for part, (w, s) in enumerate(zip(weight, scale, strict=True)):
-            result[part] = dequantise_fp8(w, s, block)
+            result[part] = _dequantise_fp8(w, s, block)
         return result
-    factor = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
+    factor = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()  # bytes are exponents
     if factor.numel() == 1:
         return (weight.float() * factor.reshape(())).bfloat16()
     rows, columns = weight.shape
@@ -163,17 +154,8 @@ def dequantise_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int], empty:
     return (weight.float() * factor).bfloat16()
 
 
-def dequantise_mxfp4(blocks: Tensor, scales: Tensor, empty: Empty = torch.empty) -> Tensor:
-    """Dequantise an MXFP4 weight to bfloat16.
-
-    Args:
-        blocks: (experts, out, G, B), two numbers per byte.
-        scales: (experts, out, G), exponents of two, plus 127.
-        empty: allocates the memory of the weight.
-
-    Returns:
-        (experts, in = 2 G B, out) in bfloat16, as gpt-oss computes with it.
-    """
+def _dequantise_mxfp4(blocks: Tensor, scales: Tensor, empty: Empty = torch.empty) -> Tensor:
+    """Dequantise blocks (experts, out, G, B) by scales (experts, out, G) to (experts, in = 2 G B, out)."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     experts, out, groups, width = blocks.shape

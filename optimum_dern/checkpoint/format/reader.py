@@ -117,10 +117,5 @@ class CheckpointReader:
 
 
 def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Read the headers of a checkpoint's weight files: its tensors as they are stored, by name.
-
-    Raises:
-        FileNotFoundError: there are no safetensors files, or a shard is missing.
-        ValueError: a file is broken.
-    """
+    """Read the headers of the files that `weight_files` finds: a checkpoint's tensors as they are stored, by name."""
     return {name: info for path in weight_files(folder) for name, info in read_header(path).items()}

@@ -105,11 +105,7 @@ def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, folder
 def _prepare_repository(
     api: Any, repo_id: str, private: bool | None, revision: str | None, create_pr: bool
 ) -> tuple[str, list[str]]:
-    """Create the repository if it is missing, and check permissions before the checkpoint is written.
-
-    Returns:
-        The full repository id, and the options of the `hf upload` command that replaces this push.
-    """
+    """Create and check the repository; return its full id, and the options of the `hf upload` that replaces a push."""
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if not create_pr:  # an existing repository is found without write permission, too
         api.auth_check(repo_id, write=True)

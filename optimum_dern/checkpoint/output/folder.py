@@ -8,13 +8,13 @@ from logging import getLogger
 from pathlib import Path
 
 from ...data.files import listed
-from .. import WORK_NAME
 from .manifest import only_process
 
 
-__all__ = ["check_no_foreign", "check_output", "prepare_output", "set_card_aside"]
+__all__ = ["WORK_NAME", "check_no_foreign", "check_output", "prepare_output", "set_card_aside"]
 
 logger = getLogger(__name__)
+WORK_NAME = ".dern"  # working folder of an unfinished run inside its output folder
 CARD_NAME = "README.md"
 OURS = re.compile(r"\A---\n.*?^- dern$.*?^---$", re.DOTALL | re.MULTILINE)  # the tag that our cards have
 # Files of other formats, adapters and quantisations.

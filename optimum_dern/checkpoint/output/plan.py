@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.moe.structure import MoELayer, experts_name, find_decoder_layers
+from ...models.moe.structure import MoELayer, find_decoder_layers
 from ..format.conversion import NameMap
 from ..format.reader import CheckpointReader
 from .shards import OutputTensor
@@ -85,7 +85,7 @@ def plan_output(
 def layer_parameters(layer: MoELayer, num_experts: int) -> dict[str, Tensor]:
     """Make meta tensors with the shapes of a layer's experts and router for a number of experts, by full name."""
     shapes = {
-        f"{experts_name(layer)}.{name}": (num_experts, *parameter.shape[1:])
+        f"{layer.experts_name}.{name}": (num_experts, *parameter.shape[1:])
         for name, parameter in layer.experts._parameters.items()
         if parameter is not None
     }
@@ -97,11 +97,8 @@ def layer_parameters(layer: MoELayer, num_experts: int) -> dict[str, Tensor]:
 
 
 def _shape(stored: Sequence[int], before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:
-    """Return a stored tensor's shape with N experts, from the shapes that transformers would save for E and for N.
-
-    Fused experts may be stored transposed; their first dimension is always that of the experts.
-    """
-    if len(stored) == 3:
+    """Return a stored tensor's shape with N experts, from the shapes that transformers would save for E and for N."""
+    if len(stored) == 3:  # fused experts, which may be stored transposed
         return (after[0], *stored[1:])
     return tuple(s if b == a else a for s, b, a in zip(stored, before, after, strict=True))
 

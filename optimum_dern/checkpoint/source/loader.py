@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...models.moe.structure import MoELayer, experts_name, find_decoder_layers, layers_by_position
+from ...models.moe.structure import MoELayer, find_decoder_layers, layers_by_position
 from ..format.conversion import NameMap, load_tensors_, release_
 from ..format.reader import CheckpointReader, LazyTensor
 
@@ -88,14 +88,11 @@ class PartLoader:
         return {name: self.reader.lazy(name) for name in self.names.sources(f"{self.decoder}.{position}.")}
 
     def _load_experts(self, layer: MoELayer, tensors: dict[str, LazyTensor]) -> None:
-        """Load experts that are stored one by one into the fused parameters, and remove them from `tensors`.
-
-        Loaded all at once, they would be in memory three times while they are fused.
-        """
+        """Load experts stored one by one, not all at once, in thrice the memory; remove them from `tensors`."""
         parameters = layer.experts._parameters
         for name in [name for name, parameter in parameters.items() if parameter is not None]:
             shape, dtype = parameters[name].shape, parameters[name].dtype
-            groups = self.names.by_expert(self.model, f"{experts_name(layer)}.{name}", shape)
+            groups = self.names.by_expert(self.model, f"{layer.experts_name}.{name}", shape)
             if groups is None:
                 continue
             missing = [source for group in groups for source in group if source not in tensors]

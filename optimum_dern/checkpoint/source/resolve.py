@@ -50,12 +50,7 @@ def resolve_checkpoint(
 
 
 def check_checkpoint(model: str | Path, revision: str | None = None) -> None:
-    """Check that a checkpoint exists, with the errors of `resolve_checkpoint`; only its configs are downloaded.
-
-    Args:
-        model: folder or Hub id.
-        revision: branch, tag or commit of a Hub model.
-    """
+    """Check that a checkpoint exists, with the errors of `resolve_checkpoint`; only its configs are downloaded."""
     _find(model, revision, None, allow_patterns=["config.json", ADAPTER_NAME])
 
 
@@ -68,9 +63,7 @@ def fetch_weights(
         model: Hub id.
         commit: of the repository.
         folder: where `resolve_checkpoint` found the other files; weights that it has already are kept.
-        token: for a private repository.
-        subfolder: as in `resolve_checkpoint`.
-        **download: as in `resolve_checkpoint`.
+        token: as in `resolve_checkpoint`, like `subfolder` and `download`.
 
     Raises:
         OSError: the download failed.
@@ -90,15 +83,7 @@ def fetch_weights(
 def remote_dtypes(model: str, commit: str, folder: Path, token: Any = None, subfolder: str = "") -> dict[str, str]:
     """Return the safetensors dtypes in a Hub model's first weight file, of which only the header is downloaded.
 
-    Args:
-        model: Hub id.
-        commit: of the repository.
-        folder: where `resolve_checkpoint` found the other files.
-        token: for a private repository.
-        subfolder: of the repository.
-
-    Raises:
-        OSError: the download failed.
+    Arguments and errors are those of `fetch_weights`.
     """
     from huggingface_hub import HfApi
 
@@ -159,11 +144,7 @@ def _check_weights(model: str, commit: str, folder: Path, token: Any, inside: st
 
 @contextmanager
 def _explained(model: str, revision: str | None) -> Iterator[None]:
-    """Turn any error of the Hub's client into an OSError that says what to do.
-
-    Raises:
-        OSError: instead of any other error.
-    """
+    """Turn any error of the Hub's client into an OSError that says what to do."""
     try:
         yield
     except Exception as error:

@@ -11,10 +11,9 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint import WORK_NAME
 from ...checkpoint.format.conversion import NameMap
 from ...checkpoint.format.sidecars import companions, copy_companions, left_out, remove_stale
-from ...checkpoint.output.folder import set_card_aside
+from ...checkpoint.output.folder import WORK_NAME, set_card_aside
 from ...checkpoint.output.manifest import Manifest, only_process
 from ...checkpoint.output.plan import OutputPlan, plan_output
 from ...checkpoint.output.publishing import MANIFEST_NAME, write_report, write_sidecars

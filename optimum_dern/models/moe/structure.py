@@ -17,7 +17,6 @@ from ...core.layer.workspace import IN_MEMORY, Workspace
 __all__ = [
     "COUNT_KEYS",
     "MoELayer",
-    "experts_name",
     "find_decoder_layers",
     "find_moe_layers",
     "layers_by_position",
@@ -55,6 +54,7 @@ class MoELayer:
     name: str  # of the block in the model
     block: nn.Module
     experts: nn.Module
+    experts_name: str  # of the experts in the model
     config: object  # the (sub-)config with the number of experts
     layout: ExpertLayout
     num_experts: int
@@ -99,11 +99,6 @@ def find_decoder_layers(model: nn.Module, layer: MoELayer) -> tuple[str, nn.Modu
     raise ValueError(f"{layer.name!r} is not inside a list of decoder layers; this architecture is not supported")
 
 
-def experts_name(layer: MoELayer) -> str:
-    """Return the name of a layer's experts module in the model."""
-    return next(f"{layer.name}.{name}" for name, module in layer.block.named_modules() if module is layer.experts)
-
-
 def layers_by_position(model: nn.Module, layers: list[MoELayer]) -> dict[int, MoELayer]:
     """Map the index of each decoder layer to the MoE layer that it contains.
 
@@ -138,6 +133,7 @@ def _describe(model: nn.Module, name: str, experts: nn.Module) -> MoELayer:
         name=block_name,
         block=block,
         experts=experts,
+        experts_name=name,
         config=config,
         layout=ExpertLayout(
             gated=getattr(experts, "has_gate", "gate_up_proj" in experts._parameters),

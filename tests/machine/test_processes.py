@@ -80,19 +80,19 @@ os._exit(0)  # as the command does
 # The command itself, in which one process stops at the second layer.
 STOPPING = """
 import os, signal, sys
-from optimum_dern.checkpoint.output.tensors import CheckpointLayers
+from optimum_dern.checkpoint.source.loader import PartLoader
 from optimum_dern.commands.main import main
 
-loaded = CheckpointLayers.loaded
+loaded = PartLoader.loaded
 
-def stopping(self, position):
+def stopping(self, position, *tensors):
     if position == 1 and os.environ["RANK"] == os.environ["STOPS"]:
         if os.environ["STOPS_BY"] == "error":
             raise ValueError("out of luck")
         os.kill(os.getpid(), signal.SIGKILL)
-    return loaded(self, position)
+    return loaded(self, position, *tensors)
 
-CheckpointLayers.loaded = stopping
+PartLoader.loaded = stopping
 main()
 """
 

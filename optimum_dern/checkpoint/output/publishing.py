@@ -18,15 +18,7 @@ from ..source.ties import record_untied_
 from .config_json import compressed_config
 
 
-__all__ = [
-    "CONFIG_NAME",
-    "MANIFEST_NAME",
-    "REPORT_NAME",
-    "keep_publishable_",
-    "provenance",
-    "write_report",
-    "write_sidecars",
-]
+__all__ = ["MANIFEST_NAME", "REPORT_NAME", "keep_publishable_", "write_report", "write_sidecars"]
 
 CONFIG_NAME, REPORT_NAME = "dern_config.json", "dern_report.json"
 MANIFEST_NAME = "dern_manifest.json"  # checksums of all tensors
@@ -113,7 +105,7 @@ def write_sidecars(model: Any, folder: Path, report: CompressionReport, source: 
     config = folder / "config.json"
     saved = json.loads(config.read_text("utf-8")) if config.exists() else model.config.to_dict()
     replace_json(config, compressed_config(saved, source, model.config))
-    replace_json(folder / CONFIG_NAME, provenance(report))
+    replace_json(folder / CONFIG_NAME, _provenance(report))
     report.save(folder / REPORT_NAME)
     write_presentation(report, folder, keep_card=True)
 
@@ -124,7 +116,7 @@ def write_report(folder: Path, report: CompressionReport) -> None:
     write_presentation(report, folder)
 
 
-def provenance(report: CompressionReport) -> dict[str, Any]:
+def _provenance(report: CompressionReport) -> dict[str, Any]:
     """Describe how a checkpoint was made: the content of `dern_config.json`."""
     return {
         "config": report.config,

@@ -1,7 +1,7 @@
 """Decoder layers between a source and its compressed checkpoints: read once, then written or copied to each."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
@@ -12,6 +12,7 @@ from ...models.moe.original import original_kept
 from ...models.moe.structure import MoELayer, layers_by_position
 from ...models.moe.view import LayerWeights, read_layer, retained_routing, write_layer_
 from ...results.report import LayerReport
+from ..format.reader import CheckpointReader
 from ..format.tensor_file import DTYPES
 from ..source.loader import PartLoader
 from .manifest import Manifest
@@ -19,7 +20,7 @@ from .plan import OutputPlan, layer_parameters
 from .shards import ShardWriter
 
 
-__all__ = ["CheckpointLayers", "CheckpointOutput"]
+__all__ = ["CheckpointOutput", "copy_rest", "copy_when_read_"]
 
 
 class CheckpointOutput:
@@ -125,40 +126,30 @@ class CheckpointOutput:
         return tensor.to(dtype)
 
 
-class CheckpointLayers:
-    """Loads the original decoder layers of a checkpoint for the engine, one at a time.
-
-    Tensors that compression does not change are written to all outputs when they are read, so the source is read once.
+def copy_when_read_(reader: CheckpointReader, outputs: Sequence[CheckpointOutput]) -> None:
+    """Copy tensors that compression does not change to all outputs when they are read, so the source is read once.
 
     Args:
-        loader: of the source checkpoint.
+        reader: of the source checkpoint.
         outputs: compressed checkpoints, one for each result.
     """
 
-    def __init__(self, loader: PartLoader, outputs: Sequence[CheckpointOutput]) -> None:
-        self.loader, self.reader, self.outputs = loader, loader.reader, outputs
-        self.reader.after_read = self._copy
-
-    def outside(self) -> AbstractContextManager:
-        """Load everything outside the decoder layers, such as embeddings, while the context is open."""
-        return self.loader.outside()
-
-    def loaded(self, position: int) -> AbstractContextManager:
-        """Load one decoder layer while the context is open."""
-        return self.loader.loaded(position)
-
-    def copy_rest(self) -> None:
-        """Copy the unchanged tensors that have not been read so far, and close all files."""
-        self.reader.after_read = None  # no layer is read any more
-        for name in sorted(set().union(*(output.missing() for output in self.outputs))):
-            self._copy(name, self.reader.read(name))
-        self.reader.close()
-        for output in self.outputs:
-            output.save()
-
-    def _copy(self, name: str, tensor: Tensor) -> None:
-        for output in self.outputs:
+    def copy(name: str, tensor: Tensor) -> None:
+        for output in outputs:
             output.copy(name, tensor)
+
+    reader.after_read = copy
+
+
+def copy_rest(reader: CheckpointReader, outputs: Sequence[CheckpointOutput]) -> None:
+    """Copy the unchanged tensors that have not been read so far, and close all files."""
+    copy_when_read_(reader, outputs)
+    for name in sorted(set().union(*(output.missing() for output in outputs))):
+        reader.read(name)
+    reader.after_read = None
+    reader.close()
+    for output in outputs:
+        output.save()
 
 
 def _shrink_(layer: MoELayer, num_experts: int) -> None:

@@ -18,7 +18,7 @@ from ...checkpoint.output.manifest import Manifest, only_process
 from ...checkpoint.output.plan import OutputPlan, plan_output
 from ...checkpoint.output.publishing import MANIFEST_NAME, write_report, write_sidecars
 from ...checkpoint.output.shards import OutputTensor, ShardWriter, plan_shards, publish_shards
-from ...checkpoint.output.tensors import CheckpointLayers, CheckpointOutput
+from ...checkpoint.output.tensors import CheckpointOutput, copy_rest, copy_when_read_
 from ...checkpoint.source.loader import PartLoader
 from ...checkpoint.source.recorded import StatisticsWriter, publish_statistics
 from ...config import DernConfig
@@ -121,16 +121,16 @@ def _compress(task: CheckpointTask, names: NameMap, work: Path, results: Sequenc
     loader = PartLoader(model, layers, task.reader, names, processes.device)
     outputs = [_open_output(task, loader, result) for result in results]
     recipes = [Recipe(r.config, r.num_experts, output) for r, output in zip(results, outputs, strict=True)]
-    provider = CheckpointLayers(loader, outputs)
+    copy_when_read_(task.reader, outputs)
     if task.batches:
         writer = StatisticsWriter(work, layers_by_position(model, layers), lambda: describe_recording(task))
         keep = writer.write if processes.is_main else None
         spill = work if task.memory.spilled else None
-        reports = compress_layers_(model, layers, task.batches, recipes, provider, spill, processes, keep)
+        reports = compress_layers_(model, layers, task.batches, recipes, loader, spill, processes, keep)
     else:
         recorded = task.recorded and task.recorded.read
-        reports = compress_unseen_layers_(model, layers, recipes, recorded, provider, processes)
-    provider.copy_rest()
+        reports = compress_unseen_layers_(model, layers, recipes, recorded, loader, processes)
+    copy_rest(task.reader, outputs)
     for result, size, layer_reports in zip(results, after, reports, strict=True):
         report = make_report(
             result.config,

@@ -1,10 +1,8 @@
 """Tensors that pass through a compression: written when a layer is read, the rest by name."""
 
-from types import SimpleNamespace
-
 import torch
 
-from optimum_dern.checkpoint.output.tensors import CheckpointLayers
+from optimum_dern.checkpoint.output.tensors import copy_rest, copy_when_read_
 
 
 class Reader:
@@ -49,10 +47,10 @@ class Output:
 def test_every_tensor_is_copied_once():
     """One is read on the way, the others at the end, each for all outputs that want it; then nobody watches."""
     reader, outputs = Reader(), [Output(["embedding", "norm", "head"]), Output(["head", "embedding"])]
-    layers = CheckpointLayers(SimpleNamespace(reader=reader), outputs)
+    copy_when_read_(reader, outputs)
     reader.read("embedding")
     assert [output.copies for output in outputs] == [[("embedding", [0.0, 0.0])]] * 2
-    layers.copy_rest()
+    copy_rest(reader, outputs)
     assert outputs[0].copies == [("embedding", [0.0, 0.0]), ("head", [2.0, 2.0]), ("norm", [1.0, 1.0])]
     assert outputs[1].copies == [("embedding", [0.0, 0.0]), ("head", [2.0, 2.0])]
     assert reader.reads == ["embedding", "head", "norm"] and reader.closed and reader.after_read is None
@@ -60,9 +58,7 @@ def test_every_tensor_is_copied_once():
 
 
 def test_the_rest_needs_nobody_to_watch():
-    """What is left is copied by the one who asks for it, not by the way."""
+    """What is left is copied by the one who asks for it."""
     reader, output = Reader(), Output(["norm"])
-    layers = CheckpointLayers(SimpleNamespace(reader=reader), [output])
-    reader.after_read = None
-    layers.copy_rest()
+    copy_rest(reader, [output])
     assert output.copies == [("norm", [1.0, 1.0])]

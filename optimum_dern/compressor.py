@@ -68,7 +68,9 @@ class DernCompressor:
         from .checkpoint.source.orientation import keep_orientation_
         from .checkpoint.source.provenance import model_source, source_config
         from .data.batches import check_masks
+        from .engine.run.checks import with_dataset
         from .engine.run.in_memory import compress_in_memory_
+        from .engine.run.own_text import OwnText
         from .engine.run.run_report import make_report
         from .models.moe.structure import find_moe_layers
         from .models.refusals import check_materialised
@@ -82,22 +84,24 @@ class DernCompressor:
         check_materialised(layers)
         before, source = measure_model(model, layers), source_config(model)
         keep_orientation_(model)
-        batches = self._load_batches(model, tokenizer, trust_remote_code) if batches is None else batches
+        config, own = self.config if batches is not None else with_dataset(self.config), OwnText(model)
+        batches = _load_batches(config, model, tokenizer, trust_remote_code, own) if batches is None else batches
         check_masks(batches)
         reports = []
         if num_experts < before.experts:
-            reports = compress_in_memory_(model, layers, batches, self.config, num_experts)
+            reports = compress_in_memory_(model, layers, batches, config, num_experts)
         self.report = make_report(
-            self.config,
+            config,
             model.config.model_type,
             model_source(model),
             (before, measure_model(model, find_moe_layers(model))),
             reports,
-            describe_calibration(self.config.dataset, batches),
+            describe_calibration(config.dataset, batches),
             started,
             model.device,
             dict.fromkeys(("computed", "written"), str(model.dtype).removeprefix("torch.")),
         )
+        self.report.own_text = own.rows
         keep_publishable_(model, self.report, source)
         return model
 
@@ -201,7 +205,7 @@ class DernCompressor:
         return reports if several else self.report
 
     @plain_torch()
-    def prepare(self, model: Any, tokenizer: Any = None, *, trust_remote_code: bool = False) -> list[dict]:
+    def prepare(self, model: Any, tokenizer: Any = None, *, trust_remote_code: bool = False) -> list[dict] | None:
         """Check a model and load the calibration data, before its weights have to be loaded.
 
         Args:
@@ -210,13 +214,19 @@ class DernCompressor:
             trust_remote_code: as in `compress_model`.
 
         Returns:
-            The calibration data, for `compress_model`.
+            The calibration data, for `compress_model`; None where the model itself is to write some of it, for which
+            it needs its weights: `compress_model` then loads all of it.
 
         Raises:
             ValueError: a model, count or dataset that cannot work.
         """
+        from .engine.run.checks import with_dataset
+        from .engine.run.model_batches import writes_text
+
         self.check(model)
-        return self._load_batches(model, tokenizer, trust_remote_code)
+        config = with_dataset(self.config)
+        batches = _load_batches(config, model, tokenizer, trust_remote_code)
+        return None if config.dataset is not None and writes_text(config) else batches
 
     @plain_torch()
     def check(self, model: Any, layers: list | None = None) -> int:
@@ -232,16 +242,14 @@ class DernCompressor:
         Raises:
             ValueError: the model or config cannot work; the message says why and how to mend it.
         """
-        from .engine.run.checks import check_data, check_request
+        from .engine.run.checks import check_request
         from .models.adapters import check_no_adapter
         from .models.moe.structure import find_moe_layers
         from .paths import check_utf8
 
         check_no_adapter(model, "compressed")
         check_utf8(model.config.name_or_path)
-        count = check_request(self.config, model, find_moe_layers(model) if layers is None else layers)
-        check_data(self.config)
-        return count
+        return check_request(self.config, model, find_moe_layers(model) if layers is None else layers)
 
     def save(self, model: Any, output: str | Path, tokenizer: Any = None, max_shard_size: str | int = "5GB") -> None:
         """Write a compressed model as an ordinary checkpoint with its card, report and provenance.
@@ -324,15 +332,14 @@ class DernCompressor:
         """Create a compressor from a dictionary made by `to_dict`."""
         return cls(**{name: value for name, value in without_retired(values).items() if name != "meta"})
 
-    def _load_batches(self, model: Any, tokenizer: Any, trust_remote_code: bool) -> list[dict]:
-        """Load the calibration batches; an empty list if the config has no dataset."""
-        from .engine.run.model_batches import load_model_batches
-
-        if self.config.dataset is None:
-            return []
-        return load_model_batches(self.config, model, tokenizer, trust_remote_code)
-
     def _require_report(self) -> CompressionReport:
         if self.report is None:
             raise ValueError("this compressor has not compressed a model yet; call compress_model first")
         return self.report
+
+
+def _load_batches(config: DernConfig, model: Any, tokenizer: Any, trust_remote_code: bool, own: Any = None) -> list:
+    """Load the calibration batches; an empty list if the config has no dataset."""
+    from .engine.run.model_batches import load_model_batches
+
+    return [] if config.dataset is None else load_model_batches(config, model, tokenizer, trust_remote_code, own)

@@ -23,6 +23,8 @@ PRESETS = {
         "drift_correction": 0.5,
         "guard": True,
         "calibration_order": "sequential",
+        "self_share": 0.5,
+        "random_share": None,
     },
     "paper": {
         "cluster_init": "gate",
@@ -32,6 +34,8 @@ PRESETS = {
         "drift_correction": 0.0,
         "guard": False,
         "calibration_order": "oneshot",
+        "self_share": 0.0,
+        "random_share": 0.0,
     },
 }
 RETIRED = {"layer_budget": "uniform"}  # fields of earlier releases, with the only value that still means something
@@ -72,6 +76,7 @@ RANGES = {
     **dict.fromkeys(COUNTS, (lambda value: value >= 1, "of at least 1")),
     **dict.fromkeys(("refit_ridge", "cluster_tolerance"), (lambda value: value > 0, "above 0")),
     "sparsity": (lambda value: 0 <= value < 1, "of at least 0 and below 1 (the fraction dropped)"),
+    **dict.fromkeys(("self_share", "random_share"), (lambda value: 0 <= value < 1, "of at least 0 and below 1")),
     "drift_correction": (lambda value: 0 <= value <= 1, "from 0 to 1"),
     "seed": (lambda value: 0 <= value < 2**32, "from 0 to 2**32 - 1"),
 }
@@ -200,7 +205,19 @@ class DernOptions:
         "datasets.Dataset, or {source: weight}",
         group="data",
     )
-    num_samples: int = _option(128, "maximum number of calibration sequences", group="data")
+    self_share: float | None = _option(
+        None,
+        "share of text that the model writes itself among all calibration sequences, beside the num_samples of the "
+        "dataset; it keeps refits from harming text that the dataset does not resemble",
+        group="data",
+    )
+    random_share: float | None = _option(
+        None,
+        "likewise share of random token ids, for the same purpose (default: 0.25 where the model does not fit in "
+        "memory to write text of its own, else 0)",
+        group="data",
+    )
+    num_samples: int = _option(128, "maximum number of sequences of the dataset", group="data")
     sequence_length: int = _option(2048, "maximum number of tokens per calibration sequence", group="data")
     batch_size: int = _option(1, "calibration sequences per forward pass", group="data")
     seed: int = _option(0, "seed of the calibration draw and of every other random choice", group="data")
@@ -294,6 +311,11 @@ class DernOptions:
             )
         if self.sparsity is None and self.num_experts is None:
             self.sparsity = 0.5
+        if self.self_share + (self.random_share or 0) >= 1:
+            raise ValueError(
+                f"self_share={self.self_share} and random_share={self.random_share} leave no calibration sequence for "
+                "the dataset; give shares that add up to less than 1"
+            )
 
     def _retain_as_reported(self, path: Path) -> None:
         """Protect the retained experts of an earlier report; by default their number is kept as well."""

@@ -2,11 +2,12 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 
-__all__ = ["replace_json", "replace_text"]
+__all__ = ["replace_json", "replace_rows", "replace_text"]
 
 
 def replace_text(path: Path, text: str, durable: bool = False) -> None:
@@ -36,3 +37,8 @@ def replace_text(path: Path, text: str, durable: bool = False) -> None:
 def replace_json(path: Path, value: Any) -> None:
     """Replace a file atomically by indented JSON."""
     replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def replace_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Replace a file atomically by JSON lines, one for each row."""
+    replace_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))

@@ -44,6 +44,8 @@ def test_defaults():
         "sequence_length": 2048,
         "batch_size": 1,
         "seed": 0,
+        "self_share": 0.0,  # of the tests; 0.5 otherwise
+        "random_share": None,
         "text_column": "text",
         "protect_experts": None,
         "experts_multiple_of": 1,

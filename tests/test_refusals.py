@@ -78,7 +78,6 @@ def check_refusal(model, match, error=ValueError, tokenizer=None, **fields):
         ("deepseek_v3", {"num_experts": 2}, "needs at least 4"),
         ("mixtral", {"method": "distil"}, "unknown method 'distil'.*dern, .*prune"),
         ("mixtral", {"selection": "astrology"}, "unknown selection criterion 'astrology'.*reap"),
-        ("mixtral", {"dataset": None}, "no calibration data"),
         ("mixtral", {"dataset": []}, "holds no token"),
         ("mixtral", {"dataset": ["", "  \n"]}, "holds no token"),
         ("mixtral", {"dataset": sample_texts()}, "give a tokenizer"),

@@ -111,13 +111,9 @@ def _compress(args: argparse.Namespace) -> tuple[dict[Path, Any], dict[str, list
         )
 
     from ..compressor import DernCompressor
-    from ..engine.run.checks import check_names, needs_data
+    from ..engine.run.checks import check_names
 
     check_names(config)
-    if config.dataset is None and args.statistics is None and needs_data(config):
-        raise ValueError(
-            "--dataset is missing: give calibration text, for example --dataset notes.txt or --dataset c4"
-        )
     texts = _load_texts(args) if args.evaluate else {}
     amounts = getattr(args, "amounts", {})
     found = DernCompressor(config).compress_checkpoint(

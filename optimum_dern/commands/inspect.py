@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoint.source.find import find_checkpoint
     from ..engine.cost.duration import measure_rate, predict_seconds
     from ..engine.cost.memory import plan_memory
-    from ..engine.run.checks import check_names, check_request, needs_data
+    from ..engine.run.checks import check_names, check_request, needs_data, with_dataset
+    from ..engine.run.model_batches import sequences_in_all
     from ..machine.torch_state import default_device
     from ..models.context_length import bounded_length
     from ..models.moe.structure import find_moe_layers
@@ -49,9 +50,10 @@ def run(args: argparse.Namespace) -> None:
     layers = find_moe_layers(model)
     count = check_request(config, model, layers)
     before, after = measure_model(model, layers), predict_size(model, layers, count)
-    tokens = config.num_samples * bounded_length(model.config, config.sequence_length)
-    if config.dataset is None and not needs_data(config):
-        tokens = 0  # as in compress, which then runs no text through the model
+    sequences = 0  # where compress runs no text through the model
+    if config.dataset is not None or needs_data(config):
+        sequences = sequences_in_all(with_dataset(config))
+    tokens = sequences * bounded_length(model.config, config.sequence_length)
     bound = parse_bytes(args.max_memory) if args.max_memory else None
     memory = plan_memory(model, layers, tokens, config, count, bound)
     rate = measure_rate(default_device())

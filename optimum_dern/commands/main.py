@@ -10,7 +10,7 @@ from .. import versions
 from ..errors import describe_error, is_deliberate
 from ..machine.threads import choose_threads
 from ..paths import check_utf8
-from . import compare, compress, evaluate, inspect, report
+from . import compare, compress, evaluate, inspect, report, sample
 
 
 __all__ = ["COMMANDS", "add_command", "fail", "main", "run_safely"]
@@ -21,6 +21,7 @@ COMMANDS: dict[str, ModuleType] = {
     "compare": compare,
     "inspect": inspect,
     "report": report,
+    "sample": sample,
 }
 
 

@@ -1,13 +1,16 @@
-"""The commands of `optimum-dern` as command classes of optimum, for `optimum-cli dern ...`."""
+"""The commands of `optimum-dern` as command classes of optimum, for `optimum-cli dern ...`.
+
+The installed package has a copy of this file where optimum looks for commands, hence the absolute import.
+"""
 
 from argparse import ArgumentParser
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from .main import COMMANDS, add_command, run_safely
+from optimum_dern.commands.main import COMMANDS, add_command, run_safely
 
 
-__all__ = ["DernCommand"]
+__all__ = ["REGISTER_COMMANDS", "DernCommand"]
 
 
 def _command_class(name: str) -> type[BaseOptimumCLICommand]:
@@ -34,3 +37,6 @@ class DernCommand(BaseOptimumCLICommand):
     SUBCOMMANDS = tuple(
         CommandInfo(name, m.HELP, subcommand_class=_command_class(name)) for name, m in COMMANDS.items()
     )
+
+
+REGISTER_COMMANDS = [DernCommand]

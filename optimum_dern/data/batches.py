@@ -17,11 +17,12 @@ If a source of a folder or a mix has too few samples, the others provide the res
 Samples are drawn with a local generator; no global random state changes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from ..machine.torch_state import plain_torch
 from ..results.description import describe_dataset
+from .labels import SOURCE
 from .mix import read_mapping
 from .named import preserved_random_state
 from .samples import Sample, load_samples
@@ -38,6 +39,7 @@ __all__ = [
     "is_endless",
     "load_batches",
     "load_samples",
+    "pad_batches",
     "preserved_random_state",
     "read_mapping",
 ]
@@ -53,8 +55,6 @@ def load_batches(
     batch_size: int = 1,
     seed: int = 0,
     text_column: str = "text",
-    made: Mapping[str, Callable[[int], list[Sample]]] | None = None,
-    with_sources: bool = False,
 ) -> list[dict[str, Any]]:
     """Load calibration data into padded token batches.
 
@@ -66,12 +66,9 @@ def load_batches(
         batch_size: sequences a batch; shorter ones are padded on the left and masked.
         seed: of the random draw of samples.
         text_column: column that holds the text, for rows with columns.
-        made: by name, sources that are not read: each is called with the number of samples wanted.
-        with_sources: add the name of every sequence's source.
 
     Returns:
-        Dicts of `input_ids` and `attention_mask`, each (batch, sequence) int64; with sources also `source`, a list of
-        as many str as the batch has sequences.
+        Dicts of `input_ids` and `attention_mask`, each (batch, sequence) int64.
 
     Raises:
         ValueError: data of an unsupported form, or without any token.
@@ -79,19 +76,34 @@ def load_batches(
         ImportError: a package that reads this form is missing.
         ConnectionError: a dataset on the Hub, which cannot be reached.
     """
-    from optimum.gptq.data import prepare_dataset
-
-    samples = load_samples(dataset, tokenizer, num_samples, sequence_length, seed, text_column, made)
+    samples = load_samples(dataset, tokenizer, num_samples, sequence_length, seed, text_column)
     if not samples:
         raise ValueError(
             f"the calibration data ({describe_dataset(dataset)}) holds no token; give text that is not empty"
         )
+    return [
+        {name: batch[name] for name in batch if name != SOURCE}
+        for batch in pad_batches(samples, tokenizer, batch_size)
+    ]
+
+
+def pad_batches(samples: Sequence[Sample], tokenizer: Any, batch_size: int) -> list[dict[str, Any]]:
+    """Pad samples on the left into batches.
+
+    Args:
+        samples: in the order of the batches.
+        tokenizer: its padding token (or EOS) pads; None pads with 0.
+        batch_size: sequences a batch.
+
+    Returns:
+        Dicts of `input_ids` and `attention_mask`, each (batch, sequence) int64, and `source`, a name a sequence.
+    """
+    from optimum.gptq.data import prepare_dataset
+
     pad = 0 if tokenizer is None else tokenizer.pad_token_id
     if pad is None:
         pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0  # masked, so any id does
     examples = [{"input_ids": each.ids.unsqueeze(0), "attention_mask": each.mask.unsqueeze(0)} for each in samples]
     batches = prepare_dataset(examples, batch_size=batch_size, pad_token_id=pad)  # keeps the order
-    if with_sources:
-        names = iter([sample.source for sample in samples])
-        batches = [batch | {"source": [next(names) for _ in batch["input_ids"]]} for batch in batches]
-    return batches
+    names = iter([sample.source for sample in samples])
+    return [batch | {SOURCE: [next(names) for _ in batch["input_ids"]]} for batch in batches]

@@ -19,6 +19,8 @@ from .files import COMPRESSIONS, FILE_TYPES, file_type
 __all__ = [
     "MADE",
     "NAMED_DATASETS",
+    "RANDOM",
+    "SELF",
     "Repository",
     "check_source",
     "find_repository",
@@ -29,7 +31,7 @@ __all__ = [
 ]
 
 NAMED_DATASETS = ("wikitext2", "c4", "c4-new", "general")
-MADE = ("self", "random")  # written by the model itself, and random token ids
+SELF, RANDOM = MADE = ("self", "random")  # written by the model itself, and random token ids
 SPLITS = ("train", "validation", "test")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SHARD = re.compile(r"-\d{5}-of-\d{5}")
@@ -72,7 +74,7 @@ def holds_text(dataset: Any) -> bool:
     if isinstance(dataset, Mapping):
         return any(map(holds_text, dataset))
     if isinstance(dataset, str | Path):
-        return str(dataset) != "random" and file_type(Path(dataset)) != ".pt"
+        return str(dataset) not in MADE and file_type(Path(dataset)) != ".pt"
     row = next(iter(dataset), None) if hasattr(dataset, "__iter__") else None
     return isinstance(row, str) or (isinstance(row, Mapping) and "input_ids" not in row) or holds_messages(row)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-__all__ = ["Reading", "Sample", "check_masks", "checked_mask", "sequences", "to_tokens", "windows"]
+__all__ = ["Reading", "Sample", "added_bos", "check_masks", "checked_mask", "sequences", "to_tokens", "windows"]
 
 DOCUMENTS = 64  # tokenized at once
 
@@ -40,9 +40,7 @@ class Reading:
     @cached_property
     def bos(self) -> int | None:
         """The token that the tokenizer puts in front of plain text, if any."""
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        ids = [] if bos is None else self.tokenizer("x")["input_ids"]
-        return bos if len(ids) and ids[0] == bos else None
+        return added_bos(self.tokenizer)
 
     def text_tokenizer(self, source: Any) -> Any:
         """Return the tokenizer.
@@ -53,6 +51,13 @@ class Reading:
         if self.tokenizer is None:
             raise ValueError(f"calibration data {str(source)!r} is text: give a tokenizer, or token ids instead")
         return self.tokenizer
+
+
+def added_bos(tokenizer: Any) -> int | None:
+    """Return the id of the token that a tokenizer puts in front of plain text; None where it puts none."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    ids = [] if bos is None else tokenizer("x")["input_ids"]
+    return bos if len(ids) and ids[0] == bos else None
 
 
 def to_tokens(row: Any, reading: Reading) -> tuple[Tensor, Tensor]:

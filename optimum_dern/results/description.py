@@ -1,6 +1,7 @@
 """Description of calibration data for reports and provenance: name, SHA-256 and counts."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ __all__ = ["describe_calibration", "describe_dataset", "fingerprint", "recordabl
 
 
 def describe_calibration(dataset: Any, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Describe calibration data as JSON-able values for publication: name, SHA-256, sequences and tokens."""
+    """Describe calibration data as JSON-able values for publication: name, sources, SHA-256, sequences and tokens."""
+    sources = Counter(name for batch in batches for name in batch.get("source", ()))
     return {
         "dataset": describe_dataset(_without_folders(dataset)),
+        **({"sources": dict(sources)} if sources else {}),
         "sha256": fingerprint(batches),
         "sequences": sum(len(batch["input_ids"]) for batch in batches),
         "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),

@@ -40,6 +40,7 @@ class LayerReport:
     protected: list[int] = field(default_factory=list)  # original indices of protected experts
     largest_output: float = 0.0  # largest absolute component of any original expert's output
     skipped: dict[str, str] = field(default_factory=dict)  # reason for each step that was skipped
+    source_errors: dict[str, dict[str, float]] = field(default_factory=dict)  # per source: of pruning and the winner
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class CompressionReport:
     source_card: dict[str, Any] | None = None  # licence and base models that the source's card names
     report_version: int = REPORT_VERSION
     source_folder: Path | None = field(default=None, compare=False)  # local folder of the source; never saved
+    own_text: list[dict] = field(default_factory=list, compare=False)  # that the model wrote; in a file of its own
 
     @property
     def ratio(self) -> float:
@@ -109,7 +111,7 @@ class CompressionReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-able values for publication, with `ratio` and without local folders."""
         values = asdict(self) | {"ratio": self.ratio}
-        del values["source_folder"]
+        del values["source_folder"], values["own_text"]
         return values
 
     @classmethod

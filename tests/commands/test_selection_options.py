@@ -108,8 +108,6 @@ def test_super_in_a_config():
     ("options", "message"),
     [
         (["--selection", "norm", "--dataset", "SOURCE"], "unknown selection criterion 'norm'"),
-        (["--selection", "aimer", "--protect-experts", "super"], "dataset"),
-        (["--selection", "hope"], "dataset"),
     ],
 )
 def test_refusals(tmp_path, capsys, checkpoint, sources, options, message):

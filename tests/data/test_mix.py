@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from tiny import tiny_tokenizer
 
-from optimum_dern.data.batches import Sample, load_batches, load_samples
+from optimum_dern.data.batches import Sample, load_batches, load_samples, pad_batches
 from optimum_dern.data.mix import Part, mix_samples
 from optimum_dern.results.description import describe_dataset, recordable_dataset
 
@@ -40,9 +40,9 @@ def test_sources(folder):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_batches_with_sources(folder, size):
-    """Names go with the rows, only where they are asked for."""
+    """Names go with the rows; evaluation, which passes batches to models as they are, gets none."""
     mix = {str(folder / "a.json"): 1, str(folder / "c.txt"): 1}
-    batches = load_batches(mix, TOKENIZER, batch_size=size, with_sources=True)
+    batches = pad_batches(load_samples(mix, TOKENIZER, 128, 2048, 0), TOKENIZER, size)
     rows = [(len(b["input_ids"]), len(b["source"])) for b in batches]
     assert all(sequences == names for sequences, names in rows)
     assert [name for b in batches for name in b["source"]] == [str(folder / "a.json")] * 2 + [str(folder / "c.txt")]
@@ -83,7 +83,7 @@ def test_made_sources(folder):
     assert sources_of("self", 3, made=made) == ["self"] * 3 and calls == [3]
     calls.clear()
     assert sources_of({str(folder / "a.json"): 1, "self": 1}, 4, made=made).count("self") == 2 and calls == [2]
-    (batch,) = load_batches({"self": 1}, None, num_samples=2, batch_size=2, made=made, with_sources=True)
+    (batch,) = pad_batches(load_samples({"self": 1}, None, 2, 8, 0, made=made), None, 2)
     assert batch["input_ids"].tolist() == [[7], [7]] and batch["source"] == ["self", "self"]
 
 

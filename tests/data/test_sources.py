@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from tiny import tiny_tokenizer
 
 from optimum_dern.data.batches import check_source, holds_text, load_samples
-from optimum_dern.data.sources import Repository, find_repository
+from optimum_dern.data.sources import MADE, Repository, find_repository
 from optimum_dern.evaluation.loss.perplexity import OF_A_STREAM, load_texts
 
 
@@ -58,9 +58,9 @@ def test_names(name, repository):
 
 @pytest.mark.parametrize("name", ["self", "random", "general", "c4"])
 def test_names_of_other_kinds(name):
-    """They are known before anything is loaded; random tokens need no tokenizer."""
+    """They are known before anything is loaded; what is made needs no tokenizer."""
     check_source(name)
-    assert holds_text(name) == (name != "random") == holds_text({name: 1})
+    assert holds_text(name) == (name not in MADE) == holds_text({name: 1})
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from optimum_dern.data.batches import load_batches
 from optimum_dern.engine.layer.recording import record_routing
 from optimum_dern.engine.walk import walks
 from optimum_dern.engine.walk.calls import Call, record_layer_calls
-from optimum_dern.engine.walk.decoder import held_out_tokens
 from optimum_dern.engine.walk.stream import HiddenStream
 from optimum_dern.models.moe.structure import find_decoder_layers, find_moe_layers
 from optimum_dern.models.moe.view import layer_activation, read_layer
@@ -151,28 +150,6 @@ def test_batch_size_does_not_matter_to_a_run():
         assert alone.held_out_tokens == padded.held_out_tokens == 11
         assert alone.retained == padded.retained
         assert alone.saliency == pytest.approx(padded.saliency, rel=1e-4)
-
-
-def masks_of(*lengths, size=10):
-    """One micro-batch of right-padded sequences of these lengths."""
-    return torch.arange(size) < torch.tensor(lengths).unsqueeze(1)
-
-
-@pytest.mark.parametrize(
-    ("masks", "expected"),
-    [
-        ([masks_of(3, 5, 2)], [0] * 8 + [1] * 2),  # fewer than ten sequences: the last
-        ([masks_of(3, 5), masks_of(2)], [0] * 8 + [1] * 2),  # in whichever batch
-        ([masks_of(*[1] * 10)], [0] * 9 + [1]),  # every tenth from ten on
-        ([masks_of(*[1] * 21)], ([0] * 9 + [1]) * 2 + [0]),
-        ([masks_of(*[2] * 9), masks_of(*[3] * 11)], [0] * 18 + [1] * 3 + [0] * 27 + [1] * 3),
-        ([masks_of(10)], [0] * 9 + [1]),  # of a single one, its last tenth
-        ([masks_of(29, size=30)], [0] * 27 + [1] * 2),
-    ],
-)
-def test_held_out_tokens(masks, expected):
-    """A tenth of the sequences, whole ones where there are several; padding has no entry."""
-    assert held_out_tokens(masks).tolist() == [bool(value) for value in expected]
 
 
 @pytest.fixture

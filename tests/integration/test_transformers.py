@@ -178,7 +178,6 @@ def test_the_config_of_the_caller_stays_as_it_was(source):
 REFUSALS = {
     "too few experts": ({"num_experts": 1}, "at least 2"),
     "unknown method": ({"method": "magic"}, "magic"),
-    "no data": ({"dataset": None}, "no calibration data"),
     "missing file": ({"dataset": "nowhere.txt"}, "nowhere.txt"),
 }
 

@@ -13,14 +13,15 @@ from typing import Any
 from ...models.adapters import check_no_adapter, has_adapter
 from ...reporting.presentation import write_presentation
 from ...results.report import CompressionReport
-from ...text_files import replace_json
+from ...text_files import replace_json, replace_rows
 from ..source.ties import record_untied_
 from .config_json import compressed_config
 
 
-__all__ = ["MANIFEST_NAME", "REPORT_NAME", "keep_publishable_", "write_report", "write_sidecars"]
+__all__ = ["MANIFEST_NAME", "OWN_TEXT_NAME", "REPORT_NAME", "keep_publishable_", "write_report", "write_sidecars"]
 
 CONFIG_NAME, REPORT_NAME = "dern_config.json", "dern_report.json"
+OWN_TEXT_NAME = "calibration.jsonl"  # calibration text that the model wrote
 MANIFEST_NAME = "dern_manifest.json"  # checksums of all tensors
 HUB_ARGUMENTS = ("repo_id", "private", "token", "revision", "commit_message", "create_pr")
 
@@ -94,7 +95,7 @@ def push_to_hub(self, repo_id: str, *, max_shard_size: str | int = "5GB", **opti
 
 
 def write_sidecars(model: Any, folder: Path, report: CompressionReport, source: dict[str, Any] | None) -> None:
-    """Write config.json, provenance, report, report page and, where there is none, a card beside saved weights.
+    """Write config.json, provenance, report, own text, report page and, where there is none, a card beside weights.
 
     Args:
         model: the compressed model.
@@ -107,6 +108,8 @@ def write_sidecars(model: Any, folder: Path, report: CompressionReport, source: 
     replace_json(config, compressed_config(saved, source, model.config))
     replace_json(folder / CONFIG_NAME, _provenance(report))
     report.save(folder / REPORT_NAME)
+    if report.own_text:
+        replace_rows(folder / OWN_TEXT_NAME, report.own_text)
     write_presentation(report, folder, keep_card=True)
 
 

@@ -42,7 +42,7 @@ def compress_layer_(
         earlier: reports of the MoE layers before it.
     """
     layer, statistics, seed = measured.layer, measured.statistics, config.seed + measured.position
-    held_out = measured.held_out.to(measured.target.device) & config.guard  # without a guard nothing is judged
+    held_out = measured.labels.held_out & config.guard  # without a guard nothing is judged
     observed = measured.observe(held_out)
     places = find_places(measured, config, num_experts, earlier)
     scores, retained = select(config.selection, observed, places, seed)
@@ -64,7 +64,8 @@ def compress_layer_(
         load=(statistics.count / statistics.count.sum().clamp(min=1)).tolist(),
         saliency=scores.tolist(),
         retained=judged.winner.candidate.retained.tolist(),
-        errors=judged.errors,
+        errors={name: error.total for name, error in judged.errors.items()},
+        source_errors=judged.source_errors(),
         winner=judged.winner.name,
         moved_share=facts.get("moved_share"),
         similarity_quantiles=facts.get("similarity_quantiles"),

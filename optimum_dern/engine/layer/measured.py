@@ -10,6 +10,7 @@ from ...core.layer.mixture import Routing
 from ...core.layer.observation import ObservedLayer
 from ...core.layer.statistics import ExpertStatistics
 from ...core.router.rows import retain
+from ...data.labels import TokenLabels
 from ...machine.processes import Processes
 from ...methods import Candidate
 from ...models.moe.structure import MoELayer
@@ -39,7 +40,7 @@ class MeasuredLayer:
     routing: Routing  # T real tokens, routed by the original router
     target: Tensor  # (T, o) the layer's routed output
     statistics: ExpertStatistics  # of the tokens of all processes
-    held_out: Tensor  # (T,) bool: held-out tokens, on which the guard judges the candidates
+    labels: TokenLabels  # sources of the tokens, and those held out, on which the guard judges the candidates
     masks: Sequence[Tensor]  # per micro-batch, (batch, sequence) bool, True for a real token
     block_calls: Sequence[tuple[tuple, dict]]  # arguments of the MoE block per micro-batch, to route tokens again
     order: Tensor  # (T,) index of each token among those of all processes

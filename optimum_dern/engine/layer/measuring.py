@@ -10,7 +10,7 @@ from ...core.layer.mixture import Activation, Routing
 from ...core.layer.reduction import any_process
 from ...core.layer.segments import Segments
 from ...core.layer.statistics import ExpertStatistics, measure_experts
-from ...data.token_order import token_order
+from ...data.labels import TokenLabels, token_order
 from ...machine.processes import ALONE, Processes
 from ...models.moe.structure import MoELayer
 from ...models.moe.view import layer_activation, read_layer
@@ -27,7 +27,7 @@ def measure_layer(
     position: int,
     record: RoutingRecord,
     masks: Sequence[Tensor],
-    held_out: Tensor,
+    labels: TokenLabels,
     processes: Processes = ALONE,
 ) -> MeasuredLayer:
     """Measure a MoE layer with its original experts on the calibration tokens.
@@ -37,7 +37,7 @@ def measure_layer(
         position: index of its decoder layer.
         record: of the layer's calls and routing.
         masks: per micro-batch, (batch, sequence) bool, True for a real token.
-        held_out: (T,) bool over the real tokens.
+        labels: of the T real tokens.
         processes: that share the tokens.
 
     Raises:
@@ -64,7 +64,7 @@ def measure_layer(
         routing=routing,
         target=target,
         statistics=statistics,
-        held_out=held_out,
+        labels=labels.on(target.device),
         masks=masks,
         block_calls=tuple(record.block_calls),
         order=token_order(masks, processes),
@@ -103,7 +103,7 @@ def unseen_layer(
         routing=Routing(hidden, index, torch.empty(0, layer.top_k, dtype=segments.up.dtype, device=device)),
         target=torch.empty(0, size, dtype=segments.compute_dtype, device=device),
         statistics=replace(statistics, **sums),
-        held_out=torch.empty(0, dtype=torch.bool, device=device),
+        labels=TokenLabels.empty().on(device),
         masks=(),
         block_calls=(),
         order=torch.zeros(0, dtype=torch.int64),

@@ -1,5 +1,6 @@
 """`Objective`: what the candidates of a layer are fitted to and judged by."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,13 +9,25 @@ from torch import Tensor
 
 from ...core.layer.mixture import Activation, Routing, routed_output
 from ...core.layer.reduction import Reduce, alone
-from ...data.token_order import evenly_spaced
+from ...data.labels import evenly_spaced
 from ...models.moe.view import layer_activation
 from .measured import MeasuredLayer
 from .variant import Variant
 
 
-__all__ = ["Objective", "relative_error"]
+__all__ = ["HeldOutError", "Objective", "relative_error", "source_errors"]
+
+
+@dataclass(frozen=True)
+class HeldOutError:
+    """Relative squared error of a variant on the held-out tokens."""
+
+    total: float
+    by_source: dict[str, float]  # of each source that has held-out tokens
+
+    def exceeds(self, limit: "HeldOutError") -> bool:
+        """Return whether the error of any source is above that of another variant."""
+        return any(error > limit.by_source[name] for name, error in self.by_source.items())
 
 
 @dataclass(frozen=True)
@@ -58,13 +71,38 @@ class Objective:
             chosen = chosen._replace(weight=chosen.weight * goal.token_weight[tokens].to(chosen.weight))
         return chosen, self.target[tokens], self.activation
 
-    def error(self, variant: Variant) -> float:
+    def error(self, variant: Variant) -> HeldOutError:
         """Compute a variant's relative squared error on the held-out tokens of all processes."""
         routing, target, activation = self.data(variant.routing, self.held_out)
-        return relative_error(routed_output(variant.candidate.segments, routing, activation), target, self.reduce)
+        output, labels = routed_output(variant.candidate.segments, routing, activation), self.measured.labels
+        by_source = source_errors(output, target, labels.source[self.held_out], labels.names, self.reduce)
+        return HeldOutError(relative_error(output, target, self.reduce), by_source)
 
 
 def relative_error(output: Tensor, target: Tensor, reduce: Reduce = alone) -> float:
     """Compute |output - target|^2 / |target|^2 over all tokens; infinite where the output is not finite."""
     error, total = reduce((output - target).double().square().sum()), reduce(target.double().square().sum())
-    return (error / total.clamp(min=1e-30)).nan_to_num(torch.inf).item()
+    return (error / total.clamp(min=1e-30)).nan_to_num(torch.inf, torch.inf).item()
+
+
+def source_errors(
+    output: Tensor, target: Tensor, source: Tensor, names: Sequence[str], reduce: Reduce = alone
+) -> dict[str, float]:
+    """Compute |output - target|^2 / |target|^2 over the tokens of each source.
+
+    Args:
+        output: (T, o) of a variant.
+        target: (T, o) to reproduce.
+        source: (T,) int64 index of each token's source.
+        names: of the sources.
+        reduce: sum over the processes that share the tokens.
+
+    Returns:
+        By name, without sources of no token; infinite where the output is not finite.
+    """
+    squares = torch.stack([(output - target).double().square().sum(1), target.double().square().sum(1)])  # (2, T)
+    ones = torch.ones_like(squares[:1])
+    sums = squares.new_zeros(3, len(names)).index_add_(1, source, torch.cat([squares, ones]))  # (3, sources)
+    errors, totals, tokens = reduce(sums)
+    relative = (errors / totals.clamp(min=1e-30)).nan_to_num(torch.inf, torch.inf).tolist()
+    return {name: error for name, error, count in zip(names, relative, tokens.tolist(), strict=True) if count}

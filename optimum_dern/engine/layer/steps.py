@@ -16,7 +16,7 @@ from ...core.refits.output_scale import fit_scales, fit_scales_cost, scale_outpu
 from ...core.refits.router import refit_router, refit_router_cost
 from ...core.router.choice import UnknownRouter
 from ...core.router.rule import possible_logits, recognise_rule
-from ...data.token_order import enough_tokens
+from ...data.labels import enough_tokens
 from .objective import Objective
 from .variant import Variant
 

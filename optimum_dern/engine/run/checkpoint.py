@@ -16,7 +16,7 @@ from ...checkpoint.format.sidecars import companions, copy_companions, left_out,
 from ...checkpoint.output.folder import WORK_NAME, set_card_aside
 from ...checkpoint.output.manifest import Manifest, only_process
 from ...checkpoint.output.plan import OutputPlan, plan_output
-from ...checkpoint.output.publishing import MANIFEST_NAME, write_report, write_sidecars
+from ...checkpoint.output.publishing import MANIFEST_NAME, OWN_TEXT_NAME, write_report, write_sidecars
 from ...checkpoint.output.shards import OutputTensor, ShardWriter, plan_shards, publish_shards
 from ...checkpoint.output.tensors import CheckpointOutput, copy_rest, copy_when_read_
 from ...checkpoint.source.loader import PartLoader
@@ -84,7 +84,7 @@ def compress_checkpoint(task: CheckpointTask) -> list[CompressionReport]:
             CompressionReport.from_dict(processes.on_main(lambda r=result: r.manifest.report)) for result in results
         ]
         for report in reports:
-            report.source_folder = task.reader.folder.resolve()
+            report.source_folder, report.own_text = task.reader.folder.resolve(), list(task.own_text)
         processes.on_main(lambda: _publish_all(task, results, reports, work))
     return reports
 
@@ -179,7 +179,7 @@ def _empty(work: Path) -> None:
     for entry in work.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
-        elif entry.name != "lock":
+        elif entry.name not in ("lock", OWN_TEXT_NAME):
             entry.unlink()
 
 

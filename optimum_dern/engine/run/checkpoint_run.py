@@ -20,6 +20,7 @@ from ..cost.memory import MemoryPlan
 __all__ = ["CheckpointTask", "describe_recording", "fingerprint", "result_names"]
 
 AMOUNTS = ("num_experts", "sparsity")
+LEFT_OUT = ("dataset", "preset")  # the data has a hash of its own; presets only fill other fields
 DATA_OPTIONS = ("num_samples", "sequence_length", "batch_size", "text_column")
 
 
@@ -43,6 +44,7 @@ class CheckpointTask:
     precision: dict[str, str]  # dtypes stored in the source, used for computing, and written
     processes: Processes  # that share the work
     recorded: RecordedStatistics | None = None  # statistics of an earlier run, instead of batches
+    own_text: Sequence[dict] = ()  # calibration text that the model wrote, as rows of `calibration.jsonl`
 
 
 def result_names(counts: Sequence[int]) -> list[str]:
@@ -80,7 +82,7 @@ def fingerprint(task: CheckpointTask, configs: Sequence[DernConfig], experts: in
         "revision": task.revision,
         "weights": digest.hexdigest(),
         "model config": hashlib.sha256((task.reader.folder / "config.json").read_bytes()).hexdigest(),
-        **{f"option {name}": value for name, value in {**options[0], **amounts}.items() if name != "dataset"},
+        **{f"option {name}": value for name, value in {**options[0], **amounts}.items() if name not in LEFT_OUT},
         "calibration data": task.calibration["sha256"],
         "statistics": task.recorded is not None,
         "experts": experts,

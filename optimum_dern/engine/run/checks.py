@@ -6,20 +6,22 @@ from typing import Any
 
 from ...config import DernConfig
 from ...core.criteria.registry import CRITERIA, NEEDS, check_criterion
+from ...data.sources import SELF
 from ...methods import get_method
 from ...models.moe.structure import MoELayer, layers_by_position
 from ...models.refusals import advise_count, check_model, check_protection, check_router_logits, resolve_count
 
 
 __all__ = [
-    "check_data",
     "check_names",
     "check_request",
+    "check_statistics",
     "configs_for",
     "needs_data",
     "resolve_counts",
     "selection_needs",
     "why_tokens",
+    "with_dataset",
 ]
 
 NO_TOKENS = "leave the refits and the guard out, and choose a method and a criterion of statistics or weights alone"
@@ -58,27 +60,25 @@ def check_request(config: DernConfig, model: Any, layers: list[MoELayer]) -> int
     return count
 
 
-def check_data(config: DernConfig, statistics: Any = None) -> None:
-    """Refuse a config that lacks the calibration data, or the recorded statistics, that it needs.
-
-    Args:
-        config: of the compression.
-        statistics: path of recorded statistics, if any are given.
+def check_statistics(config: DernConfig) -> None:
+    """Refuse a config for which the recorded statistics of an earlier run are not enough.
 
     Raises:
-        ValueError: data is missing, or recorded statistics are not enough; the message tells what to give.
+        ValueError: the message tells what to give.
     """
     reason = why_tokens(config)
-    if statistics is not None:
-        if reason is not None:
-            raise ValueError(f"recorded statistics are not enough: {reason}; {NO_TOKENS}, or leave statistics out")
-        if config.calibration_order != "oneshot" and selection_needs(config) == "statistics":
-            raise ValueError(
-                "recorded statistics are those of the original model, but calibration_order='sequential' lets later "
-                "layers see compressed ones; give calibration_order='oneshot', or leave statistics out"
-            )
-    elif config.dataset is None and needs_data(config):
-        raise ValueError("no calibration data: give dataset=..., for example a list of texts, a file, or 'c4'")
+    if reason is not None:
+        raise ValueError(f"recorded statistics are not enough: {reason}; {NO_TOKENS}, or leave statistics out")
+    if config.calibration_order != "oneshot" and selection_needs(config) == "statistics":
+        raise ValueError(
+            "recorded statistics are those of the original model, but calibration_order='sequential' lets later "
+            "layers see compressed ones; give calibration_order='oneshot', or leave statistics out"
+        )
+
+
+def with_dataset(config: DernConfig) -> DernConfig:
+    """Return the config with text that the model writes itself as its dataset, where it needs one and names none."""
+    return replace(config, dataset=SELF) if config.dataset is None and needs_data(config) else config
 
 
 def needs_data(config: DernConfig) -> bool:

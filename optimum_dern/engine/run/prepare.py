@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +10,30 @@ import torch
 
 from ...checkpoint.format.precision import describe_precision
 from ...checkpoint.format.tensor_file import dtype_name
-from ...checkpoint.output.folder import prepare_output
+from ...checkpoint.output.folder import WORK_NAME, prepare_output
+from ...checkpoint.output.publishing import OWN_TEXT_NAME
 from ...checkpoint.output.shards import parse_bytes
 from ...checkpoint.source.find import Source, find_checkpoint
 from ...checkpoint.source.recorded import RecordedStatistics, identify_model
 from ...config import DernConfig
-from ...data.batches import holds_text
 from ...machine.processes import Processes
 from ...models.loading import parse_dtype
 from ...models.moe.structure import find_moe_layers, layers_by_position
 from ...paths import check_utf8
 from ...results.description import describe_calibration
+from ...results.public_names import public_source
 from ..cost.memory import plan_memory
 from .checkpoint_run import CheckpointTask, result_names
-from .checks import check_data, check_names, resolve_counts
-from .model_batches import load_model_batches
+from .checks import check_names, check_statistics, resolve_counts, with_dataset
+from .model_batches import asks_for_own_text, load_model_batches, writes_text
+from .own_text import OwnText
+from .whole_model import TooLarge, check_fits, whole_model
 
 
 __all__ = ["CheckpointRequest", "prepare_task"]
+
+logger = getLogger(__name__)
+RANDOM_INSTEAD = 0.25  # share of random token ids where the model is too large to write text
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,8 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
     bound = parse_bytes(request.max_memory) if request.max_memory else None
     dtype = parse_dtype(request.dtype)
     check_names(request.configs[0])
-    check_data(request.configs[0], request.statistics)
+    if request.statistics is not None:
+        check_statistics(request.configs[0])
     recorded = RecordedStatistics(request.statistics) if request.statistics else None
     source = processes.main_first(
         lambda: find_checkpoint(
@@ -78,8 +86,12 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
     counts = resolve_counts(request.configs, skeleton, layers)
     output, names = Path(request.output), result_names(counts)
     processes.on_main(lambda: prepare_output(source.folder, output, request.restart, request.overwrite, names))
-    batches = processes.on_main(lambda: _load_batches(request, source))
-    configs, calibration = request.configs, describe_calibration(request.configs[0].dataset, batches)
+    configs = request.configs if recorded is not None else [with_dataset(config) for config in request.configs]
+    shares, batches, own_text = processes.on_main(
+        lambda: _load_data(request, configs[0], source, output, processes.device, bound)
+    )
+    configs = [replace(config, **shares) for config in configs]
+    calibration = describe_calibration(configs[0].dataset, batches)
     tokens = sum(batch["input_ids"].numel() for batch in processes.share(batches)) if batches and not recorded else 0
     memory = plan_memory(skeleton, layers, tokens, configs[0], counts, bound)
     reader = processes.main_first(source.open_weights)
@@ -106,12 +118,41 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
         precision=describe_precision(skeleton, reader, dtype),
         processes=processes,
         recorded=recorded,
+        own_text=own_text,
     )
 
 
-def _load_batches(request: CheckpointRequest, source: Source) -> list[dict]:
-    config = request.configs[0]  # the configs differ only in `num_experts` or `sparsity`
+def _load_data(
+    request: CheckpointRequest,
+    config: DernConfig,
+    source: Source,
+    output: Path,
+    device: torch.device,
+    bound: int | None,
+) -> tuple[dict[str, float], list[dict], list[dict]]:
+    """Load the calibration data; returns the shares of what is made, all batches, and rows of the model's text."""
     if config.dataset is None:
-        return []
-    tokenizer = source.folder if request.tokenizer is None and holds_text(config.dataset) else request.tokenizer
-    return load_model_batches(config, source.skeleton, tokenizer, request.trust_remote_code)
+        return {}, [], []
+    own = None
+    if writes_text(config):
+        kept = output / WORK_NAME / OWN_TEXT_NAME
+        own = OwnText(source.skeleton, lambda: whole_model(source, device), kept, f"by {public_source(source.name)}")
+        config = _without_own_text(config, source, device, bound)
+    tokenizer = source.folder if request.tokenizer is None else request.tokenizer
+    batches = load_model_batches(config, source.skeleton, tokenizer, request.trust_remote_code, own)
+    shares = {name: getattr(config, name) for name in ("self_share", "random_share")}
+    return shares, batches, [] if own is None else own.rows
+
+
+def _without_own_text(config: DernConfig, source: Source, device: torch.device, bound: int | None) -> DernConfig:
+    """Return the config without the share of the model's own text where the model is too large to write any."""
+    try:
+        check_fits(source.skeleton, device, bound)
+    except TooLarge as reason:
+        if not config.self_share or asks_for_own_text(config):
+            raise
+        random = RANDOM_INSTEAD if config.random_share is None else config.random_share
+        what = "only random token ids protect" if random else "nothing protects"
+        logger.warning("no text by the model itself: %s; %s text unlike the dataset", reason, what)
+        return replace(config, self_share=0.0, random_share=random)
+    return config

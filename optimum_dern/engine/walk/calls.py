@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ...models.cache import CACHES
 from ..layer.recording import StopForward, run_until_stopped
 from .sharing import SharedTensors
 
 
 __all__ = ["Call", "LayerState", "record_layer_calls", "replaced_forward", "replay_last_hidden"]
-
-CACHES = ("past_key_values", "cache")  # names of the argument before transformers 5.24 and since
 
 
 class Call(NamedTuple):

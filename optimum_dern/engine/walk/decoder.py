@@ -15,9 +15,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...core.layer.statistics import ExpertStatistics
+from ...data.labels import SOURCE, label_tokens, sources_of
 from ...machine.processes import ALONE, Processes
 from ...machine.progress import progress_bar
 from ...machine.scratch import CopiesInFiles
@@ -29,9 +30,7 @@ from .recipe import Recipe, keep_originals
 from .walks import LayerProvider, LayersInMemory, Pass, compress_for, open_walks, pass_layer
 
 
-__all__ = ["compress_layers_", "compress_unseen_layers_", "held_out_tokens"]
-
-HELD_OUT_EVERY = 10  # a tenth of the calibration sequences is held out to judge the candidates
+__all__ = ["compress_layers_", "compress_unseen_layers_"]
 
 
 def compress_layers_(
@@ -49,7 +48,7 @@ def compress_layers_(
     Args:
         model: a causal language model in evaluation mode.
         layers: its MoE layers.
-        batches: `input_ids` and `attention_mask` of the calibration sequences.
+        batches: `input_ids` and `attention_mask` of the calibration sequences, and the names of their `source`.
         recipes: the results to make; with several, their sinks copy the compressed layers out of the model.
         provider: loads the decoder layers; by default the model has them in memory.
         spill: folder for files of hidden states; in memory by default.
@@ -66,12 +65,12 @@ def compress_layers_(
     _, decoder_layers = find_decoder_layers(model, layers[0])
     positions = layers_by_position(model, layers)
     masks = [batch["attention_mask"].bool() for batch in batches]
-    held_out = held_out_tokens(masks).split([int(mask.sum()) for mask in masks])  # of all processes' batches
-    batches, masks, held_out = processes.share(batches), processes.share(masks), torch.cat(processes.share(held_out))
-    common = Pass(masks, held_out, processes, keep_originals(recipes), keep_statistics)
+    labels = label_tokens(masks, sources_of(batches), processes)
+    common = Pass(processes.share(masks), labels, processes, keep_originals(recipes), keep_statistics)
+    inputs = [{name: batch[name] for name in batch if name != SOURCE} for batch in processes.share(batches)]
     with provider.outside():
         keep = torch.detach if spill is None else CopiesInFiles(spill).copy
-        walks = open_walks(record_layer_calls(model, decoder_layers, batches, keep), recipes, spill)
+        walks = open_walks(record_layer_calls(model, decoder_layers, inputs, keep), recipes, spill)
     for position in progress_bar(range(len(decoder_layers)), "Compressing layers"):
         pass_layer(position, decoder_layers[position], positions.get(position), walks, provider, common)
     return [recipe.reports for recipe in recipes]
@@ -112,22 +111,3 @@ def compress_unseen_layers_(
                 for recipe in waiting:
                     compress_for(measured, recipe, keep_originals(recipes))
     return [recipe.reports for recipe in recipes]
-
-
-def held_out_tokens(masks: Sequence[Tensor]) -> Tensor:
-    """Mark the real tokens that belong to the held-out tenth of the sequences.
-
-    Args:
-        masks: per micro-batch, (batch, sequence) bool.
-
-    Returns:
-        (T,) bool over the real tokens of all micro-batches.  Of fewer than ten sequences the last is held out; of a
-        single one, its last tenth.
-    """
-    lengths = torch.cat([mask.sum(1) for mask in masks]).tolist()
-    if len(lengths) == 1:
-        return torch.arange(lengths[0]) >= lengths[0] - max(1, lengths[0] // HELD_OUT_EVERY)
-    count = len(lengths)
-    last = [count - 1] if count < HELD_OUT_EVERY else range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY)
-    chosen = set(last)
-    return torch.cat([torch.full((length,), sequence in chosen) for sequence, length in enumerate(lengths)])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...core.criteria.registry import CRITERIA
 from ...core.layer.statistics import ExpertStatistics
+from ...data.labels import TokenLabels
 from ...machine.processes import Processes
 from ...models.moe.original import original_kept
 from ...models.moe.structure import MoELayer
@@ -74,7 +75,7 @@ class Pass:
     """What all walks of one pass have in common."""
 
     masks: Sequence[Tensor]  # per micro-batch of this process, which tokens are real
-    held_out: Tensor  # (T,) bool over the real tokens
+    labels: TokenLabels  # of the T real tokens
     processes: Processes
     shared: bool  # whether the original layers are restored, for other recipes or because a sink demands it
     keep_statistics: Callable[[int, ExpertStatistics], None] | None
@@ -151,7 +152,7 @@ def _measure(walk: Walk, position: int, decoder_layer: nn.Module, layer: MoELaye
         residual = stack.enter_context(record_residual(decoder_layer, layer)) if needs_residual else None
         record = stack.enter_context(record_routing(layer.block, layer.experts, stop=walk.sequential))
         (walk.stream.probe if walk.sequential else walk.stream.step)(position, decoder_layer)
-    measured = measure_layer(layer, position, record, common.masks, common.held_out, common.processes)
+    measured = measure_layer(layer, position, record, common.masks, common.labels, common.processes)
     if walk.original is not None and not measured.routing.weighs_input:  # else weights do not scale outputs
         streams = walk.stream, walk.original
         drift = measure_drift(position, decoder_layer, layer, *streams, common.masks, common.processes)

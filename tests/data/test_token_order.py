@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_dern.data.token_order import enough_tokens, evenly_spaced, token_order
+from optimum_dern.data.labels import enough_tokens, evenly_spaced, token_order
 from optimum_dern.machine.processes import Processes
 
 

@@ -1,0 +1,60 @@
+"""Loading of a whole checkpoint at once, where it fits in memory, so that the model can write calibration text."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import psutil
+import torch
+
+from ...checkpoint.format.conversion import NameMap
+from ...checkpoint.source.find import Source
+from ...checkpoint.source.loader import PartLoader
+from ...models.moe.structure import find_moe_layers
+
+
+__all__ = ["TooLarge", "check_fits", "whole_model"]
+
+MARGIN = 1.2  # of the weights' size: the key-value cache and the activations of the sequences written at once
+
+
+class TooLarge(ValueError):
+    """A model does not fit in memory, so that it cannot write calibration text."""
+
+
+def check_fits(model: Any, device: torch.device, bound: int | None) -> None:
+    """Refuse a model that does not fit in the memory of a device.
+
+    Args:
+        model: without weights.
+        device: to load it to.
+        bound: on memory use in bytes, if there is one.
+
+    Raises:
+        TooLarge: the message names what else writes the text.
+    """
+    needed = int(MARGIN * sum(p.numel() * p.element_size() for p in model.parameters()))
+    total = psutil.virtual_memory().total
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    elif bound is not None:
+        total = min(total, bound)
+    if needed > total:
+        raise TooLarge(
+            f"the model takes {needed / 2**30:.1f} GiB in memory to write its own calibration text, and there are "
+            f"{total / 2**30:.1f}; write it elsewhere or quantised (optimum-dern sample MODEL text.jsonl, see the "
+            "documentation of large models) and give that file as the dataset"
+        )
+
+
+@contextmanager
+def whole_model(source: Source, device: torch.device) -> Iterator[None]:
+    """Load all weights of a checkpoint into its skeleton while the context is open."""
+    reader, model = source.open_weights(), source.skeleton
+    names = NameMap(model, list(reader.infos))
+    loader = PartLoader(model, find_moe_layers(model), reader, names, device)
+    with ExitStack() as stack:
+        stack.enter_context(loader.outside(head=True))
+        for position in range(len(loader.decoder_layers)):
+            stack.enter_context(loader.loaded(position))
+        yield

@@ -70,6 +70,7 @@ class DernCompressor:
         from .data.batches import check_masks
         from .engine.run.checks import with_dataset
         from .engine.run.in_memory import compress_in_memory_
+        from .engine.run.model_batches import with_text_it_can_write
         from .engine.run.own_text import OwnText
         from .engine.run.run_report import make_report
         from .models.moe.structure import find_moe_layers
@@ -84,8 +85,10 @@ class DernCompressor:
         check_materialised(layers)
         before, source = measure_model(model, layers), source_config(model)
         keep_orientation_(model)
-        config, own = self.config if batches is not None else with_dataset(self.config), OwnText(model)
-        batches = _load_batches(config, model, tokenizer, trust_remote_code, own) if batches is None else batches
+        config, own = self.config, OwnText(model)
+        if batches is None:
+            config = with_text_it_can_write(with_dataset(config), model)
+            batches = _load_batches(config, model, tokenizer, trust_remote_code, own)
         check_masks(batches)
         reports = []
         if num_experts < before.experts:
@@ -221,10 +224,10 @@ class DernCompressor:
             ValueError: a model, count or dataset that cannot work.
         """
         from .engine.run.checks import with_dataset
-        from .engine.run.model_batches import writes_text
+        from .engine.run.model_batches import with_text_it_can_write, writes_text
 
         self.check(model)
-        config = with_dataset(self.config)
+        config = with_text_it_can_write(with_dataset(self.config), model)
         batches = _load_batches(config, model, tokenizer, trust_remote_code)
         return None if config.dataset is not None and writes_text(config) else batches
 

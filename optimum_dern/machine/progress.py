@@ -1,14 +1,17 @@
-"""Progress bars that follow transformers' setting, and measurements of memory use."""
+"""Progress bars that follow transformers' setting, and the memory that is there and in use."""
 
 import resource
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import psutil
 import torch
 
 
-__all__ = ["peak_memory_bytes", "progress_bar", "resident_bytes"]
+__all__ = ["peak_memory_bytes", "progress_bar", "resident_bytes", "total_memory"]
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
 
 def progress_bar(items: Iterable, description: str, total: int | None = None) -> Iterable:
@@ -34,6 +37,16 @@ def resident_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _process_status().get("VmRSS", 0)
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the memory that this process may use, in bytes: of a GPU, else of the machine or its container."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    limits = [limit for limit in limits if limit != resource.RLIM_INFINITY]
+    text = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else ""
+    return min([psutil.virtual_memory().total, *limits, *([int(text)] if text.isdecimal() else [])])
 
 
 def _process_status() -> dict[str, int]:

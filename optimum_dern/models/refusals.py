@@ -14,6 +14,7 @@ from .moe.structure import MoELayer
 __all__ = [
     "BROKEN",
     "REFUSED",
+    "WRITES_NOTHING",
     "advise_count",
     "check_config",
     "check_materialised",
@@ -36,6 +37,10 @@ REFUSED = {
     "ernie4_5_vl_moe_text": "each of its layers has two sets of experts that share one count",
     "doge": "its experts are product-key embeddings, not feed-forward networks",
     "openai_privacy_filter": "it is a token classifier, not a language model",
+}
+WRITES_NOTHING = {  # families that do not predict the next token
+    "diffusion_gemma": "it predicts a block of tokens at a time",
+    "diffusion_gemma_text": "it predicts a block of tokens at a time",
 }
 BROKEN = {  # families that a transformers release cannot run: the error, and the releases that work
     ("llama4", "5.24.0"): (

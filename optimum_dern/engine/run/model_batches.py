@@ -1,6 +1,7 @@
 """Calibration batches for a model: the data that a config names, text that the model writes, and random tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from ...data.tokens import added_bos
 from ...models.context_length import bounded_length
 from ...results.description import describe_dataset
 from ...results.public_names import public_paths
-from .own_text import OwnText, special_ids, vocabulary_of
+from .own_text import CannotWrite, OwnText, check_writes, special_ids, vocabulary_of
 
 
-__all__ = ["asks_for_own_text", "load_model_batches", "sequences_in_all", "writes_text"]
+__all__ = ["load_model_batches", "sequences_in_all", "with_text_it_can_write", "writes_text"]
 
 logger = getLogger(__name__)
+RANDOM_INSTEAD = 0.25  # share of random token ids where the model cannot write text
 UNKNOWN_ELSEWHERE = "all calibration data is of one source (%s): how the result does on other text is not known"
 
 
@@ -69,6 +71,32 @@ def load_model_batches(
     if config.refit and len(names) == 1 and names != {SELF}:
         logger.warning("%s; self_share and random_share add text that protects it", UNKNOWN_ELSEWHERE % names.pop())
     return pad_batches(samples, tokenizer, config.batch_size)
+
+
+def with_text_it_can_write(config: DernConfig, model: Any, check: Callable[[], None] = lambda: None) -> DernConfig:
+    """Return the config with random tokens in place of the share of own text that a model cannot write.
+
+    Args:
+        config: of the compression.
+        model: its weights need not be loaded.
+        check: raises `CannotWrite` where anything else is in the way, such as the model's size.
+
+    Raises:
+        CannotWrite: the model's own text is the dataset, or a source of it.
+    """
+    if config.dataset is None or not writes_text(config):
+        return config
+    try:
+        check_writes(model)
+        check()
+    except CannotWrite as reason:
+        if asks_for_own_text(config):
+            raise
+        random = RANDOM_INSTEAD if config.random_share is None else config.random_share
+        what = "only random token ids protect" if random else "nothing protects"
+        logger.warning("no text by the model itself: %s; %s text unlike the dataset", reason, what)
+        return replace(config, self_share=0.0, random_share=random)
+    return config
 
 
 def shares_beside(config: DernConfig) -> tuple[float, float]:

@@ -13,12 +13,17 @@ from ...data.made.own_text import Conversation, Document, write_sequences
 from ...data.made.random_tokens import random_sequences
 from ...data.tokens import added_bos
 from ...machine.torch_state import evaluation_mode
+from ...models.refusals import WRITES_NOTHING
 from ...text_files import replace_rows
 
 
-__all__ = ["OwnText", "read_own_text", "special_ids", "vocabulary_of", "write_own_text"]
+__all__ = ["CannotWrite", "OwnText", "check_writes", "special_ids", "vocabulary_of", "write_own_text"]
 
 LONGEST_TURN = 4  # a turn of a conversation takes at most this part of its sequence: a quarter
+
+
+class CannotWrite(ValueError):
+    """A model cannot write calibration text: of its kind, or because it does not fit in memory."""
 
 
 class OwnText:
@@ -54,7 +59,7 @@ class OwnText:
             `count` tensors (length,) int64.
         """
         made = f"{self.origin} {count} x {length} seed {seed}"
-        self.rows = read_own_text(self.kept, made)
+        self.rows = _kept_rows(self.kept, made)
         if not self.rows:
             with self.loaded():
                 sequences = write_own_text(self.model, tokenizer, count, length, seed)
@@ -77,7 +82,11 @@ def write_own_text(model: Any, tokenizer: Any, count: int, length: int, seed: in
 
     Returns:
         `count` tensors (length,) int64.  Plain text begins with a random token, after BOS if the tokenizer adds it.
+
+    Raises:
+        ValueError: the model does not predict the next token, or predicts NaN.
     """
+    check_writes(model)
     turns, vocabulary = find_turns(tokenizer), vocabulary_of(model, tokenizer)
     bos, ends = added_bos(tokenizer), [getattr(tokenizer, "eos_token_id", None)]
     openings = random_sequences(count, 1 if bos is None else 2, vocabulary, special_ids(model, tokenizer), seed, bos)
@@ -89,6 +98,17 @@ def write_own_text(model: Any, tokenizer: Any, count: int, length: int, seed: in
     ]
     with evaluation_mode(model):
         return write_sequences(model, writers, length, seed, vocabulary)
+
+
+def check_writes(model: Any) -> None:
+    """Refuse a model that does not predict the next token.
+
+    Raises:
+        CannotWrite: with the reason and the mend.
+    """
+    kind = model.config.model_type
+    if kind in WRITES_NOTHING:
+        raise CannotWrite(f"a {kind} model does not write calibration text: {WRITES_NOTHING[kind]}; give a dataset")
 
 
 def vocabulary_of(model: Any, tokenizer: Any) -> int:
@@ -106,7 +126,7 @@ def special_ids(model: Any, tokenizer: Any) -> set[int]:
     return {token for value in named for token in (value if isinstance(value, list) else [value]) if token is not None}
 
 
-def read_own_text(path: Path | None, made: str) -> list[dict[str, Any]]:
+def _kept_rows(path: Path | None, made: str) -> list[dict[str, Any]]:
     """Read the rows of an earlier run; none where there are none, or those of another model, number or seed."""
     if path is None or not path.exists():
         return []

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,12 @@ from ...results.public_names import public_source
 from ..cost.memory import plan_memory
 from .checkpoint_run import CheckpointTask, result_names
 from .checks import check_names, check_statistics, resolve_counts, with_dataset
-from .model_batches import asks_for_own_text, load_model_batches, writes_text
+from .model_batches import load_model_batches, with_text_it_can_write, writes_text
 from .own_text import OwnText
-from .whole_model import TooLarge, check_fits, whole_model
+from .whole_model import check_fits, whole_model
 
 
 __all__ = ["CheckpointRequest", "prepare_task"]
-
-logger = getLogger(__name__)
-RANDOM_INSTEAD = 0.25  # share of random token ids where the model is too large to write text
 
 
 @dataclass(frozen=True)
@@ -137,22 +133,8 @@ def _load_data(
     if writes_text(config):
         kept = output / WORK_NAME / OWN_TEXT_NAME
         own = OwnText(source.skeleton, lambda: whole_model(source, device), kept, f"by {public_source(source.name)}")
-        config = _without_own_text(config, source, device, bound)
+        config = with_text_it_can_write(config, source.skeleton, lambda: check_fits(source.skeleton, device, bound))
     tokenizer = source.folder if request.tokenizer is None else request.tokenizer
     batches = load_model_batches(config, source.skeleton, tokenizer, request.trust_remote_code, own)
     shares = {name: getattr(config, name) for name in ("self_share", "random_share")}
     return shares, batches, [] if own is None else own.rows
-
-
-def _without_own_text(config: DernConfig, source: Source, device: torch.device, bound: int | None) -> DernConfig:
-    """Return the config without the share of the model's own text where the model is too large to write any."""
-    try:
-        check_fits(source.skeleton, device, bound)
-    except TooLarge as reason:
-        if not config.self_share or asks_for_own_text(config):
-            raise
-        random = RANDOM_INSTEAD if config.random_share is None else config.random_share
-        what = "only random token ids protect" if random else "nothing protects"
-        logger.warning("no text by the model itself: %s; %s text unlike the dataset", reason, what)
-        return replace(config, self_share=0.0, random_share=random)
-    return config

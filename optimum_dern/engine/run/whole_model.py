@@ -4,22 +4,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import psutil
 import torch
 
 from ...checkpoint.format.conversion import NameMap
 from ...checkpoint.source.find import Source
 from ...checkpoint.source.loader import PartLoader
+from ...machine.progress import total_memory
 from ...models.moe.structure import find_moe_layers
+from .own_text import CannotWrite
 
 
-__all__ = ["TooLarge", "check_fits", "whole_model"]
+__all__ = ["check_fits", "whole_model"]
 
 MARGIN = 1.2  # of the weights' size: the key-value cache and the activations of the sequences written at once
-
-
-class TooLarge(ValueError):
-    """A model does not fit in memory, so that it cannot write calibration text."""
 
 
 def check_fits(model: Any, device: torch.device, bound: int | None) -> None:
@@ -31,16 +28,12 @@ def check_fits(model: Any, device: torch.device, bound: int | None) -> None:
         bound: on memory use in bytes, if there is one.
 
     Raises:
-        TooLarge: the message names what else writes the text.
+        CannotWrite: the message names what else writes the text.
     """
     needed = int(MARGIN * sum(p.numel() * p.element_size() for p in model.parameters()))
-    total = psutil.virtual_memory().total
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    elif bound is not None:
-        total = min(total, bound)
+    total = total_memory(device) if bound is None else min(total_memory(device), bound)
     if needed > total:
-        raise TooLarge(
+        raise CannotWrite(
             f"the model takes {needed / 2**30:.1f} GiB in memory to write its own calibration text, and there are "
             f"{total / 2**30:.1f}; write it elsewhere or quantised (optimum-dern sample MODEL text.jsonl, see the "
             "documentation of large models) and give that file as the dataset"

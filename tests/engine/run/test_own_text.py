@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from families import make_model as make_family
 from tiny import make_model, random_tokens, sample_texts, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -130,3 +131,14 @@ def test_conversations_where_there_is_a_template(source):
     texts = [tokenizer.decode(ids) for ids in own_text.write_own_text(model, tokenizer, 6, 40, 0)]
     assert [text.startswith("[user]") for text in texts] == [False, True] * 3
     assert all("[assistant]" in text for text in texts[1::2])
+
+
+def test_a_family_that_does_not_write(caplog):
+    """A model that predicts no next token is calibrated on the dataset and random tokens."""
+    model = make_family("diffusion_gemma")
+    compressor = DernCompressor(dataset=random_tokens(9), self_share=0.5, **FIELDS)
+    compressor.compress_model(model)
+    assert "predicts a block of tokens at a time; give a dataset; only random token ids protect" in caplog.text
+    assert list(compressor.report.calibration["sources"].values()) == [9, 3]
+    with pytest.raises(ValueError, match="does not write calibration text"):
+        DernCompressor(**FIELDS).compress_model(make_family("diffusion_gemma"))

@@ -57,6 +57,10 @@ def sample_layer(draw, position, experts, width):
             "recombined": 1.7 * error,
             "recombined+refit": error,
         },
+        source_errors={
+            name: {"pruned": part * 2 * error, "recombined+refit": part * error}
+            for name, part in (("notes.txt", 0.9), ("self", 1.1))
+        },
         winner="recombined+refit",
         moved_share=sum(moved) / (width * len(dropped)),
         similarity_quantiles={"0.00": 0.1, "0.50": 0.55, "1.00": 0.97},

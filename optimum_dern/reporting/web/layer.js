@@ -89,7 +89,9 @@ function candidates(parent) {
     );
   };
   const tokens = plural(layer.held_out_tokens, "token");
-  const note = `Error of the layer's output on ${tokens} that no fit has seen; the lowest was written.`;
+  const sources = Object.entries(layer.source_errors ?? {}); // earlier reports have none
+  const lowest = sources.length ? "the lowest that is on no source above plain pruning's" : "the lowest";
+  const note = `Error of the layer's output on ${tokens} that no fit has seen; ${lowest} was written.`;
   parent.append(
     html(
       "figure",
@@ -101,8 +103,18 @@ function candidates(parent) {
         html("p", { class: "note" }, note),
       ),
       html("ol", { class: "candidates" }, judged.map(item)),
+      sources.length ? sourceTable(sources, layer.winner) : null,
     ),
   );
+}
+
+/** The errors by source of the held-out text: of plain pruning and of what was written. */
+function sourceTable(sources, winner) {
+  const rows = sources.map(([source, errors]) => {
+    const [pruned] = Object.values(errors);
+    return [source, percent(pruned), percent(errors[winner] ?? pruned)];
+  });
+  return plainTable({ head: ["Held-out text", "Plain pruning", "Written"], rows });
 }
 
 function saliency(parent) {

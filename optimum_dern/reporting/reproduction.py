@@ -11,6 +11,7 @@ from ..results.report import CompressionReport
 
 __all__ = ["is_in_memory", "reproduction_command"]
 
+OLD = {"self_share": 0.0, "random_share": 0.0}  # what reports say that do not have these options
 IN_MEMORY = re.compile(r" in memory \(\w+\)$")  # end of the description of data that has no name or path
 
 
@@ -28,7 +29,7 @@ def reproduction_command(report: CompressionReport) -> str:
     words = ["optimum-dern", "compress", report.source or "MODEL", "OUTPUT"]
     words += ["--revision", report.revision] if report.revision else []
     for field in dataclasses.fields(DernConfig):
-        value = report.config.get(field.name)  # reports of earlier versions lack newer options
+        value = report.config.get(field.name, OLD.get(field.name))  # earlier versions had fewer options
         is_default = value == (field.default if field.name in ("sparsity", "preset") else defaults[field.name])
         if field.name in ("dataset", "quant_method") or is_default or value is None:
             continue

@@ -246,6 +246,7 @@ def test_data_that_is_missing():
         compressor.compress_model(make_model(FAMILY))
         assert compressor.report.calibration | {"sha256": ""} == {
             "dataset": "self",
+            "sources": {"self": 3},
             "sha256": "",
             "sequences": 3,
             "tokens": 60,

@@ -21,7 +21,7 @@ __all__ = ["CheckpointTask", "describe_recording", "fingerprint", "result_names"
 
 AMOUNTS = ("num_experts", "sparsity")
 LEFT_OUT = ("dataset", "preset")  # the data has a hash of its own; presets only fill other fields
-DATA_OPTIONS = ("num_samples", "sequence_length", "batch_size", "text_column")
+DATA_OPTIONS = ("num_samples", "self_share", "random_share", "sequence_length", "batch_size", "text_column")
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ def load_model_batches(
     _check_vocabulary(samples, model)
     samples += made.beside(len(samples))
     names = {sample.source for sample in samples}
-    if config.refit and len(names) == 1 and names != {SELF}:
+    complete = own is not None or not writes_text(config)
+    if config.refit and complete and len(names) == 1 and names != {SELF}:
         logger.warning("%s; self_share and random_share add text that protects it", UNKNOWN_ELSEWHERE % names.pop())
     return pad_batches(samples, tokenizer, config.batch_size)
 

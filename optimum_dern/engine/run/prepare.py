@@ -20,13 +20,12 @@ from ...models.loading import parse_dtype
 from ...models.moe.structure import find_moe_layers, layers_by_position
 from ...paths import check_utf8
 from ...results.description import describe_calibration
-from ...results.public_names import public_source
 from ..cost.memory import plan_memory
 from .checkpoint_run import CheckpointTask, result_names
 from .checks import check_names, check_statistics, resolve_counts, with_dataset
 from .model_batches import load_model_batches, with_text_it_can_write, writes_text
 from .own_text import OwnText
-from .whole_model import check_fits, whole_model
+from .whole_model import check_fits, origin_of, whole_model
 
 
 __all__ = ["CheckpointRequest", "prepare_task"]
@@ -132,7 +131,7 @@ def _load_data(
     own = None
     if writes_text(config):
         kept = output / WORK_NAME / OWN_TEXT_NAME
-        own = OwnText(source.skeleton, lambda: whole_model(source, device), kept, f"by {public_source(source.name)}")
+        own = OwnText(source.skeleton, lambda: whole_model(source, device), kept, origin_of(source))
         config = with_text_it_can_write(config, source.skeleton, lambda: check_fits(source.skeleton, device, bound))
     tokenizer = source.folder if request.tokenizer is None else request.tokenizer
     batches = load_model_batches(config, source.skeleton, tokenizer, request.trust_remote_code, own)

@@ -1,5 +1,6 @@
 """Loading of a whole checkpoint at once, where it fits in memory, so that the model can write calibration text."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,10 +12,11 @@ from ...checkpoint.source.find import Source
 from ...checkpoint.source.loader import PartLoader
 from ...machine.progress import total_memory
 from ...models.moe.structure import find_moe_layers
+from ...results.public_names import public_source
 from .own_text import CannotWrite
 
 
-__all__ = ["check_fits", "whole_model"]
+__all__ = ["check_fits", "origin_of", "whole_model"]
 
 MARGIN = 1.2  # of the weights' size: the key-value cache and the activations of the sequences written at once
 
@@ -51,3 +53,13 @@ def whole_model(source: Source, device: torch.device) -> Iterator[None]:
         for position in range(len(loader.decoder_layers)):
             stack.enter_context(loader.loaded(position))
         yield
+
+
+def origin_of(source: Source) -> str:
+    """Name the model of a checkpoint and its version: a commit of the Hub, or a digest of its weight files' states."""
+    name, version = public_source(source.name), source.commit
+    if version is None:
+        files = sorted(source.folder.glob("*.safetensors"))
+        states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        version = hashlib.sha256(repr(states).encode()).hexdigest()[:16]
+    return f"by {name} {version}"

@@ -142,3 +142,26 @@ def test_a_family_that_does_not_write(caplog):
     assert list(compressor.report.calibration["sources"].values()) == [9, 3]
     with pytest.raises(ValueError, match="does not write calibration text"):
         DernCompressor(**FIELDS).compress_model(make_family("diffusion_gemma"))
+
+
+def test_weights_that_changed_write_anew(source, tmp_path, monkeypatch):
+    """Text that a run left behind before it had finished a layer is not that of other weights."""
+    write, written = own_text.write_own_text, []
+    monkeypatch.setattr(own_text, "write_own_text", lambda *args: written.append(1) or write(*args))
+    monkeypatch.setattr(checkpoint, "_compress", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    for seed in (0, 1):
+        make_model("mixtral", seed=seed).save_pretrained(source)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                DernCompressor(**FIELDS).compress_checkpoint(source, tmp_path / "out")
+    assert written == [1, 1]
+
+
+def test_checks_before_the_weights_are_there(source, caplog):
+    """`prepare` reads the data to check it, says nothing of text that is still to come, and leaves the loading."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    assert DernCompressor(dataset=random_tokens(12), self_share=0.5, **FIELDS).prepare(model) is None
+    assert caplog.text == ""
+    assert len(DernCompressor(dataset=random_tokens(12), self_share=0.0, **FIELDS).prepare(model)) == 3
+    with pytest.raises(ValueError, match="holds no token"):
+        DernCompressor(dataset=[], self_share=0.5, **FIELDS).prepare(model)

@@ -3,13 +3,18 @@
 Kept apart from transformers, so that the command line can list and check the options without importing it.
 """
 
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
-from numbers import Integral, Real
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from .option_checks import (
+    check_choice,
+    checked_protection,
+    checked_similarity,
+    checked_value,
+    retained_as_reported,
+)
 
 
 __all__ = ["CHOICES", "GROUPS", "OFF", "PRESETS", "DernOptions", "without_retired"]
@@ -52,33 +57,6 @@ GROUPS = {  # of the options in `--help`, in this order: title and description
     "data": "calibration data and how it is sampled",
     "how": "refits of the retained experts and the choice between candidates; by default the preset decides",
     "for ablations": "details of the methods; the defaults are meant to be left as they are",
-}
-PROTECTION = (
-    "map decoder layers to lists of experts, like {3: [0, 5]}, be 'super', or be the path of a dern_report.json"
-)
-# Accepted types (by a field's annotation) and ranges (by its name), each with the words of the error message.
-KINDS = {
-    bool: (bool, "True or False"),
-    int: (Integral, "a whole number"),
-    float: (Real, "a finite number"),
-    str: (str, "a name"),
-}
-COUNTS = (
-    "num_experts",
-    "cluster_iterations",
-    "refit_sweeps",
-    "num_samples",
-    "sequence_length",
-    "batch_size",
-    "experts_multiple_of",
-)
-RANGES = {
-    **dict.fromkeys(COUNTS, (lambda value: value >= 1, "of at least 1")),
-    **dict.fromkeys(("refit_ridge", "cluster_tolerance"), (lambda value: value > 0, "above 0")),
-    "sparsity": (lambda value: 0 <= value < 1, "of at least 0 and below 1 (the fraction dropped)"),
-    **dict.fromkeys(("self_share", "random_share"), (lambda value: 0 <= value < 1, "of at least 0 and below 1")),
-    "drift_correction": (lambda value: 0 <= value <= 1, "from 0 to 1"),
-    "seed": (lambda value: 0 <= value < 2**32, "from 0 to 2**32 - 1"),
 }
 
 
@@ -237,20 +215,22 @@ class DernOptions:
     quant_method: str = _option("dern", "constant by which transformers recognises this config", group=None)
 
     def __post_init__(self) -> None:
-        self._choose("preset")
+        check_choice("preset", self.preset, CHOICES["preset"])
         for option in fields(DernOptions):
-            self._check_value(option)
+            setattr(self, option.name, checked_value(option, getattr(self, option.name)))
         defaults = {**PRESETS[self.preset], "selection": "router", **_method_defaults(self.method)}
         for name in ("refit", "calibration_order", *defaults):  # the first two decide about others
             if getattr(self, name) is None:
                 setattr(self, name, (OFF if name in self._idle() else {}).get(name, defaults[name]))
         for name in CHOICES:
-            self._choose(name)
+            check_choice(name, getattr(self, name), CHOICES[name])
         if isinstance(self.protect_experts, str | Path) and self.protect_experts != "super":
-            self._retain_as_reported(Path(self.protect_experts))
+            self.protect_experts = retained_as_reported(Path(self.protect_experts))
+            if self.sparsity is None and self.num_experts is None:  # as many as stayed then
+                self.num_experts = max(map(len, self.protect_experts.values()), default=None)
         self._check_amount()
         self._check_effects(defaults)
-        self._check_similarity()
+        self.similarity_weights = checked_similarity(self.similarity_weights)
         if isinstance(self.dataset, Path):
             self.dataset = str(self.dataset)
         if isinstance(self.dataset, Mapping):
@@ -258,7 +238,7 @@ class DernOptions:
 
             self.dataset = read_mapping(self.dataset)
         if self.protect_experts not in (None, "super"):
-            self.protect_experts = _normalised_protection(self.protect_experts)
+            self.protect_experts = checked_protection(self.protect_experts)
         if self.quant_method != "dern":
             raise ValueError(f"quant_method={self.quant_method!r} is not this package's; leave it out or give 'dern'")
 
@@ -286,24 +266,6 @@ class DernOptions:
                 given = f"{name}={getattr(self, name)!r}"
                 raise ValueError(f"{given} has no effect without {needed}; give {needed}, or leave {name} out")
 
-    def _choose(self, name: str) -> None:
-        if getattr(self, name) not in CHOICES[name]:
-            raise ValueError(
-                f"{name}={getattr(self, name)!r}, but it must be one of {', '.join(map(repr, CHOICES[name]))}"
-            )
-
-    def _check_value(self, option: Field) -> None:
-        """Check a field's type and range, and convert numpy numbers to Python's."""
-        value, kind = getattr(self, option.name), next((k for k in KINDS if option.type in (k, k | None)), None)
-        if kind is None or (value is None and option.default is None):
-            return
-        accepted, words = KINDS[kind]
-        holds, range_words = RANGES.get(option.name, (lambda value: True, ""))
-        of_kind = isinstance(value, bool) == (kind is bool) and isinstance(value, accepted)
-        if not of_kind or (isinstance(value, Real) and not _is_finite(value)) or not holds(value):
-            raise ValueError(f"{option.name}={value!r}, but it must be {words} {range_words}".rstrip())
-        setattr(self, option.name, kind(value))
-
     def _check_amount(self) -> None:
         if self.sparsity is not None and self.num_experts is not None:
             raise ValueError(
@@ -316,30 +278,6 @@ class DernOptions:
                 f"self_share={self.self_share} and random_share={self.random_share} leave no calibration sequence for "
                 "the dataset; give shares that add up to less than 1"
             )
-
-    def _retain_as_reported(self, path: Path) -> None:
-        """Protect the retained experts of an earlier report; by default their number is kept as well."""
-        try:
-            layers = json.loads(path.read_text("utf-8"))["layers"]
-            self.protect_experts = {layer["layer"]: layer["retained"] for layer in layers}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"protect_experts={str(path)!r} is not a dern_report.json ({error!r}); it must {PROTECTION}"
-            ) from error
-        if self.sparsity is None and self.num_experts is None:
-            self.num_experts = max(map(len, self.protect_experts.values()), default=None)
-
-    def _check_similarity(self) -> None:
-        try:
-            weights = tuple(float(weight) for weight in self.similarity_weights)
-        except (TypeError, ValueError):  # no numbers, or nothing that has several
-            weights = ()
-        if len(weights) != 3 or not all(map(_is_finite, weights)) or min(weights) < 0 or not sum(weights) > 0:
-            raise ValueError(
-                f"similarity_weights={self.similarity_weights!r}, but it must be three finite weights >= 0 (gate, up, "
-                "down), not all zero"
-            )
-        self.similarity_weights = weights
 
 
 def _method_defaults(method: str) -> Mapping[str, Any]:
@@ -373,18 +311,3 @@ def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
         if name in RETIRED and value != RETIRED[name]:
             raise ValueError(f"{name}={value!r} is no longer supported; leave it out, which means {RETIRED[name]!r}")
     return {name: value for name, value in values.items() if name not in RETIRED}
-
-
-def _is_finite(value: Real) -> bool:
-    """Return whether a number is finite as a float (integers may be too large for one)."""
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def _normalised_protection(protect: Any) -> dict[int, list[int]]:
-    try:
-        return {int(layer): sorted({int(expert) for expert in experts}) for layer, experts in protect.items()}
-    except (AttributeError, TypeError, ValueError) as error:  # no mapping, no list, no number
-        raise ValueError(f"protect_experts={protect!r}, but it must {PROTECTION}") from error

@@ -13,7 +13,7 @@ ROOT = Path(optimum_dern.__file__).parent
 ORDER = """
     versions errors paths text_files installation
     core.layer core.router core.criteria core.pictures core.dern core.refits core.merging
-    machine results models.moe models data data.made methods options config reporting
+    machine results models.moe models data data.made methods option_checks options config reporting
     checkpoint.format checkpoint.source checkpoint.hub checkpoint.output
     engine.layer engine.walk engine.cost engine.run compressor
     evaluation.loss evaluation.agreement evaluation.tasks evaluation.compare integration commands __main__

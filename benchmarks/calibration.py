@@ -7,8 +7,8 @@
 `DATA` holds text/DOMAIN/train.txt to calibrate on and text/DOMAIN/test.txt to measure on, and bench/hellaswag.jsonl
 and bench/piqa.jsonl: two domains that neither the models' training nor any calibration has seen.
 A calibration is the name of a domain, `mix` of all, or `self`; `+self` and `+random` add those sequences in the shares
-below, as `self_share` and `random_share` do; `self512` has 512.  Pruning sees the same sequences.  Every result stands
-in the output file as soon as it is measured, and the same command goes on where it was stopped.
+of `--self-share` and `--random-share`; `self512` has 512.  Pruning sees the same sequences.  Every result stands in
+the output file as soon as it is measured, and the same command goes on where it was stopped.
 """
 
 import argparse
@@ -34,7 +34,6 @@ from optimum_dern.evaluation.loss.perplexity import evaluate_texts, load_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = [ROOT / "examples" / "tiny_moe" / name for name in ("scratch", "upcycled")]
-SHARES = {"self": 0.5, "random": 0.25}  # of all sequences, where a calibration adds them
 PRUNED = {
     f"prune, {name}": {"method": "prune", "selection": name, "preset": "paper"}
     for name in ("router", "reap", "greedy")
@@ -95,7 +94,7 @@ def compressed(
         **METHODS[method],
         sparsity=args.sparsity,
         dataset="self" if own else dict.fromkeys(chosen, 1.0),
-        **{f"{kind}_share": SHARES[kind] if kind in added else 0.0 for kind in SHARES},
+        **{f"{kind}_share": getattr(args, f"{kind}_share") if kind in added else 0.0 for kind in ("self", "random")},
         num_samples=count,
         sequence_length=args.sequence_length,
         batch_size=16,
@@ -187,7 +186,8 @@ ORDER = [
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that the figures depend on."""
     names = ("num_samples", "sequence_length", "windows", "sparsity", "threads")
-    versions = {"version": __version__, "torch": torch.__version__, "shares": SHARES}
+    shares = {"self": args.self_share, "random": args.random_share}
+    versions = {"version": __version__, "torch": torch.__version__, "shares": shares}
     return {name: getattr(args, name) for name in names} | versions
 
 
@@ -200,6 +200,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--num-samples", type=int, default=128, help="calibration sequences (default: %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--self-share", type=float, default=0.5, help="of all sequences, for `+self`")
+    parser.add_argument("--random-share", type=float, default=0.25, help="of all sequences, for `+random`")
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows a text (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy
@@ -358,3 +360,25 @@ def test_retained_experts_of_an_earlier_report(tmp_path):
         DernConfig(protect_experts=path)
     with pytest.raises(ValueError, match="is not a dern_report.json"):
         DernConfig(protect_experts=tmp_path / "nowhere.json")
+
+
+def test_own_text_is_the_default():
+    """Outside these tests, which turn it off (conftest.py), half of all calibration text is the model's own."""
+    code = "from optimum_dern.options import PRESETS; print({n: p['self_share'] for n, p in PRESETS.items()})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'recommended': 0.5, 'paper': 0.0}"
+
+
+@pytest.mark.parametrize(
+    ("shares", "match"),
+    [
+        ({"self_share": 1.0}, "self_share=1.0, but it must be a finite number of at least 0 and below 1"),
+        ({"random_share": -0.1}, "random_share=-0.1"),
+        ({"self_share": float("nan")}, "self_share=nan"),
+        ({"self_share": 0.75, "random_share": 0.25}, "leave no calibration sequence for the dataset"),
+    ],
+)
+def test_shares_that_cannot_be(shares, match):
+    """They are refused when the config is made."""
+    with pytest.raises(ValueError, match=match):
+        DernConfig(**shares)

@@ -30,6 +30,7 @@ from optimum_dern import DernCompressor, DernConfig, __version__
 from optimum_dern.engine.run.model_batches import load_model_batches
 from optimum_dern.engine.run.own_text import OwnText
 from optimum_dern.evaluation.loss.perplexity import evaluate_texts, load_texts
+from optimum_dern.options import PRESETS
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -200,7 +201,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--num-samples", type=int, default=128, help="calibration sequences (default: %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--self-share", type=float, default=0.5, help="of all sequences, for `+self`")
+    parser.add_argument(
+        "--self-share", type=float, default=PRESETS["recommended"]["self_share"], help="of all sequences, for `+self`"
+    )
     parser.add_argument("--random-share", type=float, default=0.25, help="of all sequences, for `+random`")
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows a text (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws (default: %(default)s)")

@@ -28,7 +28,7 @@ PRESETS = {
         "drift_correction": 0.5,
         "guard": True,
         "calibration_order": "sequential",
-        "self_share": 0.5,
+        "self_share": 2 / 3,  # twice as much as of the dataset
         "random_share": None,
     },
     "paper": {

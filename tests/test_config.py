@@ -46,7 +46,7 @@ def test_defaults():
         "sequence_length": 2048,
         "batch_size": 1,
         "seed": 0,
-        "self_share": 0.0,  # of the tests; 0.5 otherwise
+        "self_share": 0.0,  # of the tests; 2 / 3 otherwise
         "random_share": None,
         "text_column": "text",
         "protect_experts": None,
@@ -363,10 +363,10 @@ def test_retained_experts_of_an_earlier_report(tmp_path):
 
 
 def test_own_text_is_the_default():
-    """Outside these tests, which turn it off (conftest.py), half of all calibration text is the model's own."""
+    """Outside these tests, which turn it off (conftest.py), two thirds of all calibration text are the model's own."""
     code = "from optimum_dern.options import PRESETS; print({n: p['self_share'] for n, p in PRESETS.items()})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "{'recommended': 0.5, 'paper': 0.0}"
+    assert done.stdout.strip() == f"{{'recommended': {2 / 3}, 'paper': 0.0}}"
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_foreign_weights_are_refused_before_any_work(write, plain, tmp_path, mon
     (tmp_path / "adapter_config.json").write_text("mine", "utf-8")
     if write is write_by_disk:
         monkeypatch.setattr("optimum_dern.engine.run.checkpoint._compress", None)
-        monkeypatch.setattr("optimum_dern.engine.run.prepare._load_batches", None)
+        monkeypatch.setattr("optimum_dern.engine.run.prepare._load_data", None)
     with pytest.raises(ValueError, match="holds files of another checkpoint"):
         write(plain, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["adapter_config.json"]

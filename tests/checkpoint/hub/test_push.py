@@ -98,7 +98,7 @@ def test_instance_push(pushed):
     """`model.push_to_hub` publishes config, provenance, report and our card, not transformers' own."""
     hub, folder = pushed
     (commit,) = hub.repositories["me/instance"].commits()
-    assert commit.files.keys() == PACKAGE | {"model.safetensors", ".gitattributes"}
+    assert commit.files.keys() == PACKAGE | {"model.safetensors", "calibration.jsonl", ".gitattributes"}
     for name in PACKAGE:
         assert commit.files[name] == (folder / "local" / name).read_bytes(), name
 

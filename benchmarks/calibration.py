@@ -39,7 +39,7 @@ PRUNED = {
     f"prune, {name}": {"method": "prune", "selection": name, "preset": "paper"}
     for name in ("router", "reap", "greedy")
 }
-METHODS = {"prune, router": PRUNED["prune, router"], "recommended": {}, **PRUNED}  # the first two soonest
+METHODS = {"prune, router": PRUNED["prune, router"], "recommended": {}, **PRUNED, "dern, paper": {"preset": "paper"}}
 UNSEEN = ("hellaswag", "piqa")
 WORK = ROOT / "build" / "calibration"  # for the models' own text, which several calibrations share
 ITEMS = 600  # of each, enough for the windows

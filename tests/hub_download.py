@@ -35,7 +35,9 @@ def main(output):
 
 def compress(model, output, **options):
     """Compress quickly with texts as calibration data, which need the model's tokenizer."""
-    return DernCompressor(dataset=sample_texts(), self_share=0.0, **OPTIONS).compress_checkpoint(model, output, **options)
+    return DernCompressor(dataset=sample_texts(), self_share=0.0, **OPTIONS).compress_checkpoint(
+        model, output, **options
+    )
 
 
 if __name__ == "__main__":

@@ -155,6 +155,13 @@ def same_state(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) 
     )
 
 
+def make_checkpoint(folder: Any, seed: int = 0) -> Any:
+    """Save a tiny Mixtral with its tokenizer, and return the folder."""
+    make_model("mixtral", seed=seed).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def compress(model: torch.nn.Module, **fields: Any) -> Any:
     """Compress a model with random tokens, by default from 8 to 4 experts, and return the compressor."""
     from optimum_dern import DernCompressor

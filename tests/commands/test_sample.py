@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from tiny import make_model, tiny_tokenizer
+from tiny import make_checkpoint
 
 from optimum_dern.commands.main import main
 
@@ -12,10 +12,7 @@ from optimum_dern.commands.main import main
 @pytest.fixture
 def checkpoint(tmp_path):
     """A tiny model with its tokenizer."""
-    folder = tmp_path / "model"
-    make_model("mixtral").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return make_checkpoint(tmp_path / "model")
 
 
 def rows_of(path):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from families import make_model as make_family
-from tiny import make_model, random_tokens, sample_texts, tiny_tokenizer
+from tiny import make_checkpoint, make_model, random_tokens, sample_texts, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_dern import DernCompressor, DernConfig, DernModelForCausalLM
@@ -20,10 +20,7 @@ FIELDS = {"num_experts": 4, "num_samples": 12, "sequence_length": 24, "batch_siz
 @pytest.fixture
 def source(tmp_path):
     """A checkpoint with a byte-level tokenizer."""
-    folder = tmp_path / "source"
-    make_model("mixtral").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return make_checkpoint(tmp_path / "source")
 
 
 def rows_of(folder):

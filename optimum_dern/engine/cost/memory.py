@@ -12,7 +12,7 @@ from ...models.moe.structure import MoELayer, find_decoder_layers
 from .phases import layer_phases, layer_shape
 
 
-__all__ = ["MemoryPlan", "plan_memory"]
+__all__ = ["INTERPRETER", "MemoryPlan", "plan_memory"]
 
 INTERPRETER = 600 << 20  # Python, torch, transformers and datasets, without any weight
 MAPPED = 160 << 20  # pages of files that a run has mapped at once

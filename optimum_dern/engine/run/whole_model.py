@@ -13,6 +13,7 @@ from ...checkpoint.source.loader import PartLoader
 from ...machine.progress import total_memory
 from ...models.moe.structure import find_moe_layers
 from ...results.public_names import public_source
+from ..cost.memory import INTERPRETER
 from .own_text import CannotWrite
 
 
@@ -33,6 +34,7 @@ def check_fits(model: Any, device: torch.device, bound: int | None) -> None:
         CannotWrite: the message names what else writes the text.
     """
     needed = int(MARGIN * sum(p.numel() * p.element_size() for p in model.parameters()))
+    needed += INTERPRETER if device.type == "cpu" else 0
     total = total_memory(device) if bound is None else min(total_memory(device), bound)
     if needed > total:
         raise CannotWrite(

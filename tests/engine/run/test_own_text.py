@@ -162,3 +162,9 @@ def test_checks_before_the_weights_are_there(source, caplog):
     assert len(DernCompressor(dataset=random_tokens(12), self_share=0.0, **FIELDS).prepare(model)) == 3
     with pytest.raises(ValueError, match="holds no token"):
         DernCompressor(dataset=[], self_share=0.5, **FIELDS).prepare(model)
+
+
+def test_the_bound_counts(source, tmp_path):
+    """`max_memory` bounds the whole model, Python and torch included."""
+    with pytest.raises(ValueError, match=r"takes 0\.6 GiB in memory .* and there are 0\.5"):
+        DernCompressor(**FIELDS).compress_checkpoint(source, tmp_path / "out", max_memory="512MiB")

@@ -146,7 +146,7 @@ def common_fields(args: argparse.Namespace, seed: int) -> dict:
     """Return the fields of DernConfig that all variants share."""
     names = ("sparsity", "num_samples", "sequence_length")
     fields = {name: getattr(args, name) for name in names}
-    return fields | {"dataset": str(args.calibration), "batch_size": 8, "seed": seed}
+    return fields | {"dataset": str(args.calibration), "self_share": 0.0, "batch_size": 8, "seed": seed}
 
 
 def markdown_tables(name: str, increases: dict[str, dict[str, list[float]]]) -> str:

@@ -76,7 +76,8 @@ def compress(folder: Path, count: int, sequence_length: int) -> dict:
     output = folder / str(count)
     shutil.rmtree(output, ignore_errors=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
-    options = ["--dataset", folder / "data.pt", "--sequence-length", sequence_length, "--device", "cpu", "--json"]
+    options = ["--dataset", folder / "data.pt", "--sequence-length", sequence_length]
+    options += ["--self-share", "0", "--device", "cpu", "--json"]
     command = [sys.executable, *launcher, "-m", "optimum_dern", "compress", folder / "source", output, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     started = time.perf_counter()

@@ -56,7 +56,8 @@ base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 started = time.perf_counter()
 threading.Thread(target=sample, daemon=True).start()
 bound = {"max_memory": options.pop("max_memory")} if "max_memory" in options else {}
-DernCompressor(dataset=[{"input_ids": row} for row in tokens], **options).compress_checkpoint(source, output, **bound)
+compressor = DernCompressor(dataset=[{"input_ids": row} for row in tokens], self_share=0.0, **options)
+compressor.compress_checkpoint(source, output, **bound)
 print(json.dumps({
     "seconds": time.perf_counter() - started,
     "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

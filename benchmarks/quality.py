@@ -7,12 +7,13 @@
     python benchmarks/quality.py MODEL --data DATA --evaluation DATA --at-once 8     # DATA/text/DOMAIN/test.txt
 
 Every method gets the same calibration sequences (a new draw per seed) and the same evaluation windows; methods with
-oneshot calibration share one pass.  Variants: `published`, the method as in its paper; `refit`, with the ridge refit
+oneshot calibration share one pass. Variants: `published`, the method as in its paper; `refit`, with the ridge refit
 of the retained experts' down projections; `guard`, in every layer the candidate with the lowest error on held-out
-tokens: the method's own result or plain pruning, unfitted, scaled, or refitted with one of three ridges; `router`, the
-same with the router's refit.  `recommended` is this package's default.  "same keep-set" prunes exactly the experts
-that `recommended` of that seed dropped.  Results are merged into the output file: a later run with the same settings
-adds draws, sparsities or variants.  `benchmarks/quality_table.py` makes tables and the plot from it.
+tokens: the method's own result or plain pruning, unfitted, scaled, or refitted with one of three ridges; `router`,
+the same with the router's refit. `recommended` is this package's default without text of the model's own. "same
+keep-set" prunes exactly the experts that `recommended` of that seed dropped. Results are merged into the output file:
+a later run with the same settings adds draws, sparsities or variants. `benchmarks/quality_table.py` makes tables and
+the plot from it.
 
 All results of a draw are in memory together, beside the full model and a copy of it.  `--at-once` makes several passes
 with fewer results each: on a CPU the figures are bitwise equal.
@@ -154,7 +155,7 @@ def configs_of(args: argparse.Namespace, data: Mapping[str, Any]) -> dict[Name, 
     ]
     configs = {(m, v, s): DernConfig(sparsity=s, **METHODS[m], **VARIANTS[v], **data) for m, v, s in names}
     if RECOMMENDED in args.methods:
-        configs |= {(RECOMMENDED, "", s): DernConfig(sparsity=s, **data) for s in args.sparsity}
+        configs |= {(RECOMMENDED, "", s): DernConfig(sparsity=s, self_share=0.0, **data) for s in args.sparsity}
     return configs
 
 
@@ -230,7 +231,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         | {"calibration": text}
         | {name: value for name, value in unusual.items() if value != USUAL[name]}
         | versions
-        | {"recommended": DernConfig().to_dict()}
+        | {"recommended": DernConfig(self_share=0.0).to_dict()}
     )
 
 

@@ -64,7 +64,7 @@ def error_of(capsys, *arguments):
 def test_compress_end_to_end(tmp_path, checkpoint, text):
     """One command: one JSON line on stdout, a checkpoint that loads, and the same result as the Python API."""
     output = tmp_path / "out"
-    options = ("--num-experts", 4, "--sequence-length", 48, "--batch-size", 4, "--json")
+    options = ("--num-experts", 4, "--sequence-length", 48, "--batch-size", 4, "--self-share", 0, "--json")
     done = run_process("compress", checkpoint, output, "--dataset", text, "--evaluate", text, *options)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()

@@ -28,6 +28,7 @@ DATA = {"even": [12] * 20, "ragged": [5, 24, 17, 9, 24, 3, 24, 11, 24, 24, 8, 24
 CASES = {
     "recommended": ("mixtral", "even", {}),
     "every step": ("mixtral", "even", {"guard": False}),
+    "own text": ("mixtral", "even", {"self_share": 0.5, "neuron_refit": False, "sequence_length": 16}),
     "groups": ("deepseek_v3", "ragged", {}),
     "paper": ("qwen3_moe", "ragged", {"preset": "paper", "router_update": "rows"}),
     "prune": ("qwen3_moe", "ragged", {"method": "prune", "selection": "reap", "router_refit": False}),
@@ -67,7 +68,7 @@ MeasuredLayer.write_, recombination.spherical_kmeans = noting_write, noting_kmea
 ShardWriter.write = noting_write_tensor
 with joined_processes("cpu") as processes:
     for name, (family, data, fields) in json.load(open(f"{folder}/cases {processes.count}.json")).items():
-        options = {"num_experts": 4, "batch_size": 4, "dataset": f"{folder}/{data}.pt", **fields}
+        options = {"num_experts": 4, "batch_size": 4, "self_share": 0.0, "dataset": f"{folder}/{data}.pt", **fields}
         output = f"{folder}/{name} {processes.count}"
         report = DernCompressor(**options).compress_checkpoint(f"{folder}/{family}", output)
         notes.append({"case": name, "retained": [layer.retained for layer in report.layers]})
@@ -121,7 +122,8 @@ def single(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recombination, "spherical_kmeans", lambda *args: (clustered.append(1), kmeans(*args))[1])
         for name, (family, data, fields) in CASES.items():
-            options = {"num_experts": 4, "batch_size": 4, "dataset": str(folder / f"{data}.pt"), **fields}
+            data = str(folder / f"{data}.pt")
+            options = {"num_experts": 4, "batch_size": 4, "self_share": 0.0, "dataset": data, **fields}
             report = DernCompressor(**options).compress_checkpoint(folder / family, folder / name)
             results[name] = (load_file(folder / name / "model.safetensors"), report, len(clustered))
             clustered.clear()
@@ -215,8 +217,8 @@ def without_launcher(count, *arguments, awaited=None, **variables):
 
 def quick_arguments(folder, output, batch_size=4):
     """Of `optimum-dern compress`: a run that is short."""
-    options = ["--num-experts", 4, "--batch-size", batch_size, "--no-refit", "--dataset", folder / "even.pt"]
-    return ["compress", folder / "mixtral", output, *options, "--device", "cpu"]
+    options = ["--num-experts", 4, "--batch-size", batch_size, "--no-refit", "--self-share", 0, "--device", "cpu"]
+    return ["compress", folder / "mixtral", output, "--dataset", folder / "even.pt", *options]
 
 
 def error_lines(text):

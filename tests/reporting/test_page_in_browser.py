@@ -194,7 +194,9 @@ def test_tables(chromium, page):
     for fold in chromium.driver.find_elements("css selector", "figure summary"):
         fold.click()
     chromium.driver.execute_async_script("setTimeout(arguments[0], 50)")
-    assert chromium.run("return document.querySelectorAll('figure table').length") == 7
+    assert chromium.run("return document.querySelectorAll('figure details table').length") == 7
+    sources = chromium.run("return [...document.querySelectorAll('#candidate-figure tr')].map((row) => row.innerText)")
+    assert [row.split("\t")[0] for row in sources] == ["Held-out text", "notes.txt", "self"]
     rows = chromium.run("return [...document.querySelectorAll('#map-figure tbody tr')].map((row) => row.innerText)")
     layers = sample_report().layers
     assert [row.split("\t")[1] for row in rows] == [", ".join(map(str, layer.retained)) for layer in layers]

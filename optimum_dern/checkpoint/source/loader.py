@@ -59,6 +59,7 @@ class PartLoader:
             yield
         finally:
             release_(self.model)
+            self.model.tie_weights(recompute_mapping=False)  # and so has freeing them
             self.reader.close()
 
     @contextmanager

@@ -49,6 +49,15 @@ def test_without_a_dataset(source, tmp_path):
     assert DernCompressor(**FIELDS).config.dataset is None  # what the caller gave stays
 
 
+def test_tied_weights_stay_tied(tmp_path):
+    """Loading the whole model and freeing it again leaves its sizes as they are: the head is counted once."""
+    make_model("mixtral", tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    report = DernCompressor(**FIELDS).compress_checkpoint(tmp_path / "tied", tmp_path / "out")
+    compressor = DernCompressor(**FIELDS)
+    compressor.compress_model(AutoModelForCausalLM.from_pretrained(tmp_path / "tied"))
+    assert (report.before, report.after) == (compressor.report.before, compressor.report.after)
+
+
 def test_beside_a_dataset(source):
     """A share of all sequences, in proportion to those that the dataset really has; random tokens likewise."""
     for rows, counts in ((20, [12, 24, 12]), (2, [2, 4, 2])):

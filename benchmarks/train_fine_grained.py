@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCau
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from train_tiny_moe import (  # noqa: E402
+    SHAPE,
     evaluate,
     learning_rate,
     load_streams,
@@ -36,12 +37,11 @@ from train_tiny_moe import (  # noqa: E402
 VOCABULARY, WINDOW, BATCH = 8192, 512, 4
 PEAK_RATE, BALANCE = 2e-3, 2e-3  # of the learning rate; weight of the load-balancing loss of each layer
 MEASURED_STEPS = 10  # from which the length of the schedule is estimated
-CONFIG = {
+CONFIG = SHAPE | {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
+    "head_dim": 64,
     "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "moe_intermediate_size": 128,
     "shared_expert_intermediate_size": 256,
     "intermediate_size": 512,
@@ -49,11 +49,6 @@ CONFIG = {
     "num_experts_per_tok": 4,
     "norm_topk_prob": False,
     "max_position_embeddings": WINDOW,
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 1,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 
 

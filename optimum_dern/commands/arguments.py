@@ -74,9 +74,9 @@ def check_numbers(args: argparse.Namespace, *names: str) -> None:
 
 
 def check_output_file(file: Path | None) -> None:
-    """Raise FileNotFoundError for an `--output` in a folder that does not exist."""
+    """Raise FileNotFoundError for an output file in a folder that does not exist."""
     if file is not None and not file.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {file.parent} for --output")
+        raise FileNotFoundError(f"there is no folder {file.parent} for the output {file.name}; make it first")
 
 
 def config_from_arguments(args: argparse.Namespace) -> "DernConfig":

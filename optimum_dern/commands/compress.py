@@ -22,6 +22,7 @@ DESCRIPTION = (
     "processes split the calibration text among them; the result is that of one process."
 )
 EPILOG = """examples:
+  optimum-dern compress ./olmoe out                # half of the experts; the model writes its own calibration text
   optimum-dern compress Qwen/Qwen3-30B-A3B out --dataset c4
   optimum-dern compress ./mixtral out --num-experts 4 --dataset notes.txt --evaluate held_out.txt
   optimum-dern compress ./olmoe out --preset paper --dataset wikitext2

@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
     from ..engine.cost.duration import measure_rate, predict_seconds
     from ..engine.cost.memory import plan_memory
     from ..engine.run.checks import check_names, check_request, needs_data, with_dataset
-    from ..engine.run.model_batches import sequences_in_all
+    from ..engine.run.model_batches import sequences_in_all, with_text_it_can_write
+    from ..engine.run.whole_model import check_fits
     from ..machine.torch_state import default_device
     from ..models.context_length import bounded_length
     from ..models.moe.structure import find_moe_layers
@@ -50,13 +51,14 @@ def run(args: argparse.Namespace) -> None:
     layers = find_moe_layers(model)
     count = check_request(config, model, layers)
     before, after = measure_model(model, layers), predict_size(model, layers, count)
+    bound, device = parse_bytes(args.max_memory) if args.max_memory else None, default_device()
+    config = with_text_it_can_write(config, model, lambda: check_fits(model, device, bound))
     sequences = 0  # where compress runs no text through the model
     if config.dataset is not None or needs_data(config):
         sequences = sequences_in_all(with_dataset(config))
     tokens = sequences * bounded_length(model.config, config.sequence_length)
-    bound = parse_bytes(args.max_memory) if args.max_memory else None
     memory = plan_memory(model, layers, tokens, config, count, bound)
-    rate = measure_rate(default_device())
+    rate = measure_rate(device)
     facts = {
         "model": args.model,
         "model_type": model.config.model_type,

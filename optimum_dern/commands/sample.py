@@ -19,7 +19,7 @@ DESCRIPTION = (
 EPILOG = """examples:
   optimum-dern sample Qwen/Qwen3-30B-A3B text.jsonl --device-map auto
   optimum-dern sample ./qwen3-30b-awq text.jsonl --num-samples 512
-  optimum-dern compress ./qwen3-30b out --dataset text.jsonl
+  optimum-dern compress ./qwen3-30b out --dataset text.jsonl --self-share 0
 """
 
 

@@ -70,3 +70,12 @@ def test_refusals(checkpoint, tmp_path, capsys, output, options, match):
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(match, line)
     assert (tmp_path / "there.jsonl").read_text("utf-8") == "mine"
+
+
+@pytest.mark.parametrize(("fits", "sequences"), [(True, 20), (False, 13)])
+def test_inspect_counts_what_compress_makes(checkpoint, capsys, monkeypatch, fits, sequences):
+    """Ten sequences of a dataset and as many of the model's, or a quarter of random tokens if it does not fit."""
+    if not fits:
+        monkeypatch.setattr("optimum_dern.engine.run.whole_model.MARGIN", 1e9)
+    main(["inspect", str(checkpoint), "--dataset", "c4", "--self-share", "0.5", "--num-samples", "10", "--json"])
+    assert json.loads(capsys.readouterr().out)["calibration_tokens"] == sequences * 128

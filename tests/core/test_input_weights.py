@@ -31,7 +31,7 @@ from optimum_dern.core.criteria.saliency import man, reap, router
 from optimum_dern.core.layer.mixture import Routing, expert_batches, routed_output
 from optimum_dern.core.layer.statistics import measure_experts
 from optimum_dern.core.refits.down_projections import refit_down
-from optimum_dern.core.refits.neurons import refit_neurons
+from optimum_dern.core.refits.neurons import descend_neurons
 from optimum_dern.core.router.rule import possible_logits
 
 
@@ -147,13 +147,14 @@ def test_refit_of_the_neurons(kind):
     output = routed_output(changed, slots, activation).unflatten(0, routing.index.shape).sum(1)
     gradients = torch.autograd.grad((output - target).square().sum() / 2, parts)
 
-    found = refit_neurons(segments, routing, target, activation, passes=1, rate=0.1)
+    found = next(descend_neurons(segments, routing, target, activation, rate=0.1))  # one step of 0.2 of its length
     for before, after, gradient in zip(
         parts, [part for part in found[:3] if part is not None], gradients, strict=True
     ):
-        typical = gradient.square().mean((1, 2), keepdim=True).sqrt()
-        step = 0.1 * before.square().mean().sqrt() * gradient / (gradient.abs() + 0.1 * typical)
-        assert_near(before - after, step, 1e-8)  # the first step of Adam, its damping included
+        rows, columns = ((gradient**2).mean(dim, keepdim=True) for dim in (2, 1))
+        mean = rows.mean(1, keepdim=True)
+        divisor = ((rows / mean).sqrt() + 0.1) * (columns.sqrt() + 0.1 * mean.sqrt())
+        assert_near(before - after, 0.2 * 0.1 * before.square().mean().sqrt() * gradient / divisor, 1e-8)
 
 
 def test_the_router_is_left_alone():

@@ -266,11 +266,11 @@ def test_one_set_of_experts_is_one_finalist(monkeypatch, method):
     """A method that names the retained experts, and plain pruning that keeps the same ones, take each step once."""
     calls = []
 
-    def spy(*args, fit=steps.refit_neurons, **kwargs):
+    def spy(*args, fit=steps.descend_neurons, **kwargs):
         calls.append(args)
         return fit(*args, **kwargs)
 
-    monkeypatch.setattr(steps, "refit_neurons", spy)
+    monkeypatch.setattr(steps, "descend_neurons", spy)
     layers = compress(make_model("qwen3_moe"), method=method).report.layers
     assert all({"pruned", "merged"} <= layer.errors.keys() for layer in layers)
     assert len(calls) == len(layers)

@@ -5,16 +5,18 @@ projections of all retained experts are updated together along the gradient of
 
     sum_x | y(x) - sum_i g_i D_i h_i(x) |^2,        h_i(x) = act(G_i x) * (U_i x)
 
-over minibatches of calibration tokens, with Adam steps (arXiv 1412.6980) on a cosine schedule.  With r the
-residual, a and b the derivatives of the activation by the gate and up pre-activations, and p_i = g_i D_i^T r,
+over minibatches of calibration tokens.  With r the residual, a and b the derivatives of the activation by the gate and
+up pre-activations, and p_i = g_i D_i^T r,
 
     dG_i = - (a_i * p_i) x^T        dU_i = - (b_i * p_i) x^T        dD_i = - r (g_i h_i)^T
 
 are written out, so that autograd is needed for the activation only and an expert's gradient is freed once the expert
-is updated.  Steps are relative to the size of the weights, so they fit every model.
+is updated.  A gradient is divided by the root of its running mean square, which is kept as the mean of every row and
+of every column (Adafactor, arXiv 1804.04235), and the result goes through momentum.  Steps have one length throughout,
+relative to the size of the weights; the weights handed out are the running mean over the last passes' steps (Polyak
+averaging), which at any time is as good as a descent that has slowed down: so it can be ended after any pass.
 """
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,99 +29,113 @@ from ..layer.reduction import Reduce, alone, largest
 from ..layer.segments import Segments
 
 
-__all__ = ["refit_neurons_cost", "count_passes", "count_steps", "refit_neurons"]
+__all__ = ["count_passes", "count_steps", "descend_neurons", "descend_neurons_cost"]
 
-MOST_PASSES, FEWEST_PASSES = 12, 2  # over the tokens
+MOST_PASSES, FEWEST_PASSES = 8, 2  # over the tokens
 ENOUGH_TOKENS = 1_500_000  # in all passes together: with more tokens, fewer passes are enough
 BATCH_TOKENS = 1024
 STEPS_PER_PASS = 32  # at least; batches are smaller if tokens are few
 SMALLEST_BATCH = 64
-MOMENTUM, SMOOTHING = 0.9, 0.99  # decay of the running means of the gradient and of its square
+ENOUGH_PER_EXPERT = 128  # tokens of a batch that an expert gets: with fewer, updating takes longer than the gradient
+RATE = 0.06  # length of a step, relative to the root mean square of the weights
+MOMENTUM, SMOOTHING = 0.8, 0.95  # decay of the running means of the steps and of the squared gradient
 DAMPING = 0.1  # limits the step of weights whose gradient is small compared with their expert's
+AVERAGED_PASSES = 1.5  # over which the weights are averaged
 
 
 class Moving(NamedTuple):
-    """A projection being optimised, with its Adam state."""
+    """A projection being optimised, with the state of the optimiser."""
 
     value: Tensor  # (N, f, d) or (N, f, o)
-    gradient: Tensor  # running mean of the gradient
-    square: Tensor  # running mean of the squared gradient
-    size: float  # root mean square of the projection at the start
+    step: Tensor  # running mean of the steps, of the same shape
+    average: Tensor  # running mean of the value
+    rows: Tensor  # (N, f, 1) running mean of the squared gradient, averaged over each row
+    columns: Tensor  # (N, 1, d) or (N, 1, o), likewise over each column
+    size: Tensor  # () root mean square of the projection at the start
 
 
 def count_passes(tokens: int) -> int:
-    """Return the number of passes over this many tokens."""
+    """Return the largest useful number of passes over this many tokens."""
     return max(FEWEST_PASSES, min(MOST_PASSES, ENOUGH_TOKENS // max(tokens, 1)))
 
 
-def count_steps(tokens: int) -> int:
-    """Return the number of minibatches in a pass over this many tokens."""
-    return max(1, tokens // BATCH_TOKENS, min(STEPS_PER_PASS, tokens // SMALLEST_BATCH))
+def count_steps(tokens: int, experts_per_choice: int = 1) -> int:
+    """Return the number of minibatches in a pass.
+
+    Args:
+        tokens: over all processes.
+        experts_per_choice: number of experts divided by the number that a token is routed to.
+    """
+    smallest = max(SMALLEST_BATCH, ENOUGH_PER_EXPERT * experts_per_choice)
+    return max(1, tokens // max(BATCH_TOKENS, smallest), min(STEPS_PER_PASS, tokens // smallest))
 
 
-def refit_neurons(
+def descend_neurons(
     segments: Segments,
     routing: Routing,
     target: Tensor,
     activation: Activation,
-    passes: int | None = None,
-    rate: float = 0.05,
+    rate: float = RATE,
     order: Tensor | None = None,
     reduce: Reduce = alone,
     seed: int = 0,
-) -> Segments:
-    """Refit gate, up and down projections to a target output by minibatch gradient descent.
+) -> Iterator[Segments]:
+    """Refit gate, up and down projections to a target output by minibatch gradient descent, pass after pass.
 
     Args:
         segments: N experts.
         routing: T tokens.
         target: (T, o) output to reproduce.
         activation: the model's rule from pre-activations to neurons, elementwise in the neurons.
-        passes: over the tokens; by default `count_passes` of their number.
-        rate: of the first steps, relative to the size of the weights.
+        rate: length of the steps, relative to the size of the weights.
         order: (T,) distinct numbers of the tokens, among those of all processes; by default 0 to T - 1.
         reduce: over the processes that share the tokens.
         seed: of the minibatches, which do not depend on the distribution of tokens over processes.
 
-    Returns:
-        Segments with new projections.
+    Yields:
+        The segments with new projections after every pass over the tokens, without end; the next pass writes into
+        the same tensors.
     """
     order = torch.arange(len(target)) if order is None else order.cpu()
     moving = [_moving(part, segments) for part in segments.parts]
     total = int(reduce(torch.tensor(len(target), device=target.device)))
-    passes = count_passes(total) if passes is None else passes
-    steps = passes * count_steps(total)
-    for step, tokens in enumerate(_minibatches(order, steps, passes, target.device, reduce, seed), start=1):
-        length = rate * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
-        current = _with_parts(segments, moving)
-        own = _gradients(current, routing.select(tokens), target[tokens], activation)
-        for expert, gradients in _reduced(own, segments.workspace.max_elements, reduce):
-            for part, gradient in zip(moving, gradients, strict=True):
-                _move(part, expert, gradient, length, step)
-    return _with_parts(segments, moving)
+    steps = count_steps(total, len(segments.up) // routing.index.shape[1])
+    highest, generator = int(largest(order.to(target.device), reduce)), torch.Generator().manual_seed(seed)
+    step = 0
+    while True:
+        for tokens in _minibatches(order, highest + 1, steps, target.device, generator):
+            step += 1
+            kept = max(1 / step, 1 / (AVERAGED_PASSES * steps))
+            current = _with_parts(segments, [part.value for part in moving])
+            own = _gradients(current, routing.select(tokens), target[tokens], activation)
+            for expert, gradients in _reduced(own, segments.workspace.max_elements, reduce):
+                for part, gradient in zip(moving, gradients, strict=True):
+                    _move(part, expert, gradient, rate, step)
+                    part.average[expert].lerp_(part.value[expert], kept)
+        yield _with_parts(segments, [part.average for part in moving])
 
 
 def _moving(part: Tensor, segments: Segments) -> Moving:
-    value = segments.workspace.copy(part, segments.compute_dtype)
-    gradient, square = (segments.workspace.empty_like(value).zero_() for _ in range(2))
-    size = (sum(expert.square().sum().item() for expert in value) / value.numel()) ** 0.5
-    return Moving(value, gradient, square, size)
+    space = segments.workspace
+    value, average = (space.copy(part, segments.compute_dtype) for _ in range(2))
+    step = space.empty_like(value).zero_()
+    rows, columns = value.new_zeros(*value.shape[:2], 1), value.new_zeros(len(value), 1, value.shape[2])
+    size = (torch.stack([expert.square().sum() for expert in value]).sum() / value.numel()).sqrt()
+    return Moving(value, step, average, rows, columns, size)
 
 
-def _with_parts(segments: Segments, moving: list[Moving]) -> Segments:
-    *gate, up, down = (part.value for part in moving)
+def _with_parts(segments: Segments, parts: list[Tensor]) -> Segments:
+    *gate, up, down = parts
     return segments._replace(gate=gate[0] if gate else None, up=up, down=down)
 
 
 def _minibatches(
-    order: Tensor, steps: int, passes: int, device: torch.device, reduce: Reduce, seed: int
+    order: Tensor, total: int, steps: int, device: torch.device, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """Yield this process's tokens of each minibatch; every pass visits every token once."""
-    total = int(largest(order.to(device), reduce)) + 1
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(passes):
-        turn = torch.randperm(total, generator=generator)[order] * (steps // passes) // total
-        yield from (torch.where(turn == number)[0].to(device) for number in range(steps // passes))
+    """Yield this process's tokens of each minibatch of a pass, which together are all of its tokens."""
+    turn = torch.randperm(total, generator=generator)[order] * steps // total  # (T,) number of the minibatch
+    tokens = turn.argsort(stable=True).to(device)
+    yield from tokens.split(turn.bincount(minlength=steps).tolist())
 
 
 def _gradients(
@@ -190,21 +206,23 @@ def _reduced_together(waiting: list[tuple[int, list[Tensor]]], reduce: Reduce) -
         yield expert, [next(parts).view_as(gradient) for gradient in gradients]
 
 
-def _move(part: Moving, expert: int, gradient: Tensor, length: float, step: int) -> None:
-    """Update one expert's projection by one Adam step."""
-    mean, square = part.gradient[expert], part.square[expert]
-    mean.lerp_(gradient, 1 - MOMENTUM)
-    square.mul_(SMOOTHING).addcmul_(gradient, gradient, value=1 - SMOOTHING)
-    scale = square / (1 - SMOOTHING**step)
-    damping = DAMPING * scale.mean().sqrt()
-    divisor = scale.sqrt_().add_(damping.clamp(min=torch.finfo(scale.dtype).tiny))
-    part.value[expert].addcdiv_(mean, divisor, value=-length * part.size / (1 - MOMENTUM**step))
+def _move(part: Moving, expert: int, gradient: Tensor, rate: float, number: int) -> None:
+    """Update one expert's projection by one step, the `number`-th."""
+    rows, columns, step = part.rows[expert], part.columns[expert], part.step[expert]
+    squared = gradient.square()
+    kept = (1 - SMOOTHING) / (1 - SMOOTHING**number)
+    rows.lerp_(squared.mean(1, keepdim=True), kept)
+    columns.lerp_(squared.mean(0, keepdim=True), kept)
+    mean = rows.mean().clamp(min=torch.finfo(rows.dtype).tiny)
+    gradient.div_((rows / mean).sqrt().add_(DAMPING)).div_(columns.sqrt().add_(DAMPING * mean.sqrt()))
+    step.lerp_(gradient, 1 - MOMENTUM)  # starts at zero, so that the first steps are short
+    part.value[expert].sub_(rate * part.size * step)
 
 
-def refit_neurons_cost(shape: LayerShape) -> Cost:
-    """Cost of `refit_neurons`: the updated weights, two running means of their gradients, and a minibatch."""
+def descend_neurons_cost(shape: LayerShape) -> Cost:
+    """Cost of all useful passes of `descend_neurons`: weights, running means of them and their steps, a minibatch."""
     weights = shape.retained * shape.expert
-    tokens = -(-shape.tokens // count_steps(shape.tokens))
+    tokens = -(-shape.tokens // count_steps(shape.tokens, shape.retained // shape.top_k))
     batch = tokens * (shape.top_k * (6 * shape.width + shape.outputs) + shape.inputs + 2 * shape.outputs)
     products = 2 + 1 / shape.projections  # forward, by the projections, and by the neurons
     operations = count_passes(shape.tokens) * products * experts_operations(shape)

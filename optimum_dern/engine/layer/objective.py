@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core.layer.mixture import Activation, Routing, routed_output
-from ...core.layer.reduction import Reduce, alone
+from ...core.layer.reduction import Reduce, alone, any_process
 from ...data.labels import evenly_spaced
 from ...models.moe.view import layer_activation
 from .measured import MeasuredLayer
@@ -58,6 +58,11 @@ class Objective:
         """(T,) bool: evenly spaced tokens that closed-form refits use, none of them held out."""
         chosen = evenly_spaced(self.measured.order, self.wanted, self.measured.processes)
         return ~self.held_out & chosen.to(self.held_out.device)
+
+    @cached_property
+    def judges(self) -> bool:
+        """Whether any process has held-out tokens."""
+        return any_process(self.held_out.any(), self.reduce)
 
     @cached_property
     def fitted(self) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Protocol
 from ...config import DernConfig
 from ...core.layer.cost import Cost, LayerShape
 from ...core.refits.down_projections import refit_down, refit_down_cost
-from ...core.refits.neurons import refit_neurons, refit_neurons_cost
+from ...core.refits.neurons import count_passes, descend_neurons, descend_neurons_cost
 from ...core.refits.output_scale import fit_scales, fit_scales_cost, scale_outputs
 from ...core.refits.router import refit_router, refit_router_cost
 from ...core.router.choice import UnknownRouter
@@ -37,6 +37,8 @@ __all__ = [
 
 RIDGE = 1e-2  # of the first refit where the config sets none
 RIDGES = (1e-3, 1e-1)  # tried afterwards, each kept where it lowers the held-out error
+WORTH_A_PASS = 0.01  # relative fall of the held-out error for which the neuron refit goes on
+UNJUDGED_PASSES = 4  # of the neuron refit, where no token is held out
 
 
 class Step(Protocol):
@@ -129,7 +131,10 @@ class RouterRefit:
 
 @dataclass(frozen=True)
 class NeuronRefit:
-    """Step that refits gate, up and down projections together by minibatch gradient descent."""
+    """Step that refits gate, up and down projections together by minibatch gradient descent.
+
+    With held-out tokens, it ends with the first pass that lowers their error by less than `WORTH_A_PASS`.
+    """
 
     seed: int = 0
     sampled = False
@@ -137,12 +142,20 @@ class NeuronRefit:
     def __call__(self, variant: Variant, objective: Objective) -> Variant:
         order = objective.measured.order[objective.fitted.to(objective.measured.order.device)]
         data = objective.data(variant.routing, objective.fitted)
-        segments = variant.candidate.segments
-        segments = refit_neurons(segments, *data, order=order, reduce=objective.reduce, seed=self.seed)
-        return replace(variant.after("neurons", segments=segments), anchor=segments)
+        passes = count_passes(objective.measured.statistics.tokens) if objective.judges else UNJUDGED_PASSES
+        error = objective.error(variant).total if objective.judges else 0.0
+        descent = descend_neurons(
+            variant.candidate.segments, *data, order=order, reduce=objective.reduce, seed=self.seed
+        )
+        for number, segments in enumerate(descent, start=1):
+            made = replace(variant.after("neurons", segments=segments), anchor=segments)
+            if objective.judges:
+                error, before = objective.error(made).total, error
+            if number == passes or (objective.judges and error > (1 - WORTH_A_PASS) * before):
+                return made
 
     def costs(self, shape: LayerShape) -> list[Cost]:
-        return [refit_neurons_cost(shape)]
+        return [descend_neurons_cost(shape)]
 
 
 def first_refit(config: DernConfig) -> DownRefit:

@@ -1,6 +1,7 @@
 """What every step says that it computes, against what torch counts while it runs."""
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from optimum_dern.core.merging.all_experts import (
 from optimum_dern.core.merging.averaging import fit_group_outputs, fit_group_outputs_cost
 from optimum_dern.core.merging.grouping import Grouping
 from optimum_dern.core.refits.down_projections import refit_down, refit_down_cost
-from optimum_dern.core.refits.neurons import refit_neurons, refit_neurons_cost
+from optimum_dern.core.refits.neurons import count_passes, descend_neurons, descend_neurons_cost
 from optimum_dern.core.refits.output_scale import fit_scales, fit_scales_cost
 from optimum_dern.core.refits.router import refit_router, refit_router_cost
 from optimum_dern.core.router.rule import RouterRule
@@ -59,8 +60,8 @@ def run(name, layer):
         refit_router(ROWS, *data, RouterRule("exp", True, 1.0), 1e-2, 20, 0.0)
         return refit_router_cost(SHAPE, 20)
     if name == "neurons":
-        refit_neurons(*data)
-        return refit_neurons_cost(SHAPE)
+        next(islice(descend_neurons(*data), count_passes(TOKENS) - 1, None))
+        return descend_neurons_cost(SHAPE)
     if name == "recombine":
         recombine_layer(SEGMENTS, torch.arange(3), torch.ones(6), threshold=-1.0, iterations=1)
         return recombine_layer_cost(SHAPE._replace(retained=3), 3)  # of which a third is expected to run

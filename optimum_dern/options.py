@@ -19,19 +19,32 @@ from .option_checks import (
 
 __all__ = ["CHOICES", "GROUPS", "OFF", "PRESETS", "DernOptions", "without_retired"]
 
-PRESETS = {
+SAFE_CALIBRATION = {"self_share": 2 / 3, "random_share": None}  # twice as much own text as of the dataset
+PRESETS = {  # from the most to the least work; docs/source/presets.md measures what every step buys
     "recommended": {
+        "recombine": False,
         "cluster_init": "own",
         "refit": True,
-        "router_refit": True,
+        "router_refit": False,
         "neuron_refit": True,
         "drift_correction": 0.5,
         "guard": True,
         "calibration_order": "sequential",
-        "self_share": 2 / 3,  # twice as much as of the dataset
-        "random_share": None,
+        **SAFE_CALIBRATION,
+    },
+    "fast": {
+        "recombine": False,
+        "cluster_init": "own",
+        "refit": True,
+        "router_refit": False,
+        "neuron_refit": False,
+        "drift_correction": 0.0,
+        "guard": True,
+        "calibration_order": "oneshot",
+        **SAFE_CALIBRATION,
     },
     "paper": {
+        "recombine": True,
         "cluster_init": "gate",
         "refit": False,
         "router_refit": False,
@@ -44,7 +57,14 @@ PRESETS = {
     },
 }
 RETIRED = {"layer_budget": "uniform"}  # fields of earlier releases, with the only value that still means something
-OFF = {"router_refit": False, "neuron_refit": False, "drift_correction": 0.0}
+PARTS_OF_REFIT = ("router_refit", "neuron_refit", "drift_correction", "refit_ridge", "refit_sweeps")
+OFF = {
+    "router_refit": False,
+    "neuron_refit": False,
+    "drift_correction": 0.0,
+    "recombine": False,
+    "cluster_init": "own",
+}
 CHOICES = {
     "preset": tuple(PRESETS),
     "router_update": ("none", "rows"),
@@ -92,7 +112,8 @@ class DernOptions:
     method: str = _option("dern", "dern, prune, ream, m_smoe, hc_smoe, mergemoe or sub_moe", group="what")
     preset: str = _option(
         "recommended",
-        "default values of the other options: recommended, or paper (DERN exactly as published: no refit, no guard)",
+        "default values of the other options: recommended (best results), fast (one pass, closed-form refit) or "
+        "paper (DERN exactly as published: no refit, no guard)",
         group="what",
     )
     selection: str | None = _option(
@@ -101,9 +122,15 @@ class DernOptions:
         "greedy or random (default: the method's own)",
         group="what",
     )
+    recombine: bool | None = _option(
+        None,
+        "with method dern: move neurons of dropped experts to retained ones and cluster them, as in the paper; with "
+        "guard the result competes with plain pruning",
+        group="how",
+    )
     similarity_threshold: float = _option(
         0.5,
-        "with method dern: a dropped expert's neuron is moved only if its best cosine similarity to a retained "
+        "with recombine: a dropped expert's neuron is moved only if its best cosine similarity to a retained "
         "expert's neuron exceeds this (the paper's alpha)",
         group="for ablations",
     )
@@ -115,7 +142,7 @@ class DernOptions:
     )
     router_update: str = _option(
         "none",
-        "with method dern: none, or rows: add a dropped expert's router row to those of the experts that received its "
+        "with recombine: none, or rows: add a dropped expert's router row to those of the experts that received its "
         "neurons, in proportion to their number",
         group="for ablations",
     )
@@ -133,21 +160,21 @@ class DernOptions:
     )
     importance_weighting: bool = _option(
         True,
-        "with method dern: weight each neuron by its source expert's saliency when clusters are averaged",
+        "with recombine: weight each neuron by its source expert's saliency when clusters are averaged",
         group="for ablations",
     )
     refit: bool | None = _option(
-        None, "refit the retained experts' down projections by closed-form ridge regression", group="how"
+        None, "refit the retained experts: their down projections, by closed-form ridge regression", group="how"
     )
     router_refit: bool | None = _option(
         None,
-        "with refit: also refit the router, by Gauss-Newton steps alternating with those of the down projections",
+        "with refit: also refit the router, by a Gauss-Newton step",
         group="how",
     )
     neuron_refit: bool | None = _option(
         None,
-        "with refit: also refit gate, up and down projections by minibatch gradient descent on the error of the "
-        "layer's output",
+        "with refit: instead of the closed form, refit gate, up and down projections together by minibatch gradient "
+        "descent on the error of the layer's output",
         group="how",
     )
     drift_correction: float | None = _option(
@@ -159,12 +186,12 @@ class DernOptions:
     refit_ridge: float | None = _option(
         None,
         "ridge penalty of the refits of down projections and router, relative to the mean eigenvalue of their normal "
-        "equations (default: 1e-2; with guard and without neuron_refit, the best of 1e-3, 1e-2 and 1e-1)",
+        "equations (default: 1e-2; with guard the down projections' is the best of 1e-3, 1e-2 and 1e-1)",
         group="for ablations",
     )
     refit_sweeps: int = _option(
         3,
-        "passes of the down projections' refit over a layer's experts; with guard and neuron_refit it is always one",
+        "passes of the down projections' refit over a layer's experts",
         group="for ablations",
     )
     guard: bool | None = _option(
@@ -219,7 +246,8 @@ class DernOptions:
         for option in fields(DernOptions):
             setattr(self, option.name, checked_value(option, getattr(self, option.name)))
         defaults = {**PRESETS[self.preset], "selection": "router", **_method_defaults(self.method)}
-        for name in ("refit", "calibration_order", *defaults):  # the first two decide about others
+        defaults["recombine"] |= self._describes_recombination()
+        for name in ("refit", "calibration_order", "recombine", *defaults):  # the first ones decide about others
             if getattr(self, name) is None:
                 setattr(self, name, (OFF if name in self._idle() else {}).get(name, defaults[name]))
         for name in CHOICES:
@@ -247,15 +275,24 @@ class DernOptions:
         """Whether refits also correct the error that earlier compressed layers leave in a layer's input."""
         return self.calibration_order == "sequential" and bool(self.refit) and self.drift_correction > 0
 
+    def _describes_recombination(self) -> bool:
+        """Whether the user gives details of the recombination, and so asks for it."""
+        details = [option for option in fields(DernOptions) if option.name in _recombination_options()]
+        return any(getattr(self, option.name) != option.default for option in details)
+
     def _idle(self) -> dict[str, str]:
         """Return the options that have no effect in combination with the others, with what each would need."""
         idle = _options_of_others(self.method)
         if self.calibration_order == "oneshot":
             idle["drift_correction"] = "calibration_order='sequential'"
-        if self.guard and self.neuron_refit:
-            idle["refit_sweeps"] = "neuron_refit=False or guard=False"
+        if self.neuron_refit:
+            idle["refit_sweeps"] = "neuron_refit=False"
+        if self.neuron_refit and not self.router_refit:
+            idle["refit_ridge"] = "neuron_refit=False or router_refit=True"
+        if self.recombine is not None and not self.recombine:
+            idle |= {name: "recombine=True" for name in _recombination_options() if name not in idle}
         if self.refit is not None and not self.refit:
-            idle |= dict.fromkeys((*OFF, "refit_ridge", "refit_sweeps"), "refit=True")
+            idle |= dict.fromkeys(PARTS_OF_REFIT, "refit=True")
         return idle
 
     def _check_effects(self, filled: Mapping[str, Any]) -> None:
@@ -296,6 +333,13 @@ def _options_of_others(method: str) -> dict[str, str]:
         return {}
     others = {option: name for name, other in METHODS.items() for option in other.options or ()}
     return {option: f"method={name!r}" for option, name in others.items() if option not in own}
+
+
+def _recombination_options() -> tuple[str, ...]:
+    """Return the options that have no effect without recombination."""
+    from .methods.dern import RECOMBINATION
+
+    return RECOMBINATION
 
 
 def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ def test_defaults():
         "method": "dern",
         "preset": "recommended",
         "selection": "router",
+        "recombine": False,
         "similarity_threshold": 0.5,
         "similarity_weights": (0.0, 1.0, 1.0),
         "router_update": "none",
@@ -34,7 +35,7 @@ def test_defaults():
         "cluster_tolerance": 1e-4,
         "importance_weighting": True,
         "refit": True,
-        "router_refit": True,
+        "router_refit": False,
         "neuron_refit": True,
         "drift_correction": 0.5,
         "refit_ridge": None,
@@ -68,13 +69,14 @@ def test_paper_preset():
     [
         ("paper", "refit", True),
         ("paper", "guard", True),
+        ("recommended", "recombine", True),
+        ("fast", "calibration_order", "sequential"),
         ("paper", "calibration_order", "sequential"),
         ("paper", "cluster_init", "random"),
         ("paper", "refit", False),
-        ("recommended", "router_refit", False),
+        ("recommended", "router_refit", True),
         ("recommended", "neuron_refit", False),
         ("recommended", "guard", False),
-        ("recommended", "cluster_init", "gate"),
     ],
 )
 def test_explicit_fields_win_over_the_preset(preset, field, value):
@@ -109,7 +111,13 @@ def test_what_would_have_no_effect_is_off(fields, off):
         ({"calibration_order": "oneshot", "drift_correction": 1}, "without calibration_order='sequential'"),
         ({"refit": False, "refit_ridge": 0.1}, "refit_ridge=0.1 has no effect without refit=True"),
         ({"preset": "paper", "refit_sweeps": 5}, "refit_sweeps=5 has no effect without refit=True"),
-        ({"refit_sweeps": 5}, "without neuron_refit=False or guard=False; give .*, or leave refit_sweeps out"),
+        ({"refit_ridge": 0.1}, "without neuron_refit=False or router_refit=True; give"),
+        (
+            {"recombine": False, "similarity_threshold": 0.1},
+            "similarity_threshold=0.1 has no effect without recombine=True",
+        ),
+        ({"method": "prune", "recombine": True}, "recombine=True has no effect without method='dern'"),
+        ({"refit_sweeps": 5}, "without neuron_refit=False; give .*, or leave refit_sweeps out"),
         ({"protect_experts": "supper"}, r"'supper' is not a dern_report.json.*like {3: \[0, 5\]}, be 'super', or"),
         ({"sparsity": 0.5, "num_experts": 4}, "give one of them"),
         ({"sparsity": 1.0}, "below 1"),
@@ -118,7 +126,7 @@ def test_what_would_have_no_effect_is_off(fields, off):
         ({"num_experts": 0}, "whole number of at least 1"),
         ({"num_experts": 4.0}, "whole number"),
         ({"num_experts": True}, "whole number"),
-        ({"preset": "best"}, "'recommended', 'paper'"),
+        ({"preset": "best"}, "'recommended', 'fast', 'paper'"),
         ({"router_update": "columns"}, "'none', 'rows'"),
         ({"cluster_init": "kmeans++"}, "'own', 'gate', 'random'"),
         ({"calibration_order": "parallel"}, "'sequential', 'oneshot'"),
@@ -189,10 +197,16 @@ def test_methods_of_others_may_read_any_option():
     assert DernConfig(method="my method", **OF_DERN).cluster_init == "random"
 
 
-@pytest.mark.parametrize("fields", [{"guard": False}, {"neuron_refit": False}])
+@pytest.mark.parametrize("fields", [{"preset": "fast"}, {"neuron_refit": False}])
 def test_sweeps_that_are_made(fields):
-    """Without the guard or the neurons' refit, the number of sweeps counts."""
+    """Without the neurons' refit, the number of sweeps counts."""
     assert DernConfig(refit_sweeps=5, **fields).refit_sweeps == 5
+
+
+def test_details_of_the_recombination_ask_for_it():
+    """Who gives a threshold wants neurons moved, whatever the preset leaves out."""
+    assert DernConfig(similarity_threshold=0.3).recombine and not DernConfig().recombine
+    assert not DernConfig(method="prune").recombine
 
 
 KINDS = (int, int | None, float, float | None)
@@ -366,7 +380,7 @@ def test_own_text_is_the_default():
     """Outside these tests, which turn it off (conftest.py), two thirds of all calibration text are the model's own."""
     code = "from optimum_dern.options import PRESETS; print({n: p['self_share'] for n, p in PRESETS.items()})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"{{'recommended': {2 / 3}, 'paper': 0.0}}"
+    assert done.stdout.strip() == f"{{'recommended': {2 / 3}, 'fast': {2 / 3}, 'paper': 0.0}}"
 
 
 @pytest.mark.parametrize(

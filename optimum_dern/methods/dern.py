@@ -16,67 +16,75 @@ from .registry import Candidate, LayerProblem, register_method
 if TYPE_CHECKING:
     from ..config import DernConfig
 
+RECOMBINATION = (  # options without effect where nothing is recombined
+    "similarity_threshold",
+    "router_update",
+    "cluster_init",
+    "cluster_iterations",
+    "cluster_tolerance",
+    "importance_weighting",
+)
+SECOND_SET_TOKENS = 512  # on which the set of least output error is searched: as good here as four times as many
+
 
 @register_method("dern")
 class Dern:
-    """The DERN method; proposes the pruned and the recombined layer as candidates for the guard.
+    """The DERN method; proposes the pruned layer and, with `recombine`, the recombined one.
 
     With selection="router" and the guard, a second set of retained experts, that of least output error as chosen by
-    selection="greedy", is a candidate too: without refits it can be far better, and after them which set is better
-    differs from layer to layer.
+    selection="greedy", is a candidate too: which set is better differs from layer to layer.
     """
 
     needs_tokens = False
-    options = (
-        "similarity_threshold",
-        "router_update",
-        "cluster_init",
-        "cluster_iterations",
-        "cluster_tolerance",
-        "importance_weighting",
-    )
+    options = ("recombine", *RECOMBINATION)
 
     def candidates(self, config: "DernConfig") -> tuple[int, int]:
         sets = 1 + _tries_second_set(config)
-        return sets + 1, sets
+        return sets + config.recombine, sets
 
     def costs(self, shape: LayerShape, config: "DernConfig") -> list[Cost]:
-        recombined = recombine_layer_cost(shape, config.cluster_iterations)
-        if not _tries_second_set(config):
-            return [recombined]
-        beside = 2 * recombined.experts  # the recombined experts, and a plain copy
-        return [recombined, greedy_cost(shape)._replace(experts=beside)]
+        steps = [recombine_layer_cost(shape, config.cluster_iterations)] if config.recombine else []
+        if _tries_second_set(config):
+            pruned = shape.retained * shape.expert * shape.itemsize
+            beside = pruned + sum(step.experts for step in steps)
+            steps.append(greedy_cost(shape, SECOND_SET_TOKENS)._replace(experts=beside))
+        return steps
 
     def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
-        recombined = recombine_layer(
-            problem.layer.segments,
-            problem.retained,
-            problem.scores,
-            threshold=config.similarity_threshold,
-            similarity_weights=config.similarity_weights,
-            init=config.cluster_init,
-            iterations=config.cluster_iterations,
-            tolerance=config.cluster_tolerance,
-            importance_weighting=config.importance_weighting,
-            seed=config.seed,
-            map_experts=problem.map_experts,
-        )
-        rows = None
-        if config.router_update == "rows":
-            if problem.layer.router_rows is None:
-                raise ValueError("router_update='rows' needs a router with one weight row per expert; use 'none'")
-            rows = add_moved_rows(problem.layer.router_rows, problem.retained, recombined.destination)
-        facts = _facts(recombined, problem.retained)
-        pruned = Candidate(problem.layer.segments.select(problem.retained), facts=facts)
-        candidates = {"pruned": pruned}
+        facts: dict[str, object] = {}
+        candidates = {"pruned": Candidate(problem.layer.segments.select(problem.retained), facts=facts)}
         if _tries_second_set(config):
             try:
                 candidates |= _pruned_by_error(problem)
             except UnknownRouter as reason:
                 facts["skipped"] = {"second set of experts": str(reason)}
-        if facts["moved_share"]:  # otherwise it equals plain pruning
-            candidates["recombined"] = Candidate(recombined.segments, rows, facts)
-        return candidates
+        return candidates | (_recombined(problem, config, facts) if config.recombine else {})
+
+
+def _recombined(problem: LayerProblem, config: "DernConfig", facts: dict[str, object]) -> dict[str, Candidate]:
+    """Return the recombined layer as a candidate, where any segment has moved; facts for the report are added."""
+    recombined = recombine_layer(
+        problem.layer.segments,
+        problem.retained,
+        problem.scores,
+        threshold=config.similarity_threshold,
+        similarity_weights=config.similarity_weights,
+        init=config.cluster_init,
+        iterations=config.cluster_iterations,
+        tolerance=config.cluster_tolerance,
+        importance_weighting=config.importance_weighting,
+        seed=config.seed,
+        map_experts=problem.map_experts,
+    )
+    rows = None
+    if config.router_update == "rows":
+        if problem.layer.router_rows is None:
+            raise ValueError("router_update='rows' needs a router with one weight row per expert; use 'none'")
+        rows = add_moved_rows(problem.layer.router_rows, problem.retained, recombined.destination)
+    facts |= _facts(recombined, problem.retained)
+    if not facts["moved_share"]:  # it equals plain pruning
+        return {}
+    return {"recombined": Candidate(recombined.segments, rows, facts)}
 
 
 def _tries_second_set(config: "DernConfig") -> bool:
@@ -87,7 +95,7 @@ def _tries_second_set(config: "DernConfig") -> bool:
 def _pruned_by_error(problem: LayerProblem) -> dict[str, Candidate]:
     """Return a candidate that prunes by least output error, if that retains other experts."""
     layer = problem.layer
-    _, retained = greedy(layer, problem.places)
+    _, retained = greedy(layer, problem.places, SECOND_SET_TOKENS)
     retained = retained.to(problem.retained.device)
     if torch.equal(retained, problem.retained):
         return {}

@@ -132,7 +132,7 @@ def test_refit_of_the_down_projections(kind, dtype):
     features = reference_features(segments.gate, segments.up, *slots[:3], scalar_activation(segments))
     features = features.unflatten(0, routing.index.shape).sum(1)  # (T, N, f)
     expected = reference_refit(features, segments.down.double(), target.double(), ridge=0.1, sweeps=2)
-    actual = refit_down(segments, routing, target, activation, ridge=0.1, sweeps=2)
+    (actual,) = refit_down(segments, routing, target, activation, [0.1], sweeps=2)
     assert_near(actual.down, expected, 10 * TOLERANCE[dtype])
 
 

@@ -41,7 +41,9 @@ def test_every_option_arrives(common, changed):
 
 def test_what_moved():
     """The share falls with the threshold, from all segments to none, and the quantiles are of the cosines."""
-    reports = [compress(make_model("qwen3_moe"), similarity_threshold=t).report.layers for t in (-1, 0.5, 0.6, 1.01)]
+    thresholds = (-1, 0.5, 0.6, 1.01)
+    fields = {"recombine": True, "neuron_refit": False}
+    reports = [compress(make_model("qwen3_moe"), similarity_threshold=t, **fields).report.layers for t in thresholds]
     for layers in zip(*reports, strict=True):
         shares = [layer.moved_share for layer in layers]
         assert shares[0] == 1 > shares[1] > shares[2] > shares[3] == 0

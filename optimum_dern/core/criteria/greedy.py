@@ -91,18 +91,19 @@ class Trial:
         return (weight * self.products.gather(1, index)).sum(1), quadratic
 
 
-def _trial_tokens(num_experts: int) -> int:
+def _trial_tokens(num_experts: int, most: int | None) -> int:
     """Return the approximate maximum number of tokens, of all processes together, that are evaluated."""
-    return max(1, min(MAX_TOKENS, MAX_ELEMENTS // num_experts**2))
+    return max(1, min(most or MAX_TOKENS, MAX_ELEMENTS // num_experts**2))
 
 
 @torch.no_grad()
-def greedy(layer: ObservedLayer, places: Places) -> tuple[Tensor, Tensor]:
+def greedy(layer: ObservedLayer, places: Places, most_tokens: int | None = None) -> tuple[Tensor, Tensor]:
     """Select the experts whose removal changes the layer's output least.
 
     Args:
         layer: observed on T tokens.
         places: how many experts are retained, in how many groups, and which are protected.
+        most_tokens: at most about this many tokens are evaluated, of all processes together; `MAX_TOKENS` by default.
 
     Returns:
         (E,) the error of dropping each expert alone, and (N,) the retained experts, ascending.
@@ -112,7 +113,7 @@ def greedy(layer: ObservedLayer, places: Places) -> tuple[Tensor, Tensor]:
     """
     num_experts = len(layer.segments.up)
     check_places(num_experts, places)
-    trial = _prepare(layer)
+    trial = _prepare(layer, most_tokens)
     every = list(range(num_experts))
     scores = trial.losses_without(every, every)
     if count_sets(num_experts, places) <= MAX_SETS:
@@ -137,8 +138,8 @@ def _eliminate(trial: Trial, num_experts: int, places: Places) -> list[int]:
     return kept
 
 
-def _prepare(layer: ObservedLayer) -> Trial:
-    routing, target = _sample(layer)
+def _prepare(layer: ObservedLayer, most_tokens: int | None = None) -> Trial:
+    routing, target = _sample(layer, most_tokens)
     choice, logits = recognise_choice(layer, routing)
     segments, num_experts = layer.segments, len(layer.segments.up)
     dtype = segments.compute_dtype
@@ -160,18 +161,18 @@ def _prepare(layer: ObservedLayer) -> Trial:
     return Trial(logits, choice, routing.index.shape[1], gram, products, energy, layer)
 
 
-def _sample(layer: ObservedLayer) -> tuple[Routing, Tensor]:
+def _sample(layer: ObservedLayer, most_tokens: int | None) -> tuple[Routing, Tensor]:
     """Sample evenly spaced tokens that are not held out; return their routing and the layer's output."""
     fitted = ~layer.held_out
     order = torch.arange(len(fitted)) if layer.order is None else layer.order
-    step = max(1, -(-int(layer.reduce(fitted.sum())) // _trial_tokens(len(layer.segments.up))))
+    step = max(1, -(-int(layer.reduce(fitted.sum())) // _trial_tokens(len(layer.segments.up), most_tokens)))
     chosen = fitted & (order.to(fitted.device) % step == 0)
     return layer.routing.select(chosen), layer.target[chosen]
 
 
-def greedy_cost(shape: LayerShape) -> Cost:
+def greedy_cost(shape: LayerShape, most_tokens: int | None = None) -> Cost:
     """Cost of `greedy`: mainly the float64 Gram matrices of all experts' outputs on a sample of the tokens."""
-    tokens = min(shape.tokens, _trial_tokens(shape.experts))
+    tokens = min(shape.tokens, _trial_tokens(shape.experts, most_tokens))
     block = min(tokens, max(1, shape.max_elements // (shape.experts * shape.outputs)))
     outputs = block * shape.experts * (shape.outputs + shape.experts) * shape.number
     gram = 8 * tokens * shape.experts**2

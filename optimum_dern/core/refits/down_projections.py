@@ -13,14 +13,14 @@ Experts that few tokens reach stay near their old weights, because the ridge dom
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..layer.cost import Cost, LayerShape, experts_operations, held_by_chunk
 from ..layer.mixture import Activation, ExpertBatch, Routing, expert_batches, expert_output
-from ..layer.reduction import Reduce, alone, any_process
+from ..layer.reduction import Reduce, alone
 from ..layer.segments import Segments
 
 
@@ -34,54 +34,74 @@ def refit_down(
     routing: Routing,
     target: Tensor,
     activation: Activation,
-    ridge: float,
+    ridges: Sequence[float],
     sweeps: int = 3,
-    start: Tensor | None = None,
     reduce: Reduce = alone,
-) -> Segments:
-    """Refit the down projections of one layer to a target output by ridge regression.
+) -> Iterator[Segments]:
+    """Refit the down projections of one layer to a target output by ridge regression, with several ridges in turn.
+
+    The neurons and their normal equations are computed once for all ridges and sweeps.
 
     Args:
         segments: N retained experts; their down projections are the D_i0.
         routing: T tokens as routed in the compressed layer.
         target: (T, o) output to reproduce.
         activation: the model's rule from pre-activations to neurons.
-        ridge: relative to the mean eigenvalue of A_i; 0.01 is mild.
+        ridges: each relative to the mean eigenvalue of A_i; 0.01 is mild.
         sweeps: passes over the experts.
-        start: (N, f, o) down projections to start from; by default the D_i0.
         reduce: over the processes that share the tokens.
 
-    Returns:
-        Segments with new down projections; an expert without tokens, or whose system is singular, keeps its own.
+    Yields:
+        Per ridge, the segments with new down projections; an expert without tokens, or whose system is singular, keeps
+        its own.
 
     Raises:
         ValueError: a ridge or a number of sweeps that is not positive.
     """
-    if not ridge > 0 or sweeps < 1:
-        raise ValueError(f"refit needs ridge > 0 and sweeps >= 1, got ridge={ridge}, sweeps={sweeps}")
-    original = segments.down
-    down = segments.workspace.copy(original if start is None else start, segments.compute_dtype)  # (N, f, o)
+    if sweeps < 1 or not all(ridge > 0 for ridge in ridges):
+        raise ValueError(f"refit needs ridge > 0 and sweeps >= 1, got ridge={list(ridges)}, sweeps={sweeps}")
     batches = _batch_source(segments, routing, activation)
-    residual = target.to(down.dtype, copy=True)  # (T, o)
-    for expert in range(len(down)):
+    grams = _gram_source(batches, segments, reduce)
+    start = target.to(segments.compute_dtype, copy=True)  # (T, o) residual of the unfitted experts
+    for expert in range(len(segments.down)):
         for batch in batches(expert):
-            residual[batch.token] -= batch.weight * expert_output(segments._replace(down=down), batch)
-    factors = _factor_source(batches, down, ridge, reduce, segments.workspace.max_elements)
+            start[batch.token] -= batch.weight * expert_output(segments, batch)
+    for number, ridge in enumerate(ridges, start=1):
+        residual = start if number == len(ridges) else start.clone()
+        yield segments._replace(down=_swept(segments, batches, grams, residual, ridge, sweeps, reduce))
+
+
+def _swept(
+    segments: Segments,
+    batches: Callable[[int], Iterable[ExpertBatch]],
+    grams: Callable[[int], Tensor],
+    residual: Tensor,
+    ridge: float,
+    sweeps: int,
+    reduce: Reduce,
+) -> Tensor:
+    """Return the down projections (N, f, o) after some sweeps; the residual (T, o) is updated along with them."""
+    original, width = segments.down, segments.down.shape[1]
+    down = segments.workspace.copy(original, segments.compute_dtype)  # (N, f, o)
+    unsolved = torch.zeros(len(down), dtype=torch.bool, device=down.device)
     for _ in range(sweeps):
         for expert in range(len(down)):
-            factorised = factors(expert)
-            if factorised is None:
-                continue
-            factor, penalty = factorised
+            gram = grams(expert)
+            penalty = ridge * gram.trace() / width
+            factor, failed = torch.linalg.cholesky_ex(gram + penalty * torch.eye(width).to(gram))
             correlation = torch.zeros_like(down[expert])  # (f, o)
             for batch in batches(expert):
-                correlation += (batch.weight * batch.neurons).T @ residual[batch.token]
+                correlation.addmm_((batch.weight * batch.neurons).T, residual[batch.token])
             correlation = reduce(correlation)
             step = torch.cholesky_solve(correlation - penalty * (down[expert] - original[expert]), factor)
+            unsolved[expert] = (penalty > 0) & (failed != 0)
+            step = torch.where((penalty > 0) & (failed == 0), step, 0.0)  # nothing for an expert without tokens
             down[expert] += step
             for batch in batches(expert):
-                residual[batch.token] -= (batch.weight * batch.neurons) @ step
-    return segments._replace(down=down)
+                residual.index_add_(0, batch.token, (batch.weight * batch.neurons) @ step, alpha=-1)
+    if experts := unsolved.nonzero().flatten().tolist():
+        logger.warning("experts %s: singular refit system, their down projections stay; raise refit_ridge", experts)
+    return down
 
 
 def _batch_source(
@@ -94,54 +114,41 @@ def _batch_source(
 
     if routing.index.numel() * segments.down.shape[1] > segments.workspace.max_elements:
         return compute
-    kept = [list(compute(expert)) for expert in range(len(segments.down))]
+    kept: list[list[ExpertBatch]] = [[] for _ in segments.down]
+    for batch in expert_batches(segments, routing, activation):
+        kept[batch.expert].append(batch)
     return kept.__getitem__
 
 
-def _factor_source(
-    batches: Callable[[int], Iterable[ExpertBatch]], down: Tensor, ridge: float, reduce: Reduce, max_elements: int
-) -> Callable[[int], tuple[Tensor, Tensor] | None]:
-    """Return a function from expert to its Cholesky factor, cached if all experts' factors fit in memory."""
+def _gram_source(
+    batches: Callable[[int], Iterable[ExpertBatch]], segments: Segments, reduce: Reduce
+) -> Callable[[int], Tensor]:
+    """Return a function from expert to its matrix A (f, f), cached if those of all experts fit in memory."""
+    experts, width, _ = segments.down.shape
 
-    def compute(expert: int) -> tuple[Tensor, Tensor] | None:
-        return _factorise(batches(expert), down[expert], expert, ridge, reduce)
+    def compute(expert: int) -> Tensor:
+        gram = segments.down.new_zeros(width, width, dtype=segments.compute_dtype)
+        for batch in batches(expert):
+            features = batch.weight * batch.neurons  # (n, f)
+            gram.addmm_(features.T, features)
+        return reduce(gram)
 
-    if down.shape[0] * down.shape[1] ** 2 > max_elements:
+    if experts * width**2 > segments.workspace.max_elements:
         return compute
-    return [compute(expert) for expert in range(len(down))].__getitem__
+    return [compute(expert) for expert in range(experts)].__getitem__
 
 
-def _factorise(
-    batches: Iterable[ExpertBatch], down: Tensor, expert: int, ridge: float, reduce: Reduce
-) -> tuple[Tensor, Tensor] | None:
-    """Compute the Cholesky factor of A + lambda I, and lambda; None if A is zero or the system singular."""
-    width = len(down)
-    gram = down.new_zeros(width, width)  # (f, f)
-    for batch in batches:
-        features = batch.weight * batch.neurons  # (n, f)
-        gram += features.T @ features
-    gram = reduce(gram)
-    penalty = ridge * gram.trace() / width
-    if not penalty > 0:
-        return None
-    gram.diagonal().add_(penalty)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if any_process(failed, reduce):
-        logger.warning("expert %d: singular refit system, its down projection stays; raise refit_ridge", expert)
-        return None
-    return factor, penalty
-
-
-def refit_down_cost(shape: LayerShape, sweeps: int) -> Cost:
+def refit_down_cost(shape: LayerShape, sweeps: int, ridges: int = 1) -> Cost:
     """Cost of `refit_down` on the tokens of a shape, without copies of their inputs and targets."""
-    neurons, factors = shape.tokens * shape.top_k * shape.width, shape.retained * shape.width**2
-    kept = neurons <= shape.max_elements
-    held = shape.tokens * shape.outputs + 2 * shape.width**2 + 3 * shape.down + (neurons if kept else 0)
-    held += factors if factors <= shape.max_elements else 0
+    neurons, grams = shape.tokens * shape.top_k * shape.width, shape.retained * shape.width**2
+    kept, rounds = neurons <= shape.max_elements, sweeps * ridges
+    held = (1 + (ridges > 1)) * shape.tokens * shape.outputs + 3 * shape.width**2 + 3 * shape.down
+    held += (neurons if kept else 0) + (grams if grams <= shape.max_elements else 0)
     down = shape.retained * shape.down
     routed = 2.0 * shape.tokens * shape.top_k * shape.down
-    gram = 2.0 * neurons * shape.width + shape.retained * shape.width**3 / 3
-    once = experts_operations(shape) + gram + 2 * sweeps * routed
-    again = 0 if kept else (2 * sweeps + 1) * (experts_operations(shape) - routed)
-    solved = sweeps * 2.0 * shape.retained * shape.width * shape.down
-    return Cost(shape.number * held + held_by_chunk(shape), shape.number * down, once + again + solved)
+    once = experts_operations(shape) + 2.0 * neurons * shape.width + 2 * rounds * routed
+    again = 0 if kept else (2 * rounds + 1) * (experts_operations(shape) - routed)
+    solved = rounds * shape.retained * (2.0 * shape.width * shape.down + shape.width**3 / 3)
+    return Cost(
+        shape.number * held + held_by_chunk(shape), (1 + (ridges > 1)) * shape.number * down, once + again + solved
+    )

@@ -31,7 +31,7 @@ from ..layer.segments import Segments
 
 __all__ = ["count_passes", "count_steps", "descend_neurons", "descend_neurons_cost"]
 
-MOST_PASSES, FEWEST_PASSES = 8, 2  # over the tokens
+MOST_PASSES, FEWEST_PASSES = 10, 2  # over the tokens
 ENOUGH_TOKENS = 1_500_000  # in all passes together: with more tokens, fewer passes are enough
 BATCH_TOKENS = 1024
 STEPS_PER_PASS = 32  # at least; batches are smaller if tokens are few

@@ -15,7 +15,7 @@ from ...core.layer.workspace import MAX_ELEMENTS
 from ...core.pictures.similarity_map import similarity_map_cost
 from ...methods import get_method
 from ...models.moe.structure import MoELayer
-from ..layer.steps import Scale, first_refit, further_steps, sampled_tokens
+from ..layer.steps import first_steps, further_steps, sampled_tokens
 
 
 __all__ = ["Phase", "layer_phases", "layer_shape"]
@@ -115,17 +115,19 @@ def _fitting_phases(standing: Standing, gone: int) -> Iterator[Phase]:
     if config.refit:
         sample = shape.fitted(sampled_tokens(config, shape.retained * shape.width, shape.top_k, shape.tokens))
         tokens += sample.tokens * (shape.itemsize * shape.inputs + shape.number * shape.outputs)  # what a fit sees
-        scaled = Scale().costs(sample) if config.guard else []
-        for cost in [*scaled, *first_refit(config).costs(sample)]:
-            beside = kept + (sets - 1) * standing.refitted + sum(other.experts for other in scaled)
-            operations = standing.candidates * (cost.operations + judged.operations)
-            yield Phase("refit", tokens + sets * standing.received + cost.held, beside + cost.experts, operations)
-        finalists = sets * (standing.candidate + standing.refitted) - gone
+        for step in first_steps(config):
+            for cost in step.costs(sample):
+                held, beside = (
+                    tokens + sets * standing.received + cost.held,
+                    kept + standing.refitted,
+                )  # the best so far
+                operations = standing.candidates * (cost.operations + judged.operations)
+                yield Phase(type(step).__name__, held, beside + cost.experts, operations)
+        finalist = standing.candidate + standing.refitted - gone
         for step in further_steps(config):
             for cost in step.costs(sample if step.sampled else shape.fitted(shape.tokens)):
-                held = tokens + (sets + 1) * standing.received + cost.held
-                operations = sets * (cost.operations + judged.operations)
-                yield Phase(type(step).__name__, held, finalists + cost.experts, operations)
+                held = tokens + 2 * standing.received + cost.held
+                yield Phase(type(step).__name__, held, finalist + cost.experts, cost.operations + judged.operations)
     written = 2 * standing.candidate + standing.refitted * bool(config.refit) - gone
     yield Phase("write", standing.tokens + standing.received, written, 0.0)
 

@@ -1,13 +1,13 @@
 """Fit every candidate of a layer and keep the one that best reproduces the original layer on held-out tokens."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from ...config import DernConfig
 from ...core.router.choice import UnknownRouter
 from ...methods import Candidate
 from .objective import HeldOutError, Objective
-from .steps import RIDGE, Scale, Step, first_refit, further_steps
+from .steps import Scale, Step, first_steps, further_steps
 from .variant import Variant
 
 
@@ -43,55 +43,36 @@ def choose_variant(candidates: dict[str, Candidate], objective: Objective, confi
 
     Returns:
         With the guard, the variant of the lowest relative error on the held-out tokens (plain pruning is among them,
-        and wins ties) among those that have on no source of tokens a higher error than plain pruning, each further
-        step taken only where it lowers the error and raises no source's above that; without the guard, the method's
-        own, with every step that is asked for, fitted to all tokens.
+        and wins ties) among those that have on no source of tokens a higher error than plain pruning: every candidate
+        takes the first steps, the best one the further steps, each only where it lowers the error and raises no
+        source's above that.  Without the guard, the method's own, with every step that is asked for, fitted to all
+        tokens.
     """
-    judged = Judged()
-    steps = list(further_steps(config))
+    judged, first, further = Judged(), first_steps(config), list(further_steps(config))
     if not config.guard:
         origin, candidate = list(candidates.items())[-1]
-        variant = _unfitted(origin, candidate, objective, config)
-        first = [first_refit(config)] if config.refit else []
-        for step in [*first, *steps]:
-            variant = _taken(step, variant, objective, judged)
+        variant = _unfitted(origin, candidate, objective)
+        for step in [*(step for step in first if not isinstance(step, Scale)), *further]:
+            variant = next(_made(step, variant, objective, judged), variant)
         judged.winner = variant
         return judged
 
-    finalists = _finalists(candidates, objective, config, judged)
-    results = []
-    while finalists:  # popped, so that the weights that a step replaces are freed
-        results.append(_refined(steps, *finalists.pop(0), objective, judged))
-    judged.winner = min(results, key=lambda result: judged.rank(result[0]))[1]  # the first of equals
+    best = _best_first(candidates, first, objective, judged)
+    judged.winner = _refined(further, *best, objective, judged)[1]
     return judged
 
 
-def _finalists(
-    candidates: dict[str, Candidate], objective: Objective, config: DernConfig, judged: Judged
-) -> list[tuple[HeldOutError, Variant]]:
-    """Find the best first variant of every set of retained experts; returns them with their held-out errors."""
-    best: dict[tuple[int, ...], tuple[HeldOutError, Variant]] = {}
+def _best_first(
+    candidates: dict[str, Candidate], steps: Sequence[Step], objective: Objective, judged: Judged
+) -> tuple[HeldOutError, Variant]:
+    """Take the first steps with every candidate, and return the best variant with its held-out error."""
+    best: tuple[HeldOutError, Variant] | None = None
     for origin in list(candidates):
-        candidate = candidates.pop(origin)
-        kept = tuple(candidate.retained.tolist())
-        for error, variant in _first_variants(origin, candidate, objective, config, judged):
-            if kept not in best or judged.rank(error) < judged.rank(best[kept][0]):
-                best[kept] = error, variant
-    return list(best.values())
-
-
-def _first_variants(
-    origin: str, candidate: Candidate, objective: Objective, config: DernConfig, judged: Judged
-) -> Iterator[tuple[HeldOutError, Variant]]:
-    """Yield a candidate unfitted, with scaled expert outputs, and the better of both refitted, each with its error."""
-    plain = _unfitted(origin, candidate, objective, config)
-    yield (error := _judge(plain, objective, judged)), plain
-    if config.refit:
-        scaled = Scale()(plain, objective)
-        yield (scaled_error := _judge(scaled, objective, judged)), scaled
-        better = scaled if scaled_error.total < error.total else plain
-        refitted = first_refit(config)(replace(better, steps=()), objective)
-        yield _judge(refitted, objective, judged), refitted
+        variant = _unfitted(origin, candidates.pop(origin), objective)
+        found = _refined(steps, _judge(variant, objective, judged), variant, objective, judged)
+        if best is None or judged.rank(found[0]) < judged.rank(best[0]):  # the first of equals
+            best = found
+    return best
 
 
 def _refined(
@@ -99,24 +80,22 @@ def _refined(
 ) -> tuple[HeldOutError, Variant]:
     """Take each step that makes the variant rank higher; returns its held-out error and the variant."""
     for step in steps:
-        made = _taken(step, variant, objective, judged)
-        if made is not variant and judged.rank(found := _judge(made, objective, judged)) < judged.rank(error):
-            error, variant = found, made
+        for made in _made(step, variant, objective, judged):
+            if judged.rank(found := _judge(made, objective, judged)) < judged.rank(error):
+                error, variant = found, made
     return error, variant
 
 
-def _taken(step: Step, variant: Variant, objective: Objective, judged: Judged) -> Variant:
-    """Apply a step to a variant; where the router does not allow it, note the reason and return the same variant."""
+def _made(step: Step, variant: Variant, objective: Objective, judged: Judged) -> Iterator[Variant]:
+    """Yield what a step makes of a variant; where the router does not allow it, only note the reason."""
     try:
-        return step(variant, objective)
+        yield from step(variant, objective)
     except UnknownRouter as reason:
         judged.skipped["router refit"] = str(reason)
-        return variant
 
 
-def _unfitted(origin: str, candidate: Candidate, objective: Objective, config: DernConfig) -> Variant:
-    routing = objective.measured.reroute(candidate)
-    return Variant(origin, candidate, routing, candidate.segments, config.refit_ridge or RIDGE)
+def _unfitted(origin: str, candidate: Candidate, objective: Objective) -> Variant:
+    return Variant(origin, candidate, objective.measured.reroute(candidate))
 
 
 def _judge(variant: Variant, objective: Objective, judged: Judged) -> HeldOutError:

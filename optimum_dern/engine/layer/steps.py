@@ -1,7 +1,7 @@
 """The steps that fit a candidate to the original layer's output, and the memory and operations that each takes.
 
-A step is called with a variant and the objective, and returns a new variant.  Every step but the scale ends with
-refitted down projections, so that "refit" is among the steps of the variants that it returns.
+A step is called with a variant and the objective, and makes one or several new variants, of which the guard takes the
+best.
 """
 
 from collections.abc import Iterator
@@ -26,18 +26,17 @@ __all__ = [
     "RIDGES",
     "DownRefit",
     "NeuronRefit",
-    "OtherRidge",
     "RouterRefit",
     "Scale",
     "Step",
-    "first_refit",
+    "first_steps",
     "further_steps",
     "sampled_tokens",
 ]
 
-RIDGE = 1e-2  # of the first refit where the config sets none
-RIDGES = (1e-3, 1e-1)  # tried afterwards, each kept where it lowers the held-out error
-WORTH_A_PASS = 0.01  # relative fall of the held-out error for which the neuron refit goes on
+RIDGE = 1e-2  # where the config sets none, and there is no guard to choose one
+RIDGES = (1e-2, 1e-3, 1e-1)  # from which it chooses
+WORTH_A_PASS = 0.005  # relative fall of the held-out error for which the neuron refit goes on
 UNJUDGED_PASSES = 4  # of the neuron refit, where no token is held out
 
 
@@ -46,8 +45,8 @@ class Step(Protocol):
 
     sampled: bool  # whether it uses only the tokens sampled for closed-form refits, or all tokens for fitting
 
-    def __call__(self, variant: Variant, objective: Objective) -> Variant:
-        """Return the variant after the step; raises `UnknownRouter` where the router does not allow the step."""
+    def __call__(self, variant: Variant, objective: Objective) -> Iterator[Variant]:
+        """Yield the variant after the step; raises `UnknownRouter` where the router does not allow the step."""
 
     def costs(self, shape: LayerShape) -> list[Cost]:
         """List the costs of its parts, in order, without the memory of the candidates and the tokens."""
@@ -59,12 +58,11 @@ class Scale:
 
     sampled = True
 
-    def __call__(self, variant: Variant, objective: Objective) -> Variant:
+    def __call__(self, variant: Variant, objective: Objective) -> Iterator[Variant]:
         data = objective.data(variant.routing, objective.sampled)
         segments = variant.candidate.segments
         segments = scale_outputs(segments, fit_scales(segments, *data, objective.reduce))
-        candidate = replace(variant.candidate, segments=segments)
-        return replace(variant, candidate=candidate, anchor=segments, steps=("scale",))
+        yield variant.after("scale", segments)
 
     def costs(self, shape: LayerShape) -> list[Cost]:
         return [fit_scales_cost(shape)]
@@ -72,42 +70,30 @@ class Scale:
 
 @dataclass(frozen=True)
 class DownRefit:
-    """Step that refits the down projections in closed form, regularised towards those of the variant's anchor."""
+    """Step that refits the down projections in closed form, once with each ridge."""
 
+    ridges: tuple[float, ...] = (RIDGE,)
     sweeps: int = 1
     sampled = True
 
-    def __call__(self, variant: Variant, objective: Objective) -> Variant:
+    def __call__(self, variant: Variant, objective: Objective) -> Iterator[Variant]:
         data = objective.data(variant.routing, objective.sampled)
-        start, reduce = variant.candidate.segments.down, objective.reduce
-        segments = refit_down(variant.anchor, *data, variant.ridge, self.sweeps, start, reduce)
-        return variant.after(segments=segments)
+        refitted = refit_down(variant.candidate.segments, *data, self.ridges, self.sweeps, objective.reduce)
+        yield from (variant.after("refit", segments) for segments in refitted)
 
     def costs(self, shape: LayerShape) -> list[Cost]:
-        return [refit_down_cost(shape, self.sweeps)]
-
-
-@dataclass(frozen=True)
-class OtherRidge:
-    """Step that refits already refitted down projections with another ridge; other variants stay as they are."""
-
-    ridge: float
-    sampled = True
-
-    def __call__(self, variant: Variant, objective: Objective) -> Variant:
-        return DownRefit()(replace(variant, ridge=self.ridge), objective) if variant.steps else variant
-
-    def costs(self, shape: LayerShape) -> list[Cost]:
-        return [refit_down_cost(shape, sweeps=1)]
+        return [refit_down_cost(shape, self.sweeps, len(self.ridges))]
 
 
 @dataclass(frozen=True)
 class RouterRefit:
-    """Step that refits the router's rows by a Gauss-Newton step, then the down projections for the new routing."""
+    """Step that refits the router's rows by a Gauss-Newton step, and then what else is fitted to the new routing."""
 
+    ridge: float = RIDGE
+    then: DownRefit | None = None
     sampled = True
 
-    def __call__(self, variant: Variant, objective: Objective) -> Variant:
+    def __call__(self, variant: Variant, objective: Objective) -> Iterator[Variant]:
         candidate, reduce = variant.candidate, objective.reduce
         router = objective.measured.router_of(candidate)
         if router is None:
@@ -119,14 +105,14 @@ class RouterRefit:
         if rule is None:
             raise UnknownRouter("its weights follow no rule that is known")
         data = objective.data(variant.routing, objective.sampled)
-        rows = refit_router(rows, candidate.segments, *data, rule, variant.ridge, bias=bias, reduce=reduce)
+        rows = refit_router(rows, candidate.segments, *data, rule, self.ridge, bias=bias, reduce=reduce)
         candidate = replace(candidate, router_rows=rows)
         moved = replace(variant, candidate=candidate, routing=objective.measured.reroute(candidate))
-        moved = DownRefit()(moved, objective)
-        return moved.after("router", segments=moved.candidate.segments)
+        moved = moved.after("router", candidate.segments)
+        yield from (moved,) if self.then is None else self.then(moved, objective)
 
     def costs(self, shape: LayerShape) -> list[Cost]:
-        return [refit_router_cost(shape), refit_down_cost(shape, sweeps=1)]
+        return [refit_router_cost(shape), *(self.then.costs(shape) if self.then else ())]
 
 
 @dataclass(frozen=True)
@@ -139,7 +125,7 @@ class NeuronRefit:
     seed: int = 0
     sampled = False
 
-    def __call__(self, variant: Variant, objective: Objective) -> Variant:
+    def __call__(self, variant: Variant, objective: Objective) -> Iterator[Variant]:
         order = objective.measured.order[objective.fitted.to(objective.measured.order.device)]
         data = objective.data(variant.routing, objective.fitted)
         passes = count_passes(objective.measured.statistics.tokens) if objective.judges else UNJUDGED_PASSES
@@ -148,19 +134,27 @@ class NeuronRefit:
             variant.candidate.segments, *data, order=order, reduce=objective.reduce, seed=self.seed
         )
         for number, segments in enumerate(descent, start=1):
-            made = replace(variant.after("neurons", segments=segments), anchor=segments)
+            made = variant.after("neurons", segments)
             if objective.judges:
                 error, before = objective.error(made).total, error
             if number == passes or (objective.judges and error > (1 - WORTH_A_PASS) * before):
-                return made
+                yield made
+                return
 
     def costs(self, shape: LayerShape) -> list[Cost]:
         return [descend_neurons_cost(shape)]
 
 
-def first_refit(config: DernConfig) -> DownRefit:
-    """Return the refit that every candidate gets; one sweep suffices where a guarded neuron refit follows."""
-    return DownRefit(1 if config.guard and config.neuron_refit else config.refit_sweeps)
+def first_steps(config: DernConfig) -> list[Step]:
+    """Return the steps that are tried on every candidate, each on the best so far; none where refits are disabled."""
+    if not config.refit:
+        return []
+    return [Scale()] if config.neuron_refit else [Scale(), _down_refit(config)]
+
+
+def _down_refit(config: DernConfig) -> DownRefit:
+    tried = RIDGES if config.guard else (RIDGE,)
+    return DownRefit(tried if config.refit_ridge is None else (config.refit_ridge,), config.refit_sweeps)
 
 
 def sampled_tokens(config: DernConfig, neurons: int, top_k: int, tokens: int) -> int:
@@ -176,12 +170,8 @@ def sampled_tokens(config: DernConfig, neurons: int, top_k: int, tokens: int) ->
 
 
 def further_steps(config: DernConfig) -> Iterator[Step]:
-    """Yield the steps that follow the first refit of a candidate, in order; none where the config disables refits."""
-    if not config.refit:
-        return
-    if config.guard and not config.neuron_refit and config.refit_ridge is None:
-        yield from map(OtherRidge, RIDGES)
-    if config.router_refit:
-        yield RouterRefit()
-    if config.neuron_refit:
+    """Yield the steps that follow for the best candidate, in order; none where refits are disabled."""
+    if config.refit and config.router_refit:
+        yield RouterRefit(config.refit_ridge or RIDGE, None if config.neuron_refit else _down_refit(config))
+    if config.refit and config.neuron_refit:
         yield NeuronRefit(config.seed)

@@ -117,7 +117,7 @@ def test_processes_share_the_same_minibatches(count):
 
 def test_few_tokens_get_smaller_minibatches():
     """Steps a pass: 1 for hardly any token, 32 of at least 64 tokens, then of 1024; of more for many experts."""
-    assert [count_passes(n) for n in (0, 1000, 102_400, 250_000, 10**6)] == [8, 8, 8, 6, 2]
+    assert [count_passes(n) for n in (0, 1000, 102_400, 250_000, 10**6)] == [10, 10, 10, 6, 2]
     assert [count_steps(n) for n in (0, 10, 640, 4096, 32768, 65536)] == [1, 1, 5, 32, 32, 64]
     assert [count_steps(n, 16) for n in (640, 4096, 32768, 65536)] == [1, 2, 16, 32]
 

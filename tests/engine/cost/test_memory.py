@@ -1,6 +1,7 @@
 """The predicted peak is what a run takes, and a bound is refused or kept."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -76,7 +77,9 @@ def test_every_step_takes_its_part(model):
     pruned = plan_of_shapes(method="prune", refit=False)
     refitted = plan_of_shapes(method="prune", neuron_refit=False)
     whole = plan_of_shapes(method="prune")
-    assert pruned.working < refitted.working < whole.working < plan_of_shapes(method="dern").working
+    assert pruned.working < refitted.working < whole.working
+    proposed = {"preset": "paper", "method": "dern"}
+    assert plan_of_shapes(**proposed).working > plan_of_shapes(**proposed, recombine=False).working
     whole = plan(model, method="prune")
     assert plan(model, tokens=2000).hidden == 2 * plan(model).hidden
     assert plan(model, tokens=2000).working > plan(model).working
@@ -104,17 +107,18 @@ def plan_of_shapes(bound=None, tokens=1 << 12, **fields):
 
 def test_a_bound():
     """What is fastest within it: hidden states go to a file first, then experts, then blocks get smaller."""
-    free = plan_of_shapes()
+    bounded = partial(plan_of_shapes, neuron_refit=False)
+    free = bounded()
     assert free.peak > free.interpreter + free.hidden + free.layer and not free.disk
-    assert plan_of_shapes(free.peak) == free
-    spilled = plan_of_shapes(free.peak - 1)
+    assert bounded(free.peak) == free
+    spilled = bounded(free.peak - 1)
     assert spilled.spilled and not spilled.experts_in_file and spilled.max_elements == free.max_elements
     assert spilled.peak == free.peak - free.hidden and spilled.disk == free.hidden
-    in_file = plan_of_shapes(spilled.peak - 1)
+    in_file = bounded(spilled.peak - 1)
     assert in_file.spilled and in_file.experts_in_file and in_file.max_elements == free.max_elements
     assert in_file.peak < spilled.peak - free.layer // 2
     assert in_file.disk > in_file.hidden + 1.5 * free.layer
-    frugal = plan_of_shapes(in_file.peak - 1)
+    frugal = bounded(in_file.peak - 1)
     assert frugal.max_elements < in_file.max_elements and frugal.peak < in_file.peak
 
 

@@ -24,17 +24,28 @@ class LazyTensor:
         info: its dtype and shape.
         read: reads it, given a function that allocates memory.
         empty: allocates the memory that it is read into.
+        plain: it is stored as it is read, not quantised.
     """
 
-    def __init__(self, info: TensorInfo, read: Callable[[Empty], Tensor], empty: Empty = torch.empty) -> None:
-        self.info, self.read, self.empty = info, read, empty
+    def __init__(
+        self, info: TensorInfo, read: Callable[[Empty], Tensor], empty: Empty = torch.empty, plain: bool = True
+    ) -> None:
+        self.info, self.read, self.empty, self.plain = info, read, empty, plain
 
     def __getitem__(self, index: object) -> Tensor:
         return self.read(self.empty)[index]
 
     def into(self, empty: Empty) -> "LazyTensor":
         """Return the same tensor, to be read into memory that another function allocates."""
-        return LazyTensor(self.info, self.read, empty)
+        return LazyTensor(self.info, self.read, empty, self.plain)
+
+    def read_into_(self, place: Tensor) -> None:
+        """Read the tensor into another one of its shape, without a copy where dtype and memory layout allow it."""
+        alike = self.plain and place.dtype == DTYPES.get(self.info.dtype) and place.device.type == "cpu"
+        if alike and place.is_contiguous():
+            self.read(lambda *_, **__: place.flatten().view(torch.uint8))
+        else:
+            place.copy_(self[...])
 
     def get_shape(self) -> list[int]:
         """The tensor's shape."""
@@ -82,7 +93,7 @@ class CheckpointReader:
 
     def lazy(self, name: str) -> LazyTensor:
         """Return a tensor that is read when it is used."""
-        return LazyTensor(self.infos[name], lambda empty: self.read(name, empty))
+        return LazyTensor(self.infos[name], lambda empty: self.read(name, empty), plain=name not in self._packed)
 
     def read(self, name: str, empty: Empty = torch.empty) -> Tensor:
         """Read a tensor, and dequantise it where it is quantised.

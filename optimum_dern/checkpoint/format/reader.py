@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from .weight_files import weight_files
 
 
 __all__ = ["CheckpointReader", "LazyTensor", "stored_tensors"]
+
+AHEAD = 1 << 30  # most bytes that `announce` asks for: the system's cache shares the memory with us
 
 
 class LazyTensor:
@@ -111,14 +114,34 @@ class CheckpointReader:
             self.after_read(name, tensor)
         return tensor
 
+    def announce(self, names: Iterable[str]) -> None:
+        """Have the system read tensors beside our computation, into its own cache; at most the first `AHEAD` bytes.
+
+        Args:
+            names: of the tensors that will be read next.
+        """
+        if not hasattr(os, "posix_fadvise"):  # only Linux has it
+            return
+        parts = [part for name in names for part in (self._packed[name].parts if name in self._packed else (name,))]
+        left = AHEAD
+        for info in sorted((self.stored[part] for part in parts), key=lambda info: (info.path, info.start)):
+            size = min(info.size, left)
+            left -= size
+            if size:  # zero would mean the rest of the file
+                with suppress(OSError):  # a file system may refuse; reading does not depend on it
+                    os.posix_fadvise(self._file(info.path), info.start, size, os.POSIX_FADV_WILLNEED)
+
     def _read_stored(self, name: str, empty: Empty) -> Tensor:
         info = self.stored[name]
         if info.dtype not in DTYPES:
             raise ValueError(f"{name} has the dtype {info.dtype}, which is not one of {', '.join(DTYPES)}")
-        if info.path not in self._files:
-            self._files[info.path] = os.open(info.path, os.O_RDONLY)
         self.bytes_read += info.size
-        return read_tensor(info, self._files[info.path], empty)
+        return read_tensor(info, self._file(info.path), empty)
+
+    def _file(self, path: Path) -> int:
+        if path not in self._files:
+            self._files[path] = os.open(path, os.O_RDONLY)
+        return self._files[path]
 
     def close(self) -> None:
         """Close all files."""

@@ -64,7 +64,7 @@ class PartLoader:
 
     @contextmanager
     def loaded(self, position: int, tensors: Mapping[str, LazyTensor] | None = None) -> Iterator[None]:
-        """Load one decoder layer's weights while the context is open.
+        """Load one decoder layer's weights while the context is open; the system then reads on in the next layer.
 
         Args:
             position: index of the layer.
@@ -78,6 +78,8 @@ class PartLoader:
         empty = [name for name, parameter in layer.named_parameters() if parameter.device.type == "meta"]
         if empty:
             raise ValueError(f"{self.reader.folder} has no weights for layer {position}, {empty[0]}; it is incomplete")
+        if position + 1 < len(self.decoder_layers):
+            self.reader.announce(self.names.sources(f"{self.decoder}.{position + 1}."))
         try:
             yield
         finally:

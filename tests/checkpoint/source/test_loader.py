@@ -1,11 +1,14 @@
 """Loading of a layer: bit for bit as transformers does, each byte read once, no conversion where none is due."""
 
+import os
+
 import pytest
 import torch
 from families import make_model as make_family
 from tiny import make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from optimum_dern.checkpoint.format import reader as reader_module
 from optimum_dern.checkpoint.format.conversion import NameMap
 from optimum_dern.checkpoint.format.reader import CheckpointReader
 from optimum_dern.checkpoint.source import loader as loader_module
@@ -72,3 +75,44 @@ def test_other_conversions_are_left_to_transformers(tmp_path, monkeypatch):
         assert all(torch.equal(direct[n], value) for n, value in loader.decoder_layers[0].named_parameters())
     experts = len(direct["mlp.experts.down_proj"])
     assert len(calls) == 2 * experts + 1
+
+
+def note_announcements(monkeypatch):
+    """The byte ranges that the system is told of."""
+    ranges = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *args: ranges.append(args), raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, raising=False)
+    return ranges
+
+
+def test_the_next_layer_is_announced(tmp_path, monkeypatch):
+    """All of its bytes and no others, when this layer has been read; nothing behind the last layer."""
+    make_model("mixtral").save_pretrained(tmp_path)
+    loader, ranges = open_loader(tmp_path, torch.float32), note_announcements(monkeypatch)
+    last = len(loader.decoder_layers) - 1
+    infos = [lazy.info for lazy in loader.tensors(last).values()]
+    with loader.loaded(last - 1):
+        assert sorted(ranges) == sorted((info.start, info.size, 3) for info in infos)
+        assert loader.reader.bytes_read == sum(lazy.info.size for lazy in loader.tensors(last - 1).values())
+    ranges.clear()
+    with loader.loaded(last):
+        assert not ranges
+
+
+def test_announcements_are_bounded_and_optional(tmp_path, monkeypatch):
+    """Only so much of a large layer, and a system or file system without them does as well."""
+    make_model("mixtral").save_pretrained(tmp_path)
+    loader, ranges = open_loader(tmp_path, torch.float32), note_announcements(monkeypatch)
+    monkeypatch.setattr(reader_module, "AHEAD", 1000)
+    with loader.loaded(0):
+        assert sum(size for _, size, _ in ranges) == 1000
+
+    def refuse(*_):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    with loader.loaded(0):
+        pass
+    monkeypatch.delattr(os, "posix_fadvise")
+    with loader.loaded(0):
+        pass

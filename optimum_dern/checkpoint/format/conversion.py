@@ -3,6 +3,7 @@
 This is the only module that uses transformers' loading functions, which are partly private and may change.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,6 +76,28 @@ class NameMap:
             return None
         names = list(pieces)
         return [names[expert :: shape[0]] for expert in range(shape[0])]  # one run of all experts per projection
+
+    def slots(self, model: Any, parameter: str, shape: Sequence[int]) -> list[tuple[slice, tuple[int, ...]]] | None:
+        """Return where in an expert's memory each of its tensors lies, in the order of `by_expert`.
+
+        Args:
+            model: the model that has the parameter.
+            parameter: its full name.
+            shape: of the parameter, experts first.
+
+        Returns:
+            Per tensor its place among the expert's numbers, and its shape; None where conversion does more than
+            to put the tensors one behind the other.
+        """
+        numbers = torch.arange(math.prod(shape[1:]), dtype=torch.int32).view(1, *shape[1:])
+        slots, count = [], 0
+        for piece in self.original(model, {parameter: numbers}).values():
+            start = int(piece.flatten()[0])
+            slots.append((slice(start, start + piece.numel()), tuple(piece.shape)))
+            count += piece.numel()
+            if not torch.equal(piece.flatten(), numbers.flatten()[slots[-1][0]]):
+                return None
+        return slots if count == numbers.numel() else None
 
     def is_extra_layer(self, name: str, decoder: str, count: int) -> bool:
         """Whether a tensor belongs to a multi-token prediction (MTP) layer, which transformers does not build.

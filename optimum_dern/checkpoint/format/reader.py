@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from .weight_files import weight_files
 
 __all__ = ["CheckpointReader", "LazyTensor", "stored_tensors"]
 
+AHEAD = 1 << 30  # most bytes that `announce` asks for: the system's cache shares the memory with us
+
 
 class LazyTensor:
     """A tensor of a checkpoint that is read when it is indexed, as transformers' loading functions do.
@@ -24,17 +27,28 @@ class LazyTensor:
         info: its dtype and shape.
         read: reads it, given a function that allocates memory.
         empty: allocates the memory that it is read into.
+        plain: it is stored as it is read, not quantised.
     """
 
-    def __init__(self, info: TensorInfo, read: Callable[[Empty], Tensor], empty: Empty = torch.empty) -> None:
-        self.info, self.read, self.empty = info, read, empty
+    def __init__(
+        self, info: TensorInfo, read: Callable[[Empty], Tensor], empty: Empty = torch.empty, plain: bool = True
+    ) -> None:
+        self.info, self.read, self.empty, self.plain = info, read, empty, plain
 
     def __getitem__(self, index: object) -> Tensor:
         return self.read(self.empty)[index]
 
     def into(self, empty: Empty) -> "LazyTensor":
         """Return the same tensor, to be read into memory that another function allocates."""
-        return LazyTensor(self.info, self.read, empty)
+        return LazyTensor(self.info, self.read, empty, self.plain)
+
+    def read_into_(self, place: Tensor) -> None:
+        """Read the tensor into another one of its shape, without a copy where dtype and memory layout allow it."""
+        alike = self.plain and place.dtype == DTYPES.get(self.info.dtype) and place.device.type == "cpu"
+        if alike and place.is_contiguous():
+            self.read(lambda *_, **__: place.flatten().view(torch.uint8))
+        else:
+            place.copy_(self[...])
 
     def get_shape(self) -> list[int]:
         """The tensor's shape."""
@@ -82,7 +96,7 @@ class CheckpointReader:
 
     def lazy(self, name: str) -> LazyTensor:
         """Return a tensor that is read when it is used."""
-        return LazyTensor(self.infos[name], lambda empty: self.read(name, empty))
+        return LazyTensor(self.infos[name], lambda empty: self.read(name, empty), plain=name not in self._packed)
 
     def read(self, name: str, empty: Empty = torch.empty) -> Tensor:
         """Read a tensor, and dequantise it where it is quantised.
@@ -100,14 +114,34 @@ class CheckpointReader:
             self.after_read(name, tensor)
         return tensor
 
+    def announce(self, names: Iterable[str]) -> None:
+        """Have the system read tensors beside our computation, into its own cache; at most the first `AHEAD` bytes.
+
+        Args:
+            names: of the tensors that will be read next.
+        """
+        if not hasattr(os, "posix_fadvise"):  # only Linux has it
+            return
+        parts = [part for name in names for part in (self._packed[name].parts if name in self._packed else (name,))]
+        left = AHEAD
+        for info in sorted((self.stored[part] for part in parts), key=lambda info: (info.path, info.start)):
+            size = min(info.size, left)
+            left -= size
+            if size:  # zero would mean the rest of the file
+                with suppress(OSError):  # a file system may refuse; reading does not depend on it
+                    os.posix_fadvise(self._file(info.path), info.start, size, os.POSIX_FADV_WILLNEED)
+
     def _read_stored(self, name: str, empty: Empty) -> Tensor:
         info = self.stored[name]
         if info.dtype not in DTYPES:
             raise ValueError(f"{name} has the dtype {info.dtype}, which is not one of {', '.join(DTYPES)}")
-        if info.path not in self._files:
-            self._files[info.path] = os.open(info.path, os.O_RDONLY)
         self.bytes_read += info.size
-        return read_tensor(info, self._files[info.path], empty)
+        return read_tensor(info, self._file(info.path), empty)
+
+    def _file(self, path: Path) -> int:
+        if path not in self._files:
+            self._files[path] = os.open(path, os.O_RDONLY)
+        return self._files[path]
 
     def close(self) -> None:
         """Close all files."""

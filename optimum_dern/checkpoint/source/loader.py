@@ -64,7 +64,7 @@ class PartLoader:
 
     @contextmanager
     def loaded(self, position: int, tensors: Mapping[str, LazyTensor] | None = None) -> Iterator[None]:
-        """Load one decoder layer's weights while the context is open.
+        """Load one decoder layer's weights while the context is open; the system then reads on in the next layer.
 
         Args:
             position: index of the layer.
@@ -78,6 +78,8 @@ class PartLoader:
         empty = [name for name, parameter in layer.named_parameters() if parameter.device.type == "meta"]
         if empty:
             raise ValueError(f"{self.reader.folder} has no weights for layer {position}, {empty[0]}; it is incomplete")
+        if position + 1 < len(self.decoder_layers):
+            self.reader.announce(self.names.sources(f"{self.decoder}.{position + 1}."))
         try:
             yield
         finally:
@@ -89,7 +91,7 @@ class PartLoader:
         return {name: self.reader.lazy(name) for name in self.names.sources(f"{self.decoder}.{position}.")}
 
     def _load_experts(self, layer: MoELayer, tensors: dict[str, LazyTensor]) -> None:
-        """Load experts stored one by one, not all at once, in thrice the memory; remove them from `tensors`."""
+        """Load experts stored one by one, each tensor read into its place if it can be; remove them from `tensors`."""
         parameters = layer.experts._parameters
         for name in [name for name, parameter in parameters.items() if parameter is not None]:
             shape, dtype = parameters[name].shape, parameters[name].dtype
@@ -100,9 +102,15 @@ class PartLoader:
             if missing:
                 raise ValueError(f"{self.reader.folder} has no {missing[0]}; it is incomplete")
             together = self.empty(shape, dtype=dtype, device=self.device)
+            slots = self.names.slots(self.model, f"{layer.experts_name}.{name}", shape)
             for expert, group in enumerate(groups):
+                part = {source: tensors.pop(source) for source in group}
+                if slots is not None and [lazy.info.shape for lazy in part.values()] == [own for _, own in slots]:
+                    for (place, own), lazy in zip(slots, part.values(), strict=True):
+                        lazy.read_into_(together[expert].flatten()[place].view(own))
+                    continue
                 parameters[name] = nn.Parameter(torch.empty(1, *shape[1:], dtype=dtype, device="meta"), False)
-                load_tensors_(self.model, {source: tensors.pop(source) for source in group}, self.device)
+                load_tensors_(self.model, part, self.device)
                 together[expert] = parameters[name].detach()[0]
             parameters[name] = nn.Parameter(together, False)
 

@@ -2,7 +2,7 @@
 
 The observation that DERN (arXiv 2509.10377) starts from: two experts whose weights are similar as a whole may
 have neurons that match one another well, badly, or not at all.  The map does not affect the compression, so its work
-is limited: large layers are sampled, with a random generator of their own.
+is a small part of it: rows and neurons are sampled, with a random generator of their own.
 """
 
 import math
@@ -10,17 +10,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ..layer.cost import Cost, LayerShape
-from ..layer.segments import Segments, similarity_vectors
+from ..layer.segments import Segments
 
 
 __all__ = ["similarity_map", "similarity_map_cost"]
 
-MAX_EXPERTS = 64  # in the map; a random sample if the layer has more
-MAX_ELEMENTS = 1 << 27  # most weights used for the experts' cosines
-MAX_PRODUCTS = 1 << 34  # most multiplications for the neurons' cosines: seconds on a core
-MAX_NEURONS = 256  # most neurons per expert whose best match is computed
+MAX_EXPERTS = 32  # in the map; a random sample if the layer has more
+MAX_ELEMENTS = 1 << 19  # most weights used for the experts' cosines, 16 thousand of each: standard error below 1 %
+MAX_PRODUCTS = 1 << 34  # most multiplications for the neurons' cosines: a second on a core
+MAX_NEURONS = 16  # most neurons per expert whose best match is computed, among all of the other expert's
 BLOCK = 1 << 20  # elements of one temporary tensor, in float32
 BINS = 20  # of the histogram, from 0 to 1
 RANKS = (0.1, 0.5, 0.9)  # quantiles of an expert's best matches
@@ -31,11 +32,11 @@ def similarity_map(segments: Segments, weights: Sequence[float], seed: int = 0) 
 
     Args:
         segments: E experts.
-        weights: of the projections in the cosine of two neurons, see `similarity_vectors`.
+        weights: of the gate, up and down projection in the cosine of two neurons, not all zero.
         seed: of the sample.
 
     Returns:
-        `experts` (indices; at most 64), `cosines` between them (the pairs (0, 1), (0, 2), ... (1, 2), ...), `nearest`
+        `experts` (indices; at most 32), `cosines` between them (the pairs (0, 1), (0, 2), ... (1, 2), ...), `nearest`
         (per expert: the one most like it, their cosine, and the 10, 50 and 90 % quantiles of its neurons' best cosine
         there), `histogram` (of these best cosines, 20 bins from 0 to 1; negative ones are in the first), and `neurons`
         (how many of each expert were looked at).  Cosines are in whole percent.  None where there is a single expert.
@@ -50,12 +51,10 @@ def similarity_map(segments: Segments, weights: Sequence[float], seed: int = 0) 
     cosines = _expert_cosines(segments, experts, rows)
     nearest = (cosines - 2 * torch.eye(len(experts), dtype=cosines.dtype)).argmax(dim=1)  # exclude the expert itself
     neurons = _sample(width, min(MAX_NEURONS, MAX_PRODUCTS // (len(experts) * width * size)), generator)
-    best = torch.stack(
-        [
-            _best_matches(segments, experts[i].item(), neurons, experts[j].item(), weights)
-            for i, j in enumerate(nearest.tolist())
-        ]
-    )  # (experts, neurons)
+    best = torch.empty(len(experts), len(neurons))
+    for other in nearest.unique().tolist():  # once, also where it is the nearest of several
+        alike = (nearest == other).nonzero()[:, 0]
+        best[alike] = _best_matches(segments, experts[alike], neurons, experts[other].item(), weights).float()
     ranks = [round(rank * (len(neurons) - 1)) for rank in RANKS]
     quantiles = best.sort(dim=1).values[:, ranks]
     pairs = torch.triu_indices(len(experts), len(experts), offset=1)
@@ -75,7 +74,8 @@ def similarity_map_cost(shape: LayerShape) -> Cost:
     """Cost of `similarity_map`."""
     block = min(BLOCK, shape.experts * shape.width * shape.inputs)
     sampled = min(shape.width, MAX_NEURONS) * min(shape.experts, MAX_EXPERTS)
-    return Cost(3 * shape.number * block, 0, 2.0 * sampled * shape.expert)
+    rows = 2 * sampled * shape.expert // shape.width  # the sampled neurons, all of one nearest expert at worst
+    return Cost(shape.number * (3 * block + rows), 0, 2.0 * sampled * shape.expert)
 
 
 def _sample(count: int, limit: int, generator: torch.Generator) -> Tensor:
@@ -91,26 +91,34 @@ def _expert_cosines(segments: Segments, experts: Tensor, rows: Tensor) -> Tensor
     for part in segments.parts:
         step = max(1, BLOCK // (len(experts) * part.shape[-1]))
         for block in rows.split(step):
-            values = torch.stack([part[expert, block.to(part.device)] for expert in experts.tolist()])
-            values = values.to(segments.compute_dtype).flatten(1)  # (experts, step x width of the part)
+            values = _rows(part, experts, block).to(segments.compute_dtype).flatten(1)
             gram += (values @ values.T).cpu()
     norms = gram.diagonal().sqrt().clamp(min=1e-300)
     return (gram / norms / norms[:, None]).nan_to_num(0).clamp(-1, 1)
 
 
-def _best_matches(segments: Segments, expert: int, neurons: Tensor, other: int, weights: Sequence[float]) -> Tensor:
-    """Compute each neuron's best cosine (neurons,) with any neuron of another expert, on the CPU."""
+def _best_matches(
+    segments: Segments, experts: Tensor, neurons: Tensor, other: int, weights: Sequence[float]
+) -> Tensor:
+    """Compute the best cosine (experts, neurons) of some experts' neurons with any of another expert's, on the CPU."""
+    pairs = [(part, weight) for part, weight in zip(segments[:3], weights, strict=True) if part is not None and weight]
+    total, dtype = sum(weight for _, weight in pairs), segments.compute_dtype
+    own = [normalize(_rows(part, experts, neurons).to(dtype), dim=-1) for part, _ in pairs]  # (experts, neurons, d)
+    found = []
+    step = max(1, BLOCK // max(part.shape[-1] for part, _ in pairs))
+    for start in range(0, segments.up.shape[1], step):
+        cosines = 0
+        for (part, weight), mine in zip(pairs, own, strict=True):
+            theirs = part[other, start : start + step].to(dtype)  # (block, d or o)
+            norms = (theirs.square() @ theirs.new_ones(theirs.shape[1])).sqrt()  # fast for transposed views, too
+            cosines += (mine @ theirs.T) * (weight / total / norms.clamp(min=1e-12))
+        found.append(cosines.amax(dim=-1))
+    return torch.stack(found).amax(dim=0).nan_to_num(0).cpu()
 
-    def vectors(index: int, rows: Tensor) -> Tensor:
-        parts = (part if part is None else part[index, rows.to(part.device)][None] for part in segments[:3])
-        return similarity_vectors(Segments(*parts).to(segments.compute_dtype), weights)[0]
 
-    own = vectors(expert, neurons)  # (neurons, D)
-    best = own.new_full((len(own),), -torch.inf)
-    every = torch.arange(segments.up.shape[1])
-    for block in every.split(max(1, BLOCK // own.shape[1])):
-        best = torch.maximum(best, (own @ vectors(other, block).T).amax(dim=1))
-    return best.nan_to_num(0).cpu()
+def _rows(part: Tensor, experts: Tensor, rows: Tensor) -> Tensor:
+    """Copy the same rows of some experts: (experts, rows, width of the part)."""
+    return part[experts[:, None].to(part.device), rows.to(part.device)]
 
 
 def _percent(values: Tensor) -> list[int]:

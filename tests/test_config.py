@@ -44,7 +44,7 @@ def test_defaults():
         "dataset": None,
         "num_samples": 128,
         "sequence_length": 2048,
-        "batch_size": 1,
+        "batch_size": None,
         "seed": 0,
         "self_share": 0.0,  # of the tests; 2 / 3 otherwise
         "random_share": None,

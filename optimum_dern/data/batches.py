@@ -101,6 +101,7 @@ def pad_batches(
     batch_size: int | None = None,
     batch_tokens: int = TOKENS,
     processes: int = 1,
+    mixed: bool = True,
 ) -> list[dict[str, Any]]:
     """Pad samples on the left into batches.
 
@@ -110,6 +111,7 @@ def pad_batches(
         batch_size: sequences a batch, in the order drawn; None for those of like lengths together, as in `by_length`.
         batch_tokens: tokens a batch, at most, where there is no `batch_size`.
         processes: number of processes that share the batches.
+        mixed: sequences of several lengths may be in one batch, with padding, where there is no `batch_size`.
 
     Returns:
         Dicts of `input_ids` and `attention_mask`, each (batch, sequence) int64, and for every sequence its `source`, a
@@ -121,7 +123,7 @@ def pad_batches(
     if pad is None:
         pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0  # masked, so any id does
     if batch_size is None:
-        groups = by_length([len(sample.ids) for sample in samples], batch_tokens, processes)
+        groups = by_length([len(sample.ids) for sample in samples], batch_tokens, processes, mixed)
     else:
         drawn = range(len(samples))
         groups = [list(drawn[start : start + batch_size]) for start in drawn[::batch_size]]
@@ -133,7 +135,9 @@ def pad_batches(
     return batches
 
 
-def by_length(lengths: Sequence[int], batch_tokens: int = TOKENS, processes: int = 1) -> list[list[int]]:
+def by_length(
+    lengths: Sequence[int], batch_tokens: int = TOKENS, processes: int = 1, mixed: bool = True
+) -> list[list[int]]:
     """Group sequences of like lengths into batches that need little padding, the longest first.
 
     The sequences are dealt to the processes in turn, from long to short, and each hand is cut into batches, so that
@@ -143,22 +147,25 @@ def by_length(lengths: Sequence[int], batch_tokens: int = TOKENS, processes: int
         lengths: tokens of every sequence.
         batch_tokens: tokens a batch, at most, padding included; a longer sequence is a batch of its own.
         processes: number of processes that share the batches, by `Processes.share`.
+        mixed: sequences of several lengths may be in one batch.
 
     Returns:
         The indices of every batch's sequences; those of one length are in their order.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    hands = [_cut(order[first::processes], lengths, batch_tokens) for first in range(processes)]
+    hands = [_cut(order[first::processes], lengths, batch_tokens, mixed) for first in range(processes)]
     return [batch for turn in zip_longest(*hands) for batch in turn if batch]
 
 
-def _cut(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def _cut(order: Sequence[int], lengths: Sequence[int], batch_tokens: int, mixed: bool) -> Iterator[list[int]]:
     """Yield batches of sequences, which are ordered from long to short, each with as many as fit."""
     start = 0
     while start < len(order):
-        count = max(1, batch_tokens // max(1, lengths[order[start]]))
-        yield list(order[start : start + count])
-        start += count
+        longest = lengths[order[start]]
+        fitting = order[start : start + max(1, batch_tokens // max(1, longest))]
+        batch = [index for index in fitting if mixed or lengths[index] == longest]
+        yield batch
+        start += len(batch)
 
 
 def largest_batch(numbers: int) -> int:

@@ -27,6 +27,14 @@ def test_the_longest_first_and_those_of_one_length_in_their_order():
     assert by_length([]) == []
 
 
+def test_one_length_a_batch():
+    """Where padding is to be avoided, a batch ends where the length changes."""
+    lengths = [4, 9, 4, 30, 9, 4, 4]
+    assert by_length(lengths, batch_tokens=18, mixed=False) == [[3], [1, 4], [0, 2, 5, 6]]
+    assert by_length(lengths, batch_tokens=100, mixed=False) == [[3], [1, 4], [0, 2, 5, 6]]
+    assert by_length(lengths, batch_tokens=100) == [[3, 1, 4], [0, 2, 5, 6]]
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
 @pytest.mark.parametrize("count", [8, 41, 200])
 def test_every_process_has_work(count, processes):

@@ -15,7 +15,7 @@ from ...data.files import listed, skipped_names
 from ...data.made.random_tokens import random_sequences
 from ...data.sources import RANDOM, SELF, find_repository
 from ...data.tokens import added_bos
-from ...models.attention import attention_scores
+from ...models.attention import attention_scores, heeds_padding
 from ...models.context_length import bounded_length
 from ...results.description import describe_dataset
 from ...results.public_names import public_paths
@@ -76,7 +76,7 @@ def load_model_batches(
         logger.warning("%s; self_share and random_share add text that protects it", UNKNOWN_ELSEWHERE % names.pop())
     longest = max([len(sample.ids) for sample in samples], default=0)
     most = largest_batch(attention_scores(model.config, longest))
-    return pad_batches(samples, tokenizer, config.batch_size, most, processes)
+    return pad_batches(samples, tokenizer, config.batch_size, most, processes, not heeds_padding(model.config))
 
 
 def with_text_it_can_write(config: DernConfig, model: Any, check: Callable[[], None] = lambda: None) -> DernConfig:

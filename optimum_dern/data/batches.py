@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 TOKENS = 8192  # of a batch: enough to keep a processor busy, few beside the tokens of the whole calibration
+LONG = 1024  # tokens of a sequence that keeps a processor busy by itself, and whose mask among padding is large
 NUMBERS = 1 << 27  # of the largest tensor of a forward pass, half a GiB in float32
 
 
@@ -147,7 +148,7 @@ def by_length(
         lengths: tokens of every sequence.
         batch_tokens: tokens a batch, at most, padding included; a longer sequence is a batch of its own.
         processes: number of processes that share the batches, by `Processes.share`.
-        mixed: sequences of several lengths may be in one batch.
+        mixed: sequences of several lengths may be in one batch, if the longest has no more than 1,024 tokens.
 
     Returns:
         The indices of every batch's sequences; those of one length are in their order.
@@ -163,7 +164,7 @@ def _cut(order: Sequence[int], lengths: Sequence[int], batch_tokens: int, mixed:
     while start < len(order):
         longest = lengths[order[start]]
         fitting = order[start : start + max(1, batch_tokens // max(1, longest))]
-        batch = [index for index in fitting if mixed or lengths[index] == longest]
+        batch = [index for index in fitting if lengths[index] == longest or (mixed and longest <= LONG)]
         yield batch
         start += len(batch)
 

@@ -28,11 +28,12 @@ def test_the_longest_first_and_those_of_one_length_in_their_order():
 
 
 def test_one_length_a_batch():
-    """Where padding is to be avoided, a batch ends where the length changes."""
+    """Where padding is to be avoided, and always for long ones, a batch ends where the length changes."""
     lengths = [4, 9, 4, 30, 9, 4, 4]
     assert by_length(lengths, batch_tokens=18, mixed=False) == [[3], [1, 4], [0, 2, 5, 6]]
     assert by_length(lengths, batch_tokens=100, mixed=False) == [[3], [1, 4], [0, 2, 5, 6]]
     assert by_length(lengths, batch_tokens=100) == [[3, 1, 4], [0, 2, 5, 6]]
+    assert by_length([1025, 900, 1025, 1024, 7]) == [[0, 2], [3, 1, 4]]  # masks of long ones would take much memory
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])

@@ -52,7 +52,7 @@ def test_the_predicted_peak_is_the_measured_one(name, large_layer, tmp_path):
     """From disk to disk, tensors alive at the worst moment: within 15 %."""
     generator = torch.Generator().manual_seed(0)
     rows = [{"input_ids": torch.randint(0, 128, (64,), generator=generator)} for _ in range(4)]
-    config = DernConfig(num_experts=16, dataset=rows, batch_size=2, **MEASURED[name])
+    config = DernConfig(num_experts=16, dataset=rows, **MEASURED[name])  # all in one pass
     skeleton = build_skeleton(large_layer)
     predicted = plan_memory(skeleton, find_moe_layers(skeleton), 4 * 64, config, 16)
     with LiveBytes() as live:

@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	@for model in upcycled scratch; do \
 	  echo; echo "== examples/tiny_moe/$$model, half of its experts =="; \
 	  $(BIN)/optimum-dern compress examples/tiny_moe/$$model $(DEMO)/$$model --overwrite --sparsity 0.5 \
-	    --dataset $(TEXT)/calibration --num-samples 64 --sequence-length 256 --batch-size 8 \
+	    --dataset $(TEXT)/calibration --num-samples 64 --sequence-length 256 \
 	    --evaluate $(TEXT)/evaluation || exit 2; \
 	done
 	@echo; echo "plain transformers loads the result, without this package:"

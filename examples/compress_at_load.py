@@ -18,7 +18,6 @@ model = AutoModelForCausalLM.from_pretrained(
         dataset=str(folder / "text" / "calibration"),
         num_samples=32,
         sequence_length=256,
-        batch_size=8,
     ),
 )
 print(f"{type(model).__name__} with {model.config.num_local_experts} experts, {model.num_parameters():,} parameters")

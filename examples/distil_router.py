@@ -30,7 +30,7 @@ texts = {name: batches[:6] for name, batches in texts.items()}  # 48 sequences o
 lessons = cache_logits(model, {"text": batches}, output / "lessons", overwrite=True)
 held_out = cache_logits(model, texts, output / "held_out", overwrite=True)
 
-compressor = DernCompressor(num_experts=8, dataset=text, num_samples=64, sequence_length=256, batch_size=8)
+compressor = DernCompressor(num_experts=8, dataset=text, num_samples=64, sequence_length=256)
 compressor.compress_model(model, tokenizer)  # of 16; in place, the original is gone
 
 trainer = RouterDistillationTrainer(

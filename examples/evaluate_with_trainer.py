@@ -37,7 +37,6 @@ compressor = DernCompressor(
     dataset=str(folder / "text" / "calibration"),
     num_samples=32,
     sequence_length=256,
-    batch_size=8,
 )
 compressor.compress_model(model, tokenizer)  # in place: the trainer holds the same model
 after = trainer.evaluate()

@@ -31,7 +31,7 @@ texts = load_texts(folder / "text" / "evaluation", tokenizer, sequence_length=25
 held_out = [batch for batches in texts.values() for batch in batches[:6]]  # 48 sequences of every domain
 
 losses = {"before compression": evaluate_loss(model, held_out)}
-compressor = DernCompressor(num_experts=4, dataset=healing_text, num_samples=32, sequence_length=256, batch_size=8)
+compressor = DernCompressor(num_experts=4, dataset=healing_text, num_samples=32, sequence_length=256)
 compressor.compress_model(model, tokenizer)
 losses["compressed"] = evaluate_loss(model, held_out)
 

@@ -21,7 +21,6 @@ compressor = DernCompressor(
     dataset=str(folder / "text" / "calibration"),
     num_samples=16,  # quick; hundreds for a model that you mean to keep
     sequence_length=256,
-    batch_size=8,
 )
 compressor.compress_model(model, tokenizer)
 url = compressor.push_to_hub(model, repo_id, tokenizer, private=True)  # one commit; keeps an existing card

@@ -19,7 +19,6 @@ compressor = DernCompressor(
     dataset=str(folder / "text" / "calibration"),
     num_samples=32,  # quick; hundreds for a model that you mean to keep
     sequence_length=256,
-    batch_size=8,
 )
 compressor.compress_model(model, tokenizer)
 for layer in compressor.report.layers:

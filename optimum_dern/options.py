@@ -224,7 +224,12 @@ class DernOptions:
     )
     num_samples: int = _option(128, "maximum number of sequences of the dataset", group="data")
     sequence_length: int = _option(2048, "maximum number of tokens per calibration sequence", group="data")
-    batch_size: int = _option(1, "calibration sequences per forward pass", group="data")
+    batch_size: int | None = _option(
+        None,
+        "calibration sequences per forward pass (default: as many of like lengths as have some 8,000 tokens); the "
+        "result depends on it by rounding only",
+        group="data",
+    )
     seed: int = _option(0, "seed of the calibration draw and of every other random choice", group="data")
     text_column: str = _option("text", "column of calibration rows that holds the text", group="data")
     protect_experts: Mapping[int, list[int]] | str | None = _option(

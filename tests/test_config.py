@@ -45,7 +45,7 @@ def test_defaults():
         "dataset": None,
         "num_samples": 128,
         "sequence_length": 2048,
-        "batch_size": 1,
+        "batch_size": None,
         "seed": 0,
         "self_share": 0.0,  # of the tests; 2 / 3 otherwise
         "random_share": None,
@@ -290,6 +290,7 @@ fields = st.fixed_dictionaries(
         "importance_weighting": st.booleans(),
         "cluster_iterations": st.integers(1, 99),
         "refit_ridge": st.floats(1e-6, 10),
+        "batch_size": st.sampled_from([None, 1, 8]),
         "seed": st.integers(0, 2**31),
         "dataset": st.sampled_from([None, "c4", Path("notes.txt"), {"a.txt": 2, "c4": 1.5}, ["one", "two"]]),
         "protect_experts": st.dictionaries(st.integers(0, 9), st.lists(st.integers(0, 7)), max_size=3),

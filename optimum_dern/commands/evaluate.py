@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of texts (default: what MODEL, or ORIGINAL, is made for, at most 2048)",
     )
-    how.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences (default: %(default)s)")
+    how.add_argument(
+        "--batch-size", type=int, metavar="N", help="sequences of texts (default: as many as have some 8,000 tokens)"
+    )
     how.add_argument("--lm-eval", action="store_true", help=f"score tasks with lm-eval ({install_hint('eval')})")
     how.add_argument("--streamed", action="store_true", help="one decoder layer in memory at a time")
     how.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")

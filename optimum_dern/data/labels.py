@@ -1,7 +1,11 @@
-"""Labels of the calibration tokens: their numbers, whether they are held out, and which source they are from."""
+"""Labels of the calibration tokens: their numbers, whether they are held out, and which source they are from.
+
+They follow the order in which the sequences were drawn, whichever micro-batches and processes these run in.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,16 +14,18 @@ from ..machine.processes import ALONE, Processes
 
 
 __all__ = [
+    "POSITION",
     "SOURCE",
     "TokenLabels",
     "enough_tokens",
     "evenly_spaced",
     "label_tokens",
-    "sources_of",
-    "token_order",
+    "model_inputs",
 ]
 
-SOURCE = "source"  # key of a calibration batch: the name of every sequence's source
+# Keys of a calibration batch that the model does not get, each a list with an entry for every sequence.
+SOURCE = "source"  # the name of its source
+POSITION = "position"  # its number in the order in which the sequences were drawn
 HELD_OUT_EVERY = 10  # a tenth of a source's sequences is held out
 ENOUGH_TOKENS, ENOUGH_PER_NEURON = 65_536, 32
 
@@ -31,49 +37,61 @@ class TokenLabels:
     held_out: Tensor  # (T,) bool: tokens for judging candidates
     source: Tensor  # (T,) int64: index of the token's source
     names: tuple[str, ...]  # of the sources
+    order: Tensor  # (T,) int64 on the CPU: number of each token among those of all processes
 
     @classmethod
     def empty(cls) -> "TokenLabels":
         """Make the labels of no token."""
-        return cls(torch.empty(0, dtype=torch.bool), torch.empty(0, dtype=torch.int64), ())
+        number = torch.empty(0, dtype=torch.int64)
+        return cls(torch.empty(0, dtype=torch.bool), number, (), number)
 
     def on(self, device: torch.device) -> "TokenLabels":
-        """Return the labels on a device."""
-        return TokenLabels(self.held_out.to(device), self.source.to(device), self.names)
+        """Return the labels on a device, all but the order."""
+        return TokenLabels(self.held_out.to(device), self.source.to(device), self.names, self.order)
 
 
-def label_tokens(
-    masks: Sequence[Tensor], sources: Sequence[Sequence[str]] | None = None, processes: Processes = ALONE
-) -> TokenLabels:
-    """Label this process's calibration tokens, the same whether one process or several share the micro-batches.
+def label_tokens(batches: Sequence[Mapping[str, Any]], processes: Processes = ALONE) -> TokenLabels:
+    """Label this process's calibration tokens, the same however the sequences are put into micro-batches.
 
     Args:
-        masks: per micro-batch of all processes, (batch, sequence) bool, True for a real token.
-        sources: per micro-batch, the name of every sequence's source; None where all have the same.
+        batches: micro-batches of all processes; `attention_mask` (batch, sequence), 1 for a real token, and for every
+            sequence its `source` and `position`; by default all have one source, and the order of the batches.
         processes: that share the micro-batches.
 
     Returns:
         The labels.  A tenth of each source's sequences is held out: of fewer than ten the last, and of a single one
         its last tenth.
     """
-    lengths = [int(length) for mask in masks for length in mask.sum(1)]
-    named = [""] * len(lengths) if sources is None else [name for batch in sources for name in batch]
-    names = tuple(dict.fromkeys(named))
+    lengths = [int(length) for batch in batches for length in batch["attention_mask"].sum(1)]
+    positions = _of_sequences(batches, POSITION) or range(len(lengths))
+    named = _of_sequences(batches, SOURCE) or [""] * len(lengths)
+    drawn = sorted(range(len(lengths)), key=positions.__getitem__)
+    names = tuple(dict.fromkeys(named[sequence] for sequence in drawn))
     held_out = [torch.zeros(length, dtype=torch.bool) for length in lengths]
     for name in names:
-        own = [sequence for sequence, other in enumerate(named) if other == name]
+        own = [sequence for sequence in drawn if named[sequence] == name]
         if len(own) == 1:
             held_out[own[0]][lengths[own[0]] - max(1, lengths[own[0]] // HELD_OUT_EVERY) :] = True
         for sequence in own[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or own[1:][-1:]:
             held_out[sequence][:] = True
     index = [torch.full((length,), names.index(name)) for length, name in zip(lengths, named, strict=True)]
-    sizes = [len(mask) for mask in masks]
-    return TokenLabels(_share(held_out, sizes, processes), _share(index, sizes, processes), names)
+    sizes = [len(batch["attention_mask"]) for batch in batches]
+    held_out, index, order = (_share(part, sizes, processes) for part in (held_out, index, _numbers(lengths, drawn)))
+    return TokenLabels(held_out, index, names, order)
 
 
-def sources_of(batches: Sequence[Mapping]) -> list[Sequence[str]] | None:
-    """Return the names of the sequences' sources per batch, or None where the batches do not tell."""
-    return [batch[SOURCE] for batch in batches] if all(SOURCE in batch for batch in batches) else None
+def _of_sequences(batches: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
+    """Return the entries of all sequences under a key; none where a batch does not have it."""
+    return [entry for batch in batches for entry in batch[key]] if all(key in batch for batch in batches) else []
+
+
+def _numbers(lengths: Sequence[int], drawn: Sequence[int]) -> list[Tensor]:
+    """Number the tokens of all sequences, one sequence after the other in the order drawn."""
+    numbers, start = [torch.empty(0)] * len(lengths), 0
+    for sequence in drawn:
+        numbers[sequence] = torch.arange(start, start + lengths[sequence])
+        start += lengths[sequence]
+    return numbers
 
 
 def _share(sequences: list[Tensor], sizes: list[int], processes: Processes) -> Tensor:
@@ -85,24 +103,9 @@ def _share(sequences: list[Tensor], sizes: list[int], processes: Processes) -> T
     return torch.cat(processes.share(batches))
 
 
-def token_order(masks: Sequence[Tensor], processes: Processes = ALONE) -> Tensor:
-    """Number this process's non-padding tokens as if one process had all micro-batches.
-
-    Args:
-        masks: of this process's micro-batches, (batch, sequence) bool.
-        processes: that share the micro-batches, by `Processes.share`.
-
-    Returns:
-        (T,) int64, ascending.
-    """
-    own = [int(mask.sum()) for mask in masks]
-    total = int(processes.reduce(torch.tensor(len(own), device=processes.device)))
-    lengths = torch.zeros(total, dtype=torch.int64, device=processes.device)
-    lengths[processes.rank :: processes.count] = torch.tensor(own, dtype=torch.int64, device=processes.device)
-    lengths = processes.reduce(lengths)
-    starts = (lengths.cumsum(0) - lengths)[processes.rank :: processes.count].tolist()
-    parts = [torch.arange(start, start + length) for start, length in zip(starts, own, strict=True)]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what the model gets of a calibration batch: everything but the sequences' sources and positions."""
+    return {name: value for name, value in batch.items() if name not in (SOURCE, POSITION)}
 
 
 def enough_tokens(neurons: int, top_k: int) -> int:
@@ -119,7 +122,7 @@ def evenly_spaced(order: Tensor, wanted: int, processes: Processes = ALONE) -> T
     """Mark about `wanted` evenly spaced tokens, independent of their distribution over processes.
 
     Args:
-        order: (T,) numbers of the tokens, from `token_order`.
+        order: (T,) numbers of the tokens, as `TokenLabels` has them.
         wanted: how many, over all processes.
         processes: that share the tokens.
 

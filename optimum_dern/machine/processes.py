@@ -65,7 +65,7 @@ class Processes:
         if len(items) < self.count:
             raise ValueError(
                 f"{self.count} processes cannot share {len(items)} calibration batches; start at most {len(items)} "
-                "processes, lower batch_size, or raise num_samples"
+                "processes, lower batch_size if one is given, or raise num_samples"
             )
         return items[self.rank :: self.count]
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .public_names import public_paths
@@ -61,10 +62,20 @@ def _without_folders(dataset: Any) -> Any:
 
 
 def fingerprint(batches: Sequence[Mapping[str, Tensor]]) -> str:
-    """Compute the SHA-256 of the batches' token ids and attention masks."""
+    """Compute the SHA-256 of the sequences' token ids and attention masks, in the order drawn and without padding."""
     digest = hashlib.sha256()
-    for batch in batches:
-        for name in ("input_ids", "attention_mask"):
-            digest.update(str(tuple(batch[name].shape)).encode())
-            digest.update(batch[name].cpu().numpy().astype("<i8").tobytes())
+    for ids, mask in _drawn(batches):
+        digest.update(f"{len(ids)} ".encode())
+        digest.update(torch.stack([ids, mask]).cpu().numpy().astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def _drawn(batches: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor]]:
+    """Return the token ids and masks of the sequences, each (S,), by their `position` where the batches tell it."""
+    rows = [row for batch in batches for row in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    if all("position" in batch for batch in batches):
+        positions = [position for batch in batches for position in batch["position"]]
+        rows = [rows[index] for index in sorted(range(len(rows)), key=positions.__getitem__)]
+    real = [mask.nonzero().flatten().tolist() or [0, -1] for _, mask in rows]
+    parts = [slice(places[0], places[-1] + 1) for places in real]
+    return [(ids[part], mask[part]) for (ids, mask), part in zip(rows, parts, strict=True)]

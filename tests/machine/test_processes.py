@@ -36,6 +36,7 @@ CASES = {
     "random": ("mixtral", "even", {"selection": "random", "cluster_init": "random", "calibration_order": "oneshot"}),
     "three batches": ("mixtral", "few", {"batch_size": 1}),  # the last of three processes has nothing to fit
     "two batches": ("mixtral", "few", {"batch_size": 2}),  # the last of two, likewise
+    "by tokens": ("qwen3_moe", "ragged", {"batch_size": None, "neuron_refit": False}),  # one batch for one process
 }
 TOO_FEW = {2: (), 3: ("two batches",)}  # cases that so many processes cannot share
 

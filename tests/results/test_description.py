@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny import random_tokens, sample_texts
 
-from optimum_dern.data.batches import load_batches
+from optimum_dern.data.batches import load_batches, load_samples, pad_batches
 from optimum_dern.results.description import describe_calibration, describe_dataset, fingerprint, recordable_dataset
 
 
@@ -53,11 +53,13 @@ def test_describe_calibration():
 
 
 def test_fingerprint():
-    """The same tokens have the same digest; another token, mask, order or batching has another."""
-    digest = fingerprint(load_batches(ROWS, None, batch_size=2))
-    assert digest == fingerprint(load_batches(ROWS, None, batch_size=2))
-    others = [load_batches(ROWS, None), load_batches(ROWS[::-1], None, batch_size=2)]
+    """The same tokens have the same digest, however they are batched; another token, mask or order has another."""
+    samples = load_samples(ROWS, None, 4, 2048, 0)
+    digest = fingerprint(pad_batches(samples, None))
+    assert {fingerprint(pad_batches(samples, None, size)) for size in (1, 2, 3, 4)} == {digest}
+    assert fingerprint(load_batches(ROWS, None, batch_size=2)) == digest
+    others = [pad_batches(samples[::-1], None)]
     for name in ("input_ids", "attention_mask"):
-        others.append(load_batches(ROWS, None, batch_size=2))
+        others.append(pad_batches(samples, None))
         others[-1][0][name][0, -1] = 0
-    assert len({digest, *map(fingerprint, others)}) == 5
+    assert len({digest, *map(fingerprint, others)}) == 4

@@ -80,7 +80,8 @@ def plan_memory(
     raise ValueError(
         f"max_memory is {_gib(max_memory)}, but this compression needs at least {_gib(least.peak)}, hidden states and "
         f"experts in files where that helps: {_gib(least.interpreter)} for Python and torch and {_gib(least.working)} "
-        "for the work on a layer; allow more, give less calibration data, or leave steps out (neuron_refit takes most)"
+        "for the work on a layer; allow more, give less calibration data or batch_size=1, or leave steps out "
+        "(neuron_refit takes most)"
     )
 
 

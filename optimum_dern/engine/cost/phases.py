@@ -13,6 +13,7 @@ from ...core.layer.cost import Cost, LayerShape, experts_operations, held_by_chu
 from ...core.layer.statistics import measure_experts_cost
 from ...core.layer.workspace import MAX_ELEMENTS
 from ...core.pictures.similarity_map import similarity_map_cost
+from ...data.batches import TOKENS
 from ...methods import get_method
 from ...models.moe.structure import MoELayer
 from ..layer.steps import first_steps, further_steps, sampled_tokens
@@ -83,6 +84,8 @@ class Standing:
         self.output = shape.number * shape.tokens * shape.outputs
         residual = CRITERIA[config.selection].needs == "residual"
         self.tokens = 2 * self.received + self.output + shape.itemsize * shape.tokens * shape.outputs * residual
+        routed = shape.top_k * (2 * shape.inputs + (shape.projections + 1) * shape.width)  # for each expert of a token
+        self.forward = _pass_tokens(shape, config) * shape.itemsize * (routed + 2 * shape.outputs)
         self.original = shape.experts * shape.expert * shape.itemsize
         self.candidate = shape.retained * shape.expert * shape.itemsize
         self.refitted = shape.retained * shape.down * shape.number  # down projections of a fit
@@ -92,10 +95,11 @@ class Standing:
 def _original_phases(standing: Standing) -> Iterator[Phase]:
     """Yield the phases that run while the original experts are in memory."""
     shape, config = standing.shape, standing.config
+    yield Phase("record", standing.received + standing.forward, 0, 0.0)
     measured = measure_experts_cost(shape)
     yield Phase("measure", standing.tokens + max(standing.received, measured.held), 0, measured.operations)
     if config.corrects_drift:
-        yield Phase("drift", standing.tokens + 3 * standing.output, 0, 0.0)
+        yield Phase("drift", standing.tokens + max(3 * standing.output, standing.forward), 0, 0.0)
         standing.tokens += standing.output
     criterion = CRITERIA[config.selection].cost(shape)
     yield Phase("select", standing.tokens + criterion.held, 0, criterion.operations)
@@ -130,6 +134,14 @@ def _fitting_phases(standing: Standing, gone: int) -> Iterator[Phase]:
                 yield Phase(type(step).__name__, held, finalist + cost.experts, cost.operations + judged.operations)
     written = 2 * standing.candidate + standing.refitted * bool(config.refit) - gone
     yield Phase("write", standing.tokens + standing.received, written, 0.0)
+    if config.calibration_order == "sequential":
+        yield Phase("run", standing.tokens + standing.forward, standing.candidate - gone, 0.0)
+
+
+def _pass_tokens(shape: LayerShape, config: DernConfig) -> int:
+    """Return the most tokens that go through the layer at once."""
+    most = TOKENS if config.batch_size is None else config.batch_size * config.sequence_length
+    return min(shape.tokens, max(most, config.sequence_length))
 
 
 def _judged(standing: Standing) -> Cost:

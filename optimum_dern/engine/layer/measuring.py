@@ -10,7 +10,7 @@ from ...core.layer.mixture import Activation, Routing
 from ...core.layer.reduction import any_process
 from ...core.layer.segments import Segments
 from ...core.layer.statistics import ExpertStatistics, measure_experts
-from ...data.labels import TokenLabels, token_order
+from ...data.labels import TokenLabels
 from ...machine.processes import ALONE, Processes
 from ...models.moe.structure import MoELayer
 from ...models.moe.view import layer_activation, read_layer
@@ -67,7 +67,7 @@ def measure_layer(
         labels=labels.on(target.device),
         masks=masks,
         block_calls=tuple(record.block_calls),
-        order=token_order(masks, processes),
+        order=labels.order,
         router=weights.routing,
         processes=processes,
     )

@@ -10,11 +10,12 @@ import torch
 
 from ...checkpoint.source.provenance import load_tokenizer, source_tokenizer
 from ...config import DernConfig
-from ...data.batches import Sample, holds_text, load_samples, pad_batches
+from ...data.batches import Sample, holds_text, largest_batch, load_samples, pad_batches
 from ...data.files import listed, skipped_names
 from ...data.made.random_tokens import random_sequences
 from ...data.sources import RANDOM, SELF, find_repository
 from ...data.tokens import added_bos
+from ...models.attention import attention_scores, heeds_padding
 from ...models.context_length import bounded_length
 from ...results.description import describe_dataset
 from ...results.public_names import public_paths
@@ -45,6 +46,7 @@ def load_model_batches(
     tokenizer: Any = None,
     trust_remote_code: bool = False,
     own: OwnText | None = None,
+    processes: int = 1,
 ) -> list[dict]:
     """Load the calibration data of a config as token batches for a model.
 
@@ -54,9 +56,10 @@ def load_model_batches(
         tokenizer: object, Hub id or path, for text; by default the one of the model's checkpoint.
         trust_remote_code: allow the tokenizer's own code to run.
         own: writes the model's own text; without it there is none, which is for checks before the weights are there.
+        processes: number of processes that share the batches.
 
     Returns:
-        Dicts of `input_ids` and `attention_mask`, each (batch, sequence) int64, and `source`, a name a sequence.
+        Dicts of `input_ids`, `attention_mask`, `source` and `position`, as `pad_batches` gives them.
 
     Raises:
         ValueError: the data cannot be read, is empty, or has token ids outside the model's vocabulary.
@@ -71,7 +74,9 @@ def load_model_batches(
     complete = own is not None or not writes_text(config)
     if config.refit and complete and len(names) == 1 and names != {SELF}:
         logger.warning("%s; self_share and random_share add text that protects it", UNKNOWN_ELSEWHERE % names.pop())
-    return pad_batches(samples, tokenizer, config.batch_size)
+    longest = max([len(sample.ids) for sample in samples], default=0)
+    most = largest_batch(attention_scores(model.config, longest))
+    return pad_batches(samples, tokenizer, config.batch_size, most, processes, not heeds_padding(model.config))
 
 
 def with_text_it_can_write(config: DernConfig, model: Any, check: Callable[[], None] = lambda: None) -> DernConfig:

@@ -83,7 +83,7 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
     processes.on_main(lambda: prepare_output(source.folder, output, request.restart, request.overwrite, names))
     configs = request.configs if recorded is not None else [with_dataset(config) for config in request.configs]
     shares, batches, own_text = processes.on_main(
-        lambda: _load_data(request, configs[0], source, output, processes.device, bound)
+        lambda: _load_data(request, configs[0], source, output, processes, bound)
     )
     configs = [replace(config, **shares) for config in configs]
     calibration = describe_calibration(configs[0].dataset, batches)
@@ -122,18 +122,18 @@ def _load_data(
     config: DernConfig,
     source: Source,
     output: Path,
-    device: torch.device,
+    processes: Processes,
     bound: int | None,
 ) -> tuple[dict[str, float], list[dict], list[dict]]:
     """Load the calibration data; returns the shares of what is made, all batches, and rows of the model's text."""
     if config.dataset is None:
         return {}, [], []
-    own = None
+    own, device, own_code = None, processes.device, request.trust_remote_code
     if writes_text(config):
         kept = output / WORK_NAME / OWN_TEXT_NAME
         own = OwnText(source.skeleton, lambda: whole_model(source, device), kept, origin_of(source))
         config = with_text_it_can_write(config, source.skeleton, lambda: check_fits(source.skeleton, device, bound))
     tokenizer = source.folder if request.tokenizer is None else request.tokenizer
-    batches = load_model_batches(config, source.skeleton, tokenizer, request.trust_remote_code, own)
+    batches = load_model_batches(config, source.skeleton, tokenizer, own_code, own, processes.count)
     shares = {name: getattr(config, name) for name in ("self_share", "random_share")}
     return shares, batches, [] if own is None else own.rows

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ...core.layer.statistics import ExpertStatistics
-from ...data.labels import SOURCE, label_tokens, sources_of
+from ...data.labels import label_tokens, model_inputs
 from ...machine.processes import ALONE, Processes
 from ...machine.progress import progress_bar
 from ...machine.scratch import CopiesInFiles
@@ -48,7 +48,7 @@ def compress_layers_(
     Args:
         model: a causal language model in evaluation mode.
         layers: its MoE layers.
-        batches: `input_ids` and `attention_mask` of the calibration sequences, and the names of their `source`.
+        batches: `input_ids` and `attention_mask` of the calibration sequences; `source` and `position` of each.
         recipes: the results to make; with several, their sinks copy the compressed layers out of the model.
         provider: loads the decoder layers; by default the model has them in memory.
         spill: folder for files of hidden states; in memory by default.
@@ -65,9 +65,9 @@ def compress_layers_(
     _, decoder_layers = find_decoder_layers(model, layers[0])
     positions = layers_by_position(model, layers)
     masks = [batch["attention_mask"].bool() for batch in batches]
-    labels = label_tokens(masks, sources_of(batches), processes)
+    labels = label_tokens(batches, processes)
     common = Pass(processes.share(masks), labels, processes, keep_originals(recipes), keep_statistics)
-    inputs = [{name: batch[name] for name in batch if name != SOURCE} for batch in processes.share(batches)]
+    inputs = [model_inputs(batch) for batch in processes.share(batches)]
     with provider.outside():
         keep = torch.detach if spill is None else CopiesInFiles(spill).copy
         walks = open_walks(record_layer_calls(model, decoder_layers, inputs, keep), recipes, spill)

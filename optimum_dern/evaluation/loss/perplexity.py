@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ...data.batches import is_endless, load_batches
+from ...data.batches import is_endless, largest_batch, load_batches
 from ...data.files import data_files, data_name
 from ...data.sources import find_repository
 from ...models.context_length import bounded_length, context_length
@@ -113,7 +113,7 @@ def evaluation_length(config: Any, asked: int | None = None) -> int:
 
 
 def load_texts(
-    source: Any, tokenizer: Any, sequence_length: int, batch_size: int = 8, limit: int | None = None
+    source: Any, tokenizer: Any, sequence_length: int, batch_size: int | None = None, limit: int | None = None
 ) -> dict[str, list[dict]]:
     """Load evaluation batches by name of the text: one entry per file of a folder, else a single entry.
 
@@ -121,7 +121,8 @@ def load_texts(
         source: data in any form that calibration takes.
         tokenizer: of the model.
         sequence_length: tokens per sequence.
-        batch_size: sequences per forward pass.
+        batch_size: sequences per forward pass; by default as many of like lengths as have some 8,000 tokens, fewer
+            where the logits of a large vocabulary would take much memory.
         limit: at most this many sequences per entry, drawn at random with a fixed seed; by default all, of datasets
             on the Hub and other streams 512.
     """
@@ -129,6 +130,7 @@ def load_texts(
         logger.warning("%d sequences of the stream are taken; set a limit for another number", OF_A_STREAM)
         limit = OF_A_STREAM
     options = {"num_samples": limit or ALL, "sequence_length": sequence_length, "batch_size": batch_size}
+    options["batch_tokens"] = largest_batch(1 if tokenizer is None else len(tokenizer))
     return {name: load_batches(data, tokenizer, **options) for name, data in _by_name(source).items()}
 
 

@@ -6,7 +6,7 @@ differ only in their last token (letters, yes and no) share one row of a forward
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ...data.batches import by_length
 from ...models.context_length import context_length
 from ..loss.logits import batch_logits
 from .items import Request
@@ -54,7 +55,8 @@ def score_requests(
     sharing: dict[tuple[int, ...], list[int]] = {}
     for position, (ids, _) in enumerate(encoded):
         sharing.setdefault(tuple(ids[:-1]), []).append(position)
-    batches = list(_batches(sorted(sharing, key=len, reverse=True), batch_tokens))
+    rows = list(sharing)
+    batches = [[rows[i] for i in batch] for batch in by_length([len(row) for row in rows], batch_tokens)]
     inputs = [_padded(batch) for batch in batches]
     keep = [max(_wanted(encoded, sharing, row, len(batch[0])) for row in batch) for batch in batches]
     scores: dict[int, Score] = {}
@@ -110,15 +112,6 @@ def _after_prefix(text: str, tokenizer: Any) -> list[int]:
         raise ValueError("the tokenizer has neither a BOS nor an EOS token to begin a text without context with")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids if ids[:1] == [prefix] else [prefix, *ids]
-
-
-def _batches(rows: list[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
-    """Yield batches of rows, which are sorted from long to short, as many per batch as fit."""
-    start = 0
-    while start < len(rows):
-        count = max(1, batch_tokens // len(rows[start]))
-        yield rows[start : start + count]
-        start += count
 
 
 def _padded(rows: list[tuple[int, ...]]) -> dict[str, Tensor]:

@@ -53,12 +53,30 @@ def test_the_predicted_peak_is_the_measured_one(name, large_layer, tmp_path):
     """From disk to disk, tensors alive at the worst moment: within 15 %."""
     generator = torch.Generator().manual_seed(0)
     rows = [{"input_ids": torch.randint(0, 128, (64,), generator=generator)} for _ in range(4)]
-    config = DernConfig(num_experts=16, dataset=rows, batch_size=2, **MEASURED[name])
+    config = DernConfig(num_experts=16, dataset=rows, **MEASURED[name])  # all in one pass
     skeleton = build_skeleton(large_layer)
     predicted = plan_memory(skeleton, find_moe_layers(skeleton), 4 * 64, config, 16)
     with LiveBytes() as live:
         DernCompressor(config).compress_checkpoint(large_layer, tmp_path / "out", device="cpu")
     assert 0.85 < (predicted.peak - predicted.interpreter) / live.peak < 1.15
+
+
+@pytest.mark.parametrize("batch_size", [8, None])
+def test_a_forward_pass_is_predicted(batch_size, tmp_path):
+    """Where many experts work on each of few tokens, a pass takes most, and smaller batches take less."""
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(vocab_size=128, num_hidden_layers=1, **sizes, **heads))
+    model.save_pretrained(tmp_path / "source")
+    rows = [{"input_ids": torch.randint(0, 128, (64,))} for _ in range(128)]
+    fields = {"num_experts": 8, "dataset": rows, "batch_size": batch_size, "sequence_length": 64}
+    config = DernConfig(**fields, method="prune", preset="paper")
+    predicted = plan_memory(model, find_moe_layers(model), 128 * 64, config, 8)
+    with LiveBytes() as live:
+        DernCompressor(config).compress_checkpoint(tmp_path / "source", tmp_path / "out", device="cpu")
+    assert 0.85 < (predicted.peak - predicted.interpreter) / live.peak < 1.15
+    assert (live.peak > 60 << 20) == (batch_size is None)
 
 
 @pytest.fixture(scope="module")

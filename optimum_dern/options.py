@@ -186,7 +186,8 @@ class DernOptions:
     refit_ridge: float | None = _option(
         None,
         "ridge penalty of the refits of down projections and router, relative to the mean eigenvalue of their normal "
-        "equations (default: 1e-2; with guard the down projections' is the best of 1e-3, 1e-2 and 1e-1)",
+        "equations (default: 1e-2; with guard and no neuron refit the down projections' is the best of 1e-3, 1e-2 "
+        "and 1e-1)",
         group="for ablations",
     )
     refit_sweeps: int = _option(
@@ -290,10 +291,6 @@ class DernOptions:
         idle = _options_of_others(self.method)
         if self.calibration_order == "oneshot":
             idle["drift_correction"] = "calibration_order='sequential'"
-        if self.neuron_refit:
-            idle["refit_sweeps"] = "neuron_refit=False"
-        if self.neuron_refit and not self.router_refit:
-            idle["refit_ridge"] = "neuron_refit=False or router_refit=True"
         if self.recombine is not None and not self.recombine:
             idle |= {name: "recombine=True" for name in _recombination_options() if name not in idle}
         if self.refit is not None and not self.refit:

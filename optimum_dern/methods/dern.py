@@ -24,7 +24,7 @@ RECOMBINATION = (  # options without effect where nothing is recombined
     "cluster_tolerance",
     "importance_weighting",
 )
-SECOND_SET_TOKENS = 512  # on which the set of least output error is searched: as good here as four times as many
+FEWEST_TOKENS = 512  # on which the set of least output error is searched
 
 
 @register_method("dern")
@@ -47,7 +47,9 @@ class Dern:
         if _tries_second_set(config):
             pruned = shape.retained * shape.expert * shape.itemsize
             beside = pruned + sum(step.experts for step in steps)
-            steps.append(greedy_cost(shape, SECOND_SET_TOKENS)._replace(experts=beside))
+            steps.append(
+                greedy_cost(shape, _search_tokens(shape.tokens, shape.top_k, shape.experts))._replace(experts=beside)
+            )
         return steps
 
     def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
@@ -92,10 +94,16 @@ def _tries_second_set(config: "DernConfig") -> bool:
     return config.method == "dern" and config.selection == "router" and config.guard
 
 
+def _search_tokens(tokens: int, top_k: int, experts: int) -> int:
+    """Return on how many tokens all experts are run to search a set, which is about the work of one forward pass."""
+    return max(FEWEST_TOKENS, tokens * top_k // experts)
+
+
 def _pruned_by_error(problem: LayerProblem) -> dict[str, Candidate]:
     """Return a candidate that prunes by least output error, if that retains other experts."""
     layer = problem.layer
-    _, retained = greedy(layer, problem.places, SECOND_SET_TOKENS)
+    tokens = _search_tokens(layer.statistics.tokens, layer.routing.index.shape[1], len(layer.segments.up))
+    _, retained = greedy(layer, problem.places, tokens)
     retained = retained.to(problem.retained.device)
     if torch.equal(retained, problem.retained):
         return {}

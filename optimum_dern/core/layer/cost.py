@@ -64,6 +64,5 @@ def held_by_chunk(shape: LayerShape) -> int:
     """Return the bytes of one expert's forward pass on a chunk of tokens: inputs, activations and outputs."""
     tokens = min(shape.chunk_tokens, shape.tokens)
     converted = shape.expert if shape.itemsize < shape.number else 0  # its weights, converted to the compute dtype
-    return shape.number * (
-        tokens * (shape.inputs + (shape.projections + 1) * shape.width + 2 * shape.outputs) + converted
-    )
+    largest = max((shape.projections + 1) * shape.width, shape.width + 2 * shape.outputs)  # up to neurons, or after
+    return shape.number * (tokens * (shape.inputs + largest) + converted)

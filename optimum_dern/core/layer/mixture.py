@@ -5,7 +5,7 @@ token), so every router of every family is covered.  Work goes expert by expert 
 (experts x tokens x width) tensor ever exists.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,8 @@ class Routing(NamedTuple):
 
     def select(self, tokens: Tensor | slice) -> "Routing":
         """Select tokens by index, mask or slice."""
+        if isinstance(tokens, Tensor) and tokens.dtype == torch.bool:
+            tokens = tokens.nonzero().flatten()  # once instead of in each of the three
         return self._replace(hidden=self.hidden[tokens], index=self.index[tokens], weight=self.weight[tokens])
 
     def inputs(self, token: Tensor, slot: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,13 +97,21 @@ def expert_batches(
         One `ExpertBatch` per chunk, in the dtype of the segments; experts without tokens yield nothing.
     """
     dtype, chunk = segments.compute_dtype, segments.workspace.chunk_tokens
-    for expert in range(len(segments.up)) if experts is None else experts:
-        tokens, slots = torch.where(routing.index == expert)  # (n,), (n,)
-        for token, slot in zip(tokens.split(chunk), slots.split(chunk), strict=True):
-            if len(token):
-                hidden = routing.inputs(token, slot, dtype)
-                neurons = neuron_activations(segments, expert, hidden, activation)
-                yield ExpertBatch(expert, token, slot, routing.output_weights(token, slot, dtype), neurons)
+    top_k = routing.index.shape[1]
+    for expert, pairs in _pairs(routing.index.flatten(), len(segments.up), experts):
+        for pair in pairs.split(chunk) if len(pairs) else ():
+            token, slot = pair // top_k, pair % top_k  # (n,), (n,)
+            hidden = routing.inputs(token, slot, dtype)
+            neurons = neuron_activations(segments, expert, hidden, activation)
+            yield ExpertBatch(expert, token, slot, routing.output_weights(token, slot, dtype), neurons)
+
+
+def _pairs(index: Tensor, num_experts: int, experts: list[int] | None) -> Iterable[tuple[int, Tensor]]:
+    """Find where each expert is chosen in the flattened indices (T k,), in ascending order: (n,) per expert."""
+    if experts is not None:
+        return ((expert, (index == expert).nonzero().flatten()) for expert in experts)
+    counts = index.bincount(minlength=num_experts).tolist()  # the only numbers that the host waits for
+    return enumerate(index.argsort(stable=True).split(counts))
 
 
 def expert_output(segments: Segments, batch: ExpertBatch) -> Tensor:

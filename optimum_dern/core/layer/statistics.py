@@ -76,44 +76,47 @@ def measure_experts(segments: Segments, routing: Routing, activation: Activation
         Sums over the T tokens (merge batches with `ExpertStatistics.merge`), and the routed output (T, o), as
         `mixture.routed_output` gives it: the experts have to be run once for both.
     """
-    num_experts, output_size = len(segments.up), segments.down.shape[-1]
-    index, weight = routing.index, routing.weight.double()
-    output_weight = torch.ones_like(weight) if routing.weighs_input else weight  # (T, k)
-    norms = torch.zeros_like(weight)  # (T, k)
-    output_sum, output_max = weight.new_zeros(num_experts, output_size), weight.new_zeros(num_experts)
-    routed = segments.down.new_zeros(len(index), output_size, dtype=segments.compute_dtype)  # (T, o)
+    norms = torch.zeros_like(routing.weight, dtype=segments.compute_dtype)  # (T, k)
+    routed = segments.down.new_zeros(len(norms), segments.down.shape[-1], dtype=norms.dtype)  # (T, o)
+    output_sum = torch.zeros_like(segments.down[:, 0], dtype=torch.float64)  # (E, o)
+    output_max = torch.zeros_like(output_sum[:, 0])  # (E,)
     for batch in expert_batches(segments, routing, activation):
         output = expert_output(segments, batch)  # (n, o)
         routed.index_add_(0, batch.token, batch.weight * output)
-        output = output.double()
         norms[batch.token, batch.slot] = output.norm(dim=1)
-        output_sum[batch.expert] += output.sum(0)
-        output_max[batch.expert] = torch.maximum(output_max[batch.expert], output.abs().max())
+        output_sum[batch.expert] += output.sum(0)  # a chunk's in its own dtype, the many chunks' in float64
+        largest = torch.stack(output.aminmax()).abs().max()
+        output_max[batch.expert] = torch.maximum(output_max[batch.expert], largest.double())
+    chunk = max(1, segments.workspace.chunk_tokens // norms.shape[1])  # since pairs of slots are as many times more
+    *vectors, coactivation, together = _sum_norms(routing, norms, len(output_sum), chunk)
+    return ExpertStatistics(len(norms), *vectors, output_sum, coactivation, together, output_max), routed
 
-    def sums(values: Tensor) -> Tensor:
-        return torch.zeros_like(output_sum[:, 0]).index_add_(0, index.flatten(), values.flatten())
 
-    contribution = torch.zeros(len(index), num_experts, dtype=torch.float64, device=index.device)
-    chosen = torch.zeros_like(contribution).scatter_(1, index, 1.0)  # (T, E)
-    contribution.scatter_add_(1, index, output_weight * norms)  # (T, E)
-    statistics = ExpertStatistics(
-        tokens=len(index),
-        count=sums(torch.ones_like(weight)),
-        weight=sums(weight),
-        output_norm=sums(norms),
-        output_norm_squared=sums(norms**2),
-        weighted_output_norm=sums(output_weight * norms),
-        output_sum=output_sum,
-        coactivation=contribution.T @ contribution,
-        together=chosen.T @ chosen,
-        output_max=output_max,
-    )
-    return statistics, routed
+def _sum_norms(routing: Routing, norms: Tensor, num_experts: int, chunk: int) -> list[Tensor]:
+    """Sum the gate weights and norms of the outputs (T, k) by expert and by pair of experts.
+
+    Returns:
+        In float64, the sums (E,) of 1, g, |e|, |e|^2 and g |e|, then (E, E) of (g_i |e_i|) (g_j |e_j|) and of 1.
+    """
+    vectors = norms.new_zeros(5, num_experts, dtype=torch.float64)
+    pairs = norms.new_zeros(2, num_experts**2, dtype=torch.float64)
+    for index, weight, norm in zip(*(part.split(chunk) for part in (*routing[1:3], norms)), strict=True):  # (n, k)
+        weight, norm = weight.double(), norm.double()
+        share = norm if routing.weighs_input else weight * norm
+        for total, value in zip(vectors, (torch.ones_like(norm), weight, norm, norm**2, share), strict=True):
+            total.index_add_(0, index.flatten(), value.flatten())
+        both = (index[:, :, None] * num_experts + index[:, None, :]).flatten()  # (n k k,)
+        product = (share[:, :, None] * share[:, None, :]).flatten()
+        for total, value in zip(pairs, (product, torch.ones_like(product)), strict=True):
+            total.index_add_(0, both, value)
+    return [*vectors, *pairs.view(2, num_experts, num_experts)]
 
 
 def measure_experts_cost(shape: LayerShape) -> Cost:
     """Cost of `measure_experts`, excluding the routed output that it returns."""
-    pairs = 8 * shape.tokens * (2 * shape.experts + 6 * shape.top_k)  # float64
-    chunk = held_by_chunk(shape) + 8 * min(shape.chunk_tokens, shape.tokens) * shape.outputs
-    sums = 8 * shape.experts * (shape.outputs + 4 * shape.experts)
-    return Cost(max(pairs, chunk) + sums, 0, experts_operations(shape) + 4.0 * shape.tokens * shape.experts**2)
+    slots = shape.tokens * shape.top_k
+    run = 8 * slots + held_by_chunk(shape)  # with the slots sorted by expert
+    chunk = min(max(1, shape.chunk_tokens // shape.top_k), shape.tokens)
+    pairs = 8 * (chunk * shape.top_k * (6 + 4 * shape.top_k) + 2 * shape.experts**2)  # float64 and int64
+    held = shape.number * slots + 8 * shape.experts * shape.outputs + max(run, pairs)
+    return Cost(held, 0, experts_operations(shape))

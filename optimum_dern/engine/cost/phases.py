@@ -80,12 +80,13 @@ class Standing:
 
     def __init__(self, shape: LayerShape, config: DernConfig) -> None:
         self.shape, self.config, self.method = shape, config, get_method(config.method)
-        self.received = shape.tokens * (shape.itemsize * shape.inputs + shape.top_k * (8 + shape.itemsize))  # routing
+        self.choices = shape.tokens * shape.top_k * (8 + shape.itemsize)  # experts and gate weights of every token
         self.output = shape.number * shape.tokens * shape.outputs
         residual = CRITERIA[config.selection].needs == "residual"
-        self.tokens = 2 * self.received + self.output + shape.itemsize * shape.tokens * shape.outputs * residual
-        routed = shape.top_k * (2 * shape.inputs + (shape.projections + 1) * shape.width)  # for each expert of a token
-        self.forward = _pass_tokens(shape, config) * shape.itemsize * (routed + 2 * shape.outputs)
+        received = shape.itemsize * shape.tokens * (shape.inputs + shape.outputs * residual)
+        self.tokens = self.choices + self.output + received
+        self.passed = shape._replace(tokens=_pass_tokens(shape, config))  # of a micro-batch
+        self.forward = self.passed.tokens * (2 * shape.itemsize + shape.number) * shape.outputs
         self.original = shape.experts * shape.expert * shape.itemsize
         self.candidate = shape.retained * shape.expert * shape.itemsize
         self.refitted = shape.retained * shape.down * shape.number  # down projections of a fit
@@ -95,11 +96,10 @@ class Standing:
 def _original_phases(standing: Standing) -> Iterator[Phase]:
     """Yield the phases that run while the original experts are in memory."""
     shape, config = standing.shape, standing.config
-    yield Phase("record", standing.received + standing.forward, 0, 0.0)
-    measured = measure_experts_cost(shape)
-    yield Phase("measure", standing.tokens + max(standing.received, measured.held), 0, measured.operations)
+    run = standing.forward + measure_experts_cost(standing.passed).held
+    yield Phase("measure", standing.tokens + run, 0, measure_experts_cost(shape).operations)
     if config.corrects_drift:
-        yield Phase("drift", standing.tokens + max(3 * standing.output, standing.forward), 0, 0.0)
+        yield Phase("drift", standing.tokens + 3 * standing.output, 0, 0.0)
         standing.tokens += standing.output
     criterion = CRITERIA[config.selection].cost(shape)
     yield Phase("select", standing.tokens + criterion.held, 0, criterion.operations)
@@ -115,14 +115,14 @@ def _fitting_phases(standing: Standing, gone: int) -> Iterator[Phase]:
     shape, config, sets, tokens = standing.shape, standing.config, standing.sets, standing.tokens
     kept, judged = standing.candidates * standing.candidate - gone, _judged(standing)
     operations = standing.candidates * judged.operations
-    yield Phase("judge", tokens + sets * standing.received + judged.held, kept, operations)
+    yield Phase("judge", tokens + sets * standing.choices + judged.held, kept, operations)
     if config.refit:
         sample = shape.fitted(sampled_tokens(config, shape.retained * shape.width, shape.top_k, shape.tokens))
         tokens += sample.tokens * (shape.itemsize * shape.inputs + shape.number * shape.outputs)  # what a fit sees
         for step in first_steps(config):
             for cost in step.costs(sample):
                 held, beside = (
-                    tokens + sets * standing.received + cost.held,
+                    tokens + sets * standing.choices + cost.held,
                     kept + standing.refitted,
                 )  # the best so far
                 operations = standing.candidates * (cost.operations + judged.operations)
@@ -130,12 +130,14 @@ def _fitting_phases(standing: Standing, gone: int) -> Iterator[Phase]:
         finalist = standing.candidate + standing.refitted - gone
         for step in further_steps(config):
             for cost in step.costs(sample if step.sampled else shape.fitted(shape.tokens)):
-                held = tokens + 2 * standing.received + cost.held
+                held = tokens + 2 * standing.choices + cost.held
                 yield Phase(type(step).__name__, held, finalist + cost.experts, cost.operations + judged.operations)
     written = 2 * standing.candidate + standing.refitted * bool(config.refit) - gone
-    yield Phase("write", standing.tokens + standing.received, written, 0.0)
+    yield Phase("write", standing.tokens + standing.choices, written, 0.0)
     if config.calibration_order == "sequential":
-        yield Phase("run", standing.tokens + standing.forward, standing.candidate - gone, 0.0)
+        yield Phase(
+            "run", standing.tokens + standing.forward + held_by_chunk(standing.passed), standing.candidate - gone, 0.0
+        )
 
 
 def _pass_tokens(shape: LayerShape, config: DernConfig) -> int:

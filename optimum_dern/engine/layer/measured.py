@@ -13,9 +13,10 @@ from ...core.router.rows import retain
 from ...data.labels import TokenLabels
 from ...machine.processes import Processes
 from ...methods import Candidate
+from ...models.forward import run_until_stopped
 from ...models.moe.structure import MoELayer
 from ...models.moe.view import LayerWeights, layer_activation, read_layer, write_layer_, write_routing_
-from .recording import record_routing, run_until_stopped
+from .recording import record_routing
 
 
 __all__ = ["Goal", "MeasuredLayer"]
@@ -90,7 +91,7 @@ class MeasuredLayer:
         with record_routing(self.layer.block, self.layer.experts, stop=True) as record:
             for args, kwargs in self.block_calls:
                 run_until_stopped(self.layer.block, *args, **kwargs)
-        return record.without_padding(self.masks)
+        return record.without_padding(self.masks, self.routing.hidden)
 
     def write_(self, candidate: Candidate) -> None:
         """Write a candidate's experts and router into the model."""

@@ -6,16 +6,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...core.layer.mixture import Activation, Routing
+from ...core.layer.mixture import Routing
 from ...core.layer.reduction import any_process
 from ...core.layer.segments import Segments
-from ...core.layer.statistics import ExpertStatistics, measure_experts
+from ...core.layer.statistics import ExpertStatistics
 from ...data.labels import TokenLabels
 from ...machine.processes import ALONE, Processes
 from ...models.moe.structure import MoELayer
-from ...models.moe.view import layer_activation, read_layer
+from ...models.moe.view import read_layer
+from .expert_run import ExpertRun
 from .measured import MeasuredLayer
-from .recording import RoutingRecord
 
 
 __all__ = ["measure_layer", "unseen_layer"]
@@ -25,17 +25,17 @@ __all__ = ["measure_layer", "unseen_layer"]
 def measure_layer(
     layer: MoELayer,
     position: int,
-    record: RoutingRecord,
+    run: ExpertRun,
     masks: Sequence[Tensor],
     labels: TokenLabels,
     processes: Processes = ALONE,
 ) -> MeasuredLayer:
-    """Measure a MoE layer with its original experts on the calibration tokens.
+    """Check what a run of a MoE layer's original experts has measured, over all processes.
 
     Args:
         layer: with its original experts, in memory.
         position: index of its decoder layer.
-        record: of the layer's calls and routing.
+        run: of its experts, on all micro-batches.
         masks: per micro-batch, (batch, sequence) bool, True for a real token.
         labels: of the T real tokens.
         processes: that share the tokens.
@@ -43,32 +43,26 @@ def measure_layer(
     Raises:
         ValueError: no token reached the layer; weights, inputs or outputs are not finite, or overflow its dtype.
     """
-    routing, weights, overflows = record.without_padding(masks), read_layer(layer), []
-    segments = weights.segments
+    segments = run.weights.segments
     _check_weights(layer, segments)
-    _check_inputs(layer, routing, processes)
-    activation = layer_activation(layer)
-    if segments.up.dtype == torch.float16:
-        activation = _watched(activation, overflows)
-    statistics, target = measure_experts(segments, routing, activation)
-    statistics = statistics.reduced(processes.reduce)
-    overflow = torch.stack(overflows).any() if overflows else torch.tensor(False, device=target.device)
-    if any_process(overflow, processes.reduce):
+    _check_inputs(layer, run.routing, processes)
+    statistics = run.statistics.reduced(processes.reduce)
+    if any_process(run.overflows, processes.reduce):
         raise ValueError(_overflow(layer))
     _check_range(layer, segments, statistics)
-    if any_process(~torch.isfinite(target).all(), processes.reduce):
+    if any_process(~_finite(run.target), processes.reduce):
         raise ValueError(f"the outputs of {layer.name} contain NaN or infinity; check the weights and the dtype")
     return MeasuredLayer(
         layer=layer,
         position=position,
-        routing=routing,
-        target=target,
+        routing=run.routing,
+        target=run.target,
         statistics=statistics,
-        labels=labels.on(target.device),
+        labels=labels.on(run.target.device),
         masks=masks,
-        block_calls=tuple(record.block_calls),
+        block_calls=tuple(run.block_calls),
         order=labels.order,
-        router=weights.routing,
+        router=run.weights.routing,
         processes=processes,
     )
 
@@ -115,13 +109,13 @@ def unseen_layer(
 def _check_inputs(layer: MoELayer, routing: Routing, processes: Processes) -> None:
     if not any_process(torch.tensor(len(routing.index) > 0, device=routing.index.device), processes.reduce):
         raise ValueError(f"no calibration token reached {layer.name}; give more calibration text")
-    if any_process(~torch.isfinite(routing.hidden).all(), processes.reduce):
+    if any_process(~_finite(routing.hidden), processes.reduce):
         raise ValueError(f"the inputs of {layer.name} contain NaN or infinity; try another dtype, such as bfloat16")
 
 
 def _check_weights(layer: MoELayer, segments: Segments) -> None:
     parts = [part for part in (segments.gate, segments.up, segments.down) if part is not None]
-    finite = torch.stack([torch.isfinite(part[i]).all() for part in parts for i in range(len(part))])
+    finite = torch.stack([_finite(part[i]) for part in parts for i in range(len(part))])
     broken = (~finite).view(len(parts), -1).any(0).nonzero().flatten().tolist()
     if broken:
         raise ValueError(
@@ -139,14 +133,9 @@ def _check_range(layer: MoELayer, segments: Segments, statistics: ExpertStatisti
         raise ValueError(_overflow(layer))
 
 
-def _watched(activation: Activation, overflows: list[Tensor]) -> Activation:
-    """Wrap the activation so that it records whether it overflows in float16, the model's own dtype."""
-
-    def watched(gate: Tensor | None, up: Tensor) -> Tensor:
-        overflows.append(~torch.isfinite(activation(gate if gate is None else gate.half(), up.half())).all())
-        return activation(gate, up)
-
-    return watched
+def _finite(values: Tensor) -> Tensor:
+    """Return whether all values are finite, from their smallest and largest: no array of booleans is made."""
+    return torch.stack(values.aminmax()).isfinite().all() if values.numel() else values.isfinite().all()
 
 
 def _overflow(layer: MoELayer) -> str:

@@ -10,31 +10,30 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from ...core.layer.mixture import Routing
+from ...models.forward import StopForward
 from ...models.moe.overrides import routing_hook
 
 
-__all__ = ["RoutingRecord", "StopForward", "record_routing", "run_until_stopped"]
-
-
-class StopForward(Exception):
-    """Raised by a hook to end a forward pass early, once everything is recorded."""
+__all__ = ["RoutingRecord", "record_routing"]
 
 
 class RoutingRecord:
-    """The inputs and routing of the experts, and the arguments of the MoE block around them, per micro-batch."""
+    """The inputs and routing of the experts, per micro-batch."""
 
     def __init__(self) -> None:
         self.routings: list[Routing] = []
-        self.block_calls: list[tuple[tuple, dict]] = []
 
-    def without_padding(self, masks: Sequence[Tensor]) -> Routing:
+    def without_padding(self, masks: Sequence[Tensor], hidden: Tensor | None = None) -> Routing:
         """Concatenate the routing of all micro-batches, without padding tokens.
 
         Args:
             masks: per micro-batch, (batch, sequence) bool, True for a real token.
+            hidden: (T, d) of the real tokens, where they are known already.
         """
-        kept = [r.select(mask.flatten().to(r.index.device)) for r, mask in zip(self.routings, masks, strict=True)]
-        return Routing.concatenate(kept)
+        routings = self.routings if hidden is None else [r._replace(hidden=r.weight[:, :0]) for r in self.routings]
+        kept = [r.select(mask.flatten().to(r.index.device)) for r, mask in zip(routings, masks, strict=True)]
+        routing = Routing.concatenate(kept)
+        return routing if hidden is None else routing._replace(hidden=hidden)
 
 
 @contextmanager
@@ -48,28 +47,13 @@ def record_routing(block: nn.Module, experts: nn.Module, stop: bool = False) -> 
     """
     record = RoutingRecord()
 
-    def before_block(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        record.block_calls.append((args, kwargs))
-
     def receive(routing: Routing) -> None:
         record.routings.append(routing)
         if stop:
             raise StopForward
 
-    handles = [
-        block.register_forward_pre_hook(before_block, with_kwargs=True),
-        routing_hook(experts)(block, experts, receive),
-    ]
+    handle = routing_hook(experts)(block, experts, receive)
     try:
         yield record
     finally:
-        for handle in handles:
-            handle.remove()
-
-
-def run_until_stopped(module: nn.Module, *args, **kwargs) -> None:
-    """Call a module whose hooks may end the forward pass with `StopForward`."""
-    try:
-        module(*args, **kwargs)
-    except StopForward:
-        return
+        handle.remove()

@@ -87,10 +87,10 @@ class DownRefit:
 
 @dataclass(frozen=True)
 class RouterRefit:
-    """Step that refits the router's rows by a Gauss-Newton step, and then what else is fitted to the new routing."""
+    """Step that refits the router's rows by a Gauss-Newton step, and then the down projections to the new routing."""
 
+    then: DownRefit = DownRefit()
     ridge: float = RIDGE
-    then: DownRefit | None = None
     sampled = True
 
     def __call__(self, variant: Variant, objective: Objective) -> Iterator[Variant]:
@@ -109,10 +109,10 @@ class RouterRefit:
         candidate = replace(candidate, router_rows=rows)
         moved = replace(variant, candidate=candidate, routing=objective.measured.reroute(candidate))
         moved = moved.after("router", candidate.segments)
-        yield from (moved,) if self.then is None else self.then(moved, objective)
+        yield from self.then(moved, objective)
 
     def costs(self, shape: LayerShape) -> list[Cost]:
-        return [refit_router_cost(shape), *(self.then.costs(shape) if self.then else ())]
+        return [refit_router_cost(shape), *self.then.costs(shape)]
 
 
 @dataclass(frozen=True)
@@ -149,11 +149,11 @@ def first_steps(config: DernConfig) -> list[Step]:
     """Return the steps that are tried on every candidate, each on the best so far; none where refits are disabled."""
     if not config.refit:
         return []
-    return [Scale()] if config.neuron_refit else [Scale(), _down_refit(config)]
+    return [Scale(), _down_refit(config)]
 
 
 def _down_refit(config: DernConfig) -> DownRefit:
-    tried = RIDGES if config.guard else (RIDGE,)
+    tried = RIDGES if config.guard and not config.neuron_refit else (RIDGE,)  # a descent follows from any ridge's
     return DownRefit(tried if config.refit_ridge is None else (config.refit_ridge,), config.refit_sweeps)
 
 
@@ -172,6 +172,6 @@ def sampled_tokens(config: DernConfig, neurons: int, top_k: int, tokens: int) ->
 def further_steps(config: DernConfig) -> Iterator[Step]:
     """Yield the steps that follow for the best candidate, in order; none where refits are disabled."""
     if config.refit and config.router_refit:
-        yield RouterRefit(config.refit_ridge or RIDGE, None if config.neuron_refit else _down_refit(config))
+        yield RouterRefit(_down_refit(config), config.refit_ridge or RIDGE)
     if config.refit and config.neuron_refit:
         yield NeuronRefit(config.seed)

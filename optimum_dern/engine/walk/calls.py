@@ -1,7 +1,7 @@
 """Recording of the arguments that a model calls its decoder layers with, without running any layer."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ...models.cache import CACHES
-from ..layer.recording import StopForward, run_until_stopped
+from ...models.forward import StopForward, replaced_forward, run_until_stopped
 from .sharing import SharedTensors
 
 
-__all__ = ["Call", "LayerState", "record_layer_calls", "replaced_forward", "replay_last_hidden"]
+__all__ = ["Call", "LayerState", "record_layer_calls", "replay_last_hidden"]
 
 
 class Call(NamedTuple):
@@ -135,16 +135,3 @@ def replay_last_hidden(model: nn.Module, layers: nn.ModuleList, inputs: dict, hi
         return logits(hidden.as_subclass(LayerOutput))
     except LayerUnpacked:
         return logits((hidden, LayerState(1)))
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Replace the forward function of one module while the context is open."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from ...core.layer.reduction import any_process
 from ...machine.processes import ALONE, Processes
+from ...models.forward import replaced_forward
 from ...models.moe.structure import MoELayer
+from ..layer.expert_run import ExpertRun
 from ..layer.measured import Goal
 from .stream import HiddenStream
 
@@ -49,6 +51,7 @@ def measure_drift(
     layer: MoELayer,
     stream: HiddenStream,
     original: HiddenStream,
+    run: ExpertRun,
     masks: Sequence[Tensor],
     processes: Processes = ALONE,
 ) -> Drift | None:
@@ -60,6 +63,7 @@ def measure_drift(
         layer: its MoE layer.
         stream: hidden states that enter it behind compressed layers.
         original: hidden states of the original model that leave this layer.
+        run: of the layer's experts, which measures them meanwhile.
         masks: per micro-batch, (batch, sequence) bool, True for a real token.
         processes: that share the micro-batches.
 
@@ -68,35 +72,33 @@ def measure_drift(
     """
     outputs = stream.outputs(position, decoder_layer)
     first = next(outputs)
-    arrives = _arrives(position, decoder_layer, layer, stream, first, masks[0])
-    if any_process(torch.tensor(not arrives, device=processes.device), processes.reduce):
-        return None
+    noise, arrived = _noise_through(position, decoder_layer, layer, stream, first, run.first_output)
+    real = masks[0].to(first.device)
+    deviation = (arrived - noise)[real].float().norm() / noise[real].float().norm()
+    changes = any_process((deviation > TOLERANCE).to(processes.device), processes.reduce)
     errors, sizes = [], []
     for output, wanted, mask in zip(chain([first], outputs), original, masks, strict=True):
         wanted = wanted.to(output.device)[mask.to(output.device)].float()  # (n, d)
         errors.append(wanted - output[mask.to(output.device)].float())
         sizes.append(wanted.square().mean(1, keepdim=True).sqrt())
+    if changes:
+        return None
     weight = 1 / torch.cat(sizes).clamp(min=1e-6)  # (T, 1)
     mean = processes.reduce(weight.sum()) / processes.reduce(torch.tensor(float(len(weight)), device=weight.device))
     return Drift(torch.cat(errors), weight / mean)
 
 
-def _arrives(
-    position: int, decoder_layer: nn.Module, layer: MoELayer, stream: HiddenStream, before: Tensor, mask: Tensor
-) -> bool:
-    """Whether noise added to the experts' output reaches the decoder layer's output unchanged (first micro-batch)."""
-    generator = torch.Generator().manual_seed(position)
-    noise = torch.randn(before.shape, generator=generator).to(before)
-    noise *= before[mask.to(before.device)].float().square().mean().sqrt().to(before)
+def _noise_through(
+    position: int, decoder_layer: nn.Module, layer: MoELayer, stream: HiddenStream, before: Tensor, experts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Add noise to the experts' output for the first micro-batch; return it and the change of the layer's output."""
+    noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(position)).to(before)  # (B, S, d)
+    noise *= before.float().square().mean().sqrt().to(before)
 
-    def add(module: nn.Module, args: tuple, output: object) -> object:
-        fits = isinstance(output, Tensor) and output.numel() == noise.numel()
-        return output + noise.reshape(output.shape) if fits else None
+    added = noise.flatten(0, -2) if noise.numel() == experts.numel() else torch.zeros_like(experts)  # (B S, d)
 
-    handle = layer.experts.register_forward_hook(add)
-    try:
-        change = next(stream.outputs(position, decoder_layer)) - before
-    finally:
-        handle.remove()
-    deviation = (change - noise)[mask.to(before.device)].float().norm()
-    return bool(deviation <= TOLERANCE * noise[mask.to(before.device)].float().norm())
+    def forward(hidden: Tensor, *args, **kwargs) -> Tensor:
+        return (experts + added).to(hidden).view(*hidden.shape[:-1], -1)
+
+    with replaced_forward(layer.experts, forward):
+        return noise, next(stream.outputs(position, decoder_layer)) - before

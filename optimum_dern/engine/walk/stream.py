@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...machine.scratch import CopiesInFiles
-from ..layer.recording import StopForward
+from ...models.forward import StopForward
 from .calls import Call, LayerState
 
 

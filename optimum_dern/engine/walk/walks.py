@@ -19,11 +19,12 @@ from ...core.layer.statistics import ExpertStatistics
 from ...data.labels import TokenLabels
 from ...machine.processes import Processes
 from ...models.moe.original import original_kept
+from ...models.moe.overrides import takes_routing
 from ...models.moe.structure import MoELayer
 from ..layer.compression import compress_layer_
+from ..layer.expert_run import chunked_experts, measured_experts
 from ..layer.measured import MeasuredLayer
 from ..layer.measuring import measure_layer
-from ..layer.recording import record_routing
 from ..layer.residual import record_residual
 from .calls import Call
 from .drift import measure_drift
@@ -117,7 +118,7 @@ def pass_layer(
     """Take every walk through one decoder layer, compressing it for the recipes that have not finished it."""
     ahead = [walk for walk in walks if walk.sequential and layer is not None and not walk.waiting(position)]
     for walk in ahead:
-        with walk.recipes[0].sink.loaded(position):
+        with walk.recipes[0].sink.loaded(position), chunked_experts(layer):
             walk.stream.step(position, decoder_layer)
     if len(ahead) == len(walks):
         return
@@ -128,9 +129,17 @@ def pass_layer(
             if layer is not None and walk.waiting(position):
                 _measure_and_compress(walk, position, decoder_layer, layer, common)
                 continue
-            walk.stream.step(position, decoder_layer)
+            with _unmeasured(walk, layer, common.masks):
+                walk.stream.step(position, decoder_layer)
             for recipe in walk.waiting(position):
                 recipe.sink.finish(position, None)
+
+
+def _unmeasured(walk: Walk, layer: MoELayer | None, masks: Sequence[Tensor]) -> AbstractContextManager:
+    """Run the experts of a layer as the run does that measures it, so that a resumed walk hands on the same bits."""
+    if layer is None:
+        return nullcontext()
+    return measured_experts(layer, masks) if walk.recipes else chunked_experts(layer)
 
 
 def _measure_and_compress(walk: Walk, position: int, decoder_layer: nn.Module, layer: MoELayer, common: Pass) -> None:
@@ -150,14 +159,18 @@ def _measure(walk: Walk, position: int, decoder_layer: nn.Module, layer: MoELaye
     needs_residual = any(CRITERIA[recipe.config.selection].needs == "residual" for recipe in recipes)
     with ExitStack() as stack:  # hooks, the last of which may end the forward pass
         residual = stack.enter_context(record_residual(decoder_layer, layer)) if needs_residual else None
-        record = stack.enter_context(record_routing(layer.block, layer.experts, stop=walk.sequential))
-        (walk.stream.probe if walk.sequential else walk.stream.step)(position, decoder_layer)
-    measured = measure_layer(layer, position, record, common.masks, common.labels, common.processes)
-    if walk.original is not None and not measured.routing.weighs_input:  # else weights do not scale outputs
-        streams = walk.stream, walk.original
-        drift = measure_drift(position, decoder_layer, layer, *streams, common.masks, common.processes)
-        if drift is not None:
-            measured = replace(measured, goal=drift.goal(measured.target, recipes[0].config.drift_correction))
+        drifts = walk.original is not None and takes_routing(layer.experts)
+        stops = walk.sequential and not drifts
+        run = stack.enter_context(measured_experts(layer, common.masks, stops))
+        drift = None
+        if drifts:
+            streams = walk.stream, walk.original
+            drift = measure_drift(position, decoder_layer, layer, *streams, run, common.masks, common.processes)
+        else:
+            (walk.stream.probe if stops else walk.stream.step)(position, decoder_layer)
+    measured = measure_layer(layer, position, run, common.masks, common.labels, common.processes)
+    if drift is not None:
+        measured = replace(measured, goal=drift.goal(measured.target, recipes[0].config.drift_correction))
     return measured if residual is None else replace(measured, residual=residual.without_padding(common.masks))
 
 
@@ -184,5 +197,6 @@ def compress_for(
         earlier = [report for report in recipe.reports if report.layer < position]
         report = compress_layer_(measured, recipe.config, recipe.num_experts, started, earlier)
         if behind is not None:
-            stream.step(position, behind)
+            with chunked_experts(measured.layer):
+                stream.step(position, behind)
         recipe.sink.finish(position, report)

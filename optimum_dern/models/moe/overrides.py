@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ...core.layer.mixture import Routing
 
 
-__all__ = ["routing_hook"]
+__all__ = ["experts_routing", "routing_hook", "takes_routing"]
 
 RoutingHook = Callable[[nn.Module, nn.Module, Callable[[Routing], None]], RemovableHandle]
 
@@ -30,17 +30,27 @@ def routing_hook(experts: nn.Module) -> RoutingHook | None:
     """
     if type(experts).__name__ in HOOKS:
         return HOOKS[type(experts).__name__]
-    return hook_experts if _takes_routing(experts) else None
+    return hook_experts if _is_called_with_three(experts) else None
 
 
 def hook_experts(block: nn.Module, experts: nn.Module, receive: Callable[[Routing], None]) -> RemovableHandle:
     """Record the routing from the experts' arguments: hidden states (..., d), indices and gate weights (T, k)."""
 
     def before_experts(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden, index, weight = [*args, *kwargs.values()][:3]
-        receive(Routing(hidden.detach().flatten(0, -2), index.detach(), weight.detach()))
+        receive(experts_routing(args, kwargs))
 
     return experts.register_forward_pre_hook(before_experts, with_kwargs=True)
+
+
+def takes_routing(experts: nn.Module) -> bool:
+    """Return whether the experts are called with their routing, and return the routed output of every token."""
+    return type(experts).__name__ not in HOOKS
+
+
+def experts_routing(args: tuple, kwargs: dict) -> Routing:
+    """Read the routing from the arguments of experts that take it."""
+    hidden, index, weight = [*args, *kwargs.values()][:3]
+    return Routing(hidden.detach().flatten(0, -2), index.detach(), weight.detach())
 
 
 def hook_llama4(block: nn.Module, experts: nn.Module, receive: Callable[[Routing], None]) -> RemovableHandle:
@@ -57,7 +67,7 @@ def hook_llama4(block: nn.Module, experts: nn.Module, receive: Callable[[Routing
 HOOKS: dict[str, RoutingHook] = {"Llama4TextExperts": hook_llama4}
 
 
-def _takes_routing(experts: nn.Module) -> bool:
+def _is_called_with_three(experts: nn.Module) -> bool:
     """Return whether the module can be called as (hidden, indices, weights)."""
     try:
         inspect.signature(experts.forward).bind(None, None, None)

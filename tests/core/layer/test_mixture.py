@@ -70,6 +70,18 @@ def test_batches_cover_every_slot_once(kind):
     assert sorted(seen) == [(t, k) for t in range(20) for k in range(2)]
 
 
+@pytest.mark.parametrize("experts", [None, [3, 0, 5]])
+def test_batches_keep_the_order_of_tokens(experts):
+    """Within an expert tokens come as they stand in the routing, whether all experts are visited or a few."""
+    segments, routing = in_chunks(make_segments(), 4), make_routing(tokens=50, top_k=3, unused=[2])
+    seen = {}
+    for batch in expert_batches(segments, routing, activation, experts):
+        seen.setdefault(batch.expert, []).append(torch.stack([batch.token, batch.slot]))
+    assert list(seen) == (experts or [0, 1, 3, 4, 5])
+    for expert, parts in seen.items():
+        assert torch.equal(torch.cat(parts, dim=1), torch.stack(torch.where(routing.index == expert)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_change_nothing(kind):
     """The routed sum does not depend on the chunk length."""

@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from reference import reference_layer_output, reference_statistics
 from samples import (
     KINDS,
@@ -18,7 +19,8 @@ from samples import (
     reference_arguments,
 )
 
-from optimum_dern.core.layer.statistics import ExpertStatistics, measure_experts
+from optimum_dern.core.layer.cost import LayerShape
+from optimum_dern.core.layer.statistics import ExpertStatistics, measure_experts, measure_experts_cost
 
 
 def assert_same(actual, expected, tolerance):
@@ -86,6 +88,18 @@ def test_chunks_change_nothing(kind):
     actual, again = measure_experts(in_chunks(segments, 2), routing, activation)
     assert_same(actual, vars(whole), 1e-12)
     assert_near(again, routed, 1e-12)
+
+
+def test_many_experts_take_no_memory_for_each_token():
+    """Beside the output nothing grows with tokens times experts, and the memory is what its cost says."""
+    tokens, experts = 20_000, 256
+    segments = in_chunks(make_segments(experts=experts, dtype=torch.float32), 1024)
+    routing = make_routing(experts, tokens, dtype=torch.float32)
+    with LiveBytes() as live:
+        _, routed = measure_experts(segments, routing, activation)
+    shape = LayerShape(tokens, experts, experts, 2, width=5, inputs=4, outputs=3, chunk_tokens=1024)
+    assert 0.85 < (live.peak - routed.nbytes) / measure_experts_cost(shape).held < 1.15
+    assert live.peak < 0.5 * tokens * experts * 4
 
 
 def test_sums_of_one_token_by_hand():

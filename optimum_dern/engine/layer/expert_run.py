@@ -1,0 +1,154 @@
+"""Run a layer's experts chunk by chunk, in place of the model's own implementation, and measure them in the same run.
+
+It computes the same output with less memory: nothing is as large as tokens times experts per token times width.
+`models.moe.overrides` has the exceptions, whose experts run themselves.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ...core.layer.mixture import Activation, Routing, routed_output
+from ...core.layer.statistics import ExpertStatistics, measure_experts
+from ...models.forward import StopForward, replaced_forward
+from ...models.moe.overrides import experts_routing, routing_hook, takes_routing
+from ...models.moe.structure import MoELayer
+from ...models.moe.view import layer_activation, read_layer
+
+
+__all__ = ["ExpertRun", "chunked_experts", "measured_experts"]
+
+
+class ExpertRun:
+    """What one run of a layer's experts has measured, micro-batch by micro-batch.
+
+    Args:
+        layer: with its original experts.
+        masks: per micro-batch, (batch, sequence) bool, True for a real token.
+    """
+
+    def __init__(self, layer: MoELayer, masks: Sequence[Tensor]) -> None:
+        self.weights = read_layer(layer)
+        segments, activation = self.weights.segments, layer_activation(layer)
+        self.statistics = ExpertStatistics.zeros(len(segments.up), segments.down.shape[-1], segments.down.device)
+        self.overflows = torch.zeros((), dtype=torch.bool, device=segments.down.device)  # in float16, the model's own
+        self.block_calls: list[tuple[tuple, dict]] = []  # arguments of the block, to route the tokens again
+        self.first_output: Tensor | None = None  # (B S, o) for the first micro-batch
+        self.routing: Routing | None = None  # of the T real tokens; None before the first micro-batch
+        self.target: Tensor | None = None  # (T, o) routed output of the real tokens
+        self._masks = [mask.flatten() for mask in masks]
+        self._measured = 0  # real tokens so far
+        self._activation = activation if segments.up.dtype != torch.float16 else self._watched(activation)
+
+    def measure(self, routing: Routing, block_call: tuple[tuple, dict]) -> Tensor:
+        """Compute the experts' output for one micro-batch, and add its real tokens to what is measured.
+
+        Args:
+            routing: of B S tokens, with padding.
+            block_call: arguments of the block around the experts.
+
+        Returns:
+            (B S, o) routed output.
+        """
+        mask, segments = self._masks[len(self.block_calls)], self.weights.segments
+        if mask.all():
+            target = self._add(routing)
+            kept = self.routing.hidden[self._measured - len(target) : self._measured]
+            block_call = _with_view(block_call, routing.hidden, kept)
+        else:
+            real, padding = (part.nonzero().flatten().to(routing.index.device) for part in (mask, ~mask))
+            measured = self._add(routing.select(real))
+            target = measured.new_empty(len(mask), measured.shape[1])
+            target[real] = measured
+            target[padding] = routed_output(segments, routing.select(padding), self._activation)
+        self.block_calls.append(block_call)
+        if self.first_output is None:
+            self.first_output = target
+        return target
+
+    def _add(self, routing: Routing) -> Tensor:
+        """Measure real tokens (n,) and keep their routing; returns their output (n, o)."""
+        statistics, target = measure_experts(self.weights.segments, routing, self._activation)
+        self.statistics = self.statistics.merge(statistics)
+        if self.routing is None:
+            tokens = sum(int(mask.sum()) for mask in self._masks)
+            *tensors, self.target = (part.new_empty(tokens, part.shape[1]) for part in (*routing[:3], target))
+            self.routing = Routing(*tensors, routing.weighs_input)
+        rows = slice(self._measured, self._measured + len(target))
+        for whole, part in zip((*self.routing[:3], self.target), (*routing[:3], target), strict=True):
+            whole[rows] = part
+        self._measured = rows.stop
+        return target
+
+    def _watched(self, activation: Activation) -> Activation:
+        """Wrap the activation so that it records whether it overflows in float16."""
+
+        def watched(gate: Tensor | None, up: Tensor) -> Tensor:
+            self.overflows |= ~torch.isfinite(activation(gate if gate is None else gate.half(), up.half())).all()
+            return activation(gate, up)
+
+        return watched
+
+
+@contextmanager
+def chunked_experts(layer: MoELayer) -> Iterator[None]:
+    """Run a layer's experts, original or compressed, chunk by chunk while the context is open."""
+    segments, activation = read_layer(layer).segments, layer_activation(layer)
+    with ExitStack() as stack:
+        if takes_routing(layer.experts):
+            forward = _forward(lambda routing: routed_output(segments, routing, activation))
+            stack.enter_context(replaced_forward(layer.experts, forward))
+        yield
+
+
+def _forward(run: Callable[[Routing], Tensor]) -> Callable[..., Tensor]:
+    """Make the forward function of an experts module from a function of its routing."""
+
+    def forward(*args, **kwargs) -> Tensor:
+        hidden = next(iter((*args, *kwargs.values())))
+        return run(experts_routing(args, kwargs)).to(hidden).view(*hidden.shape[:-1], -1)
+
+    return forward
+
+
+@contextmanager
+def measured_experts(layer: MoELayer, masks: Sequence[Tensor], stop: bool = False) -> Iterator[ExpertRun]:
+    """Measure the experts of every forward pass of a layer while the context is open.
+
+    Args:
+        layer: with its original experts, of a kind whose routing `models.moe.overrides` can read.
+        masks: per micro-batch that will be run, (batch, sequence) bool, True for a real token.
+        stop: raise `StopForward` once a micro-batch is measured, instead of handing on its output.
+    """
+    run, calls = ExpertRun(layer, masks), []
+
+    def before_block(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        calls[:] = [(args, kwargs)]
+
+    def receive(routing: Routing) -> Tensor:
+        output = run.measure(routing, calls.pop())
+        if stop:
+            raise StopForward
+        return output
+
+    with ExitStack() as stack:
+        handles = [layer.block.register_forward_pre_hook(before_block, with_kwargs=True)]
+        if takes_routing(layer.experts):
+            stack.enter_context(replaced_forward(layer.experts, _forward(receive)))
+        else:
+            handles.append(routing_hook(layer.experts)(layer.block, layer.experts, receive))
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield run
+
+
+def _with_view(call: tuple[tuple, dict], hidden: Tensor, kept: Tensor) -> tuple[tuple, dict]:
+    """Let a call refer to the copy of the hidden states that is kept, so that they are not kept twice."""
+
+    def view(value: object) -> object:
+        same = isinstance(value, Tensor) and (value.data_ptr(), value.numel()) == (hidden.data_ptr(), hidden.numel())
+        return kept.view(value.shape) if same else value
+
+    return tuple(map(view, call[0])), {name: view(value) for name, value in call[1].items()}

@@ -39,6 +39,7 @@ PRESETS = {  # from the most to the least work; docs/source/presets.md measures 
         "router_refit": False,
         "neuron_refit": False,
         "drift_correction": 0.0,
+        "refit_ridge": 1e-2,
         "guard": True,
         "calibration_order": "oneshot",
         **SAFE_CALIBRATION,
@@ -191,7 +192,7 @@ class DernOptions:
         group="for ablations",
     )
     refit_sweeps: int = _option(
-        3,
+        2,
         "passes of the down projections' refit over a layer's experts",
         group="for ablations",
     )

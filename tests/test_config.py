@@ -39,7 +39,7 @@ def test_defaults():
         "neuron_refit": True,
         "drift_correction": 0.5,
         "refit_ridge": None,
-        "refit_sweeps": 3,
+        "refit_sweeps": 2,
         "guard": True,
         "calibration_order": "sequential",
         "dataset": None,

@@ -14,12 +14,13 @@ Experts that few tokens reach stay near their old weights, because the ridge dom
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..layer.cost import Cost, LayerShape, experts_operations, held_by_chunk
-from ..layer.mixture import Activation, ExpertBatch, Routing, expert_batches, expert_output
+from ..layer.mixture import Activation, ExpertBatch, Routing, expert_batches
 from ..layer.reduction import Reduce, alone
 from ..layer.segments import Segments
 
@@ -60,20 +61,32 @@ def refit_down(
     """
     if sweeps < 1 or not all(ridge > 0 for ridge in ridges):
         raise ValueError(f"refit needs ridge > 0 and sweeps >= 1, got ridge={list(ridges)}, sweeps={sweeps}")
-    batches = _batch_source(segments, routing, activation)
-    grams = _gram_source(batches, segments, reduce)
+    parts = _part_source(segments, routing, activation)
+    grams = _gram_source(parts, segments, reduce)
+    if len(ridges) > 1:
+        grams = _kept(grams, segments)
     start = target.to(segments.compute_dtype, copy=True)  # (T, o) residual of the unfitted experts
-    for expert in range(len(segments.down)):
-        for batch in batches(expert):
-            start[batch.token] -= batch.weight * expert_output(segments, batch)
+    for expert, down in enumerate(segments.down):
+        for part in parts(expert):
+            output = part.features @ down.to(start.dtype)  # (n, o)
+            bias = 0.0 if segments.output_bias is None else part.weight * segments.output_bias[expert]
+            start.index_add_(0, part.token, output + bias, alpha=-1)
     for number, ridge in enumerate(ridges, start=1):
         residual = start if number == len(ridges) else start.clone()
-        yield segments._replace(down=_swept(segments, batches, grams, residual, ridge, sweeps, reduce))
+        yield segments._replace(down=_swept(segments, parts, grams, residual, ridge, sweeps, reduce))
+
+
+class Part(NamedTuple):
+    """Some of the tokens that an expert gets, and its neurons times the gate weights."""
+
+    token: Tensor  # (n,)
+    features: Tensor  # (n, f)
+    weight: Tensor  # (n, 1)
 
 
 def _swept(
     segments: Segments,
-    batches: Callable[[int], Iterable[ExpertBatch]],
+    parts: Callable[[int], Iterable[Part]],
     grams: Callable[[int], Tensor],
     residual: Tensor,
     ridge: float,
@@ -81,58 +94,71 @@ def _swept(
     reduce: Reduce,
 ) -> Tensor:
     """Return the down projections (N, f, o) after some sweeps; the residual (T, o) is updated along with them."""
-    original, width = segments.down, segments.down.shape[1]
+    original = segments.down
     down = segments.workspace.copy(original, segments.compute_dtype)  # (N, f, o)
+    systems = _kept(lambda expert: _invert(grams(expert), ridge), segments) if sweeps > 1 else None
     unsolved = torch.zeros(len(down), dtype=torch.bool, device=down.device)
     for _ in range(sweeps):
         for expert in range(len(down)):
-            gram = grams(expert)
-            penalty = ridge * gram.trace() / width
-            factor, failed = torch.linalg.cholesky_ex(gram + penalty * torch.eye(width).to(gram))
+            inverse, penalty, failed = systems(expert) if systems else _invert(grams(expert), ridge)
             correlation = torch.zeros_like(down[expert])  # (f, o)
-            for batch in batches(expert):
-                correlation.addmm_((batch.weight * batch.neurons).T, residual[batch.token])
-            correlation = reduce(correlation)
-            step = torch.cholesky_solve(correlation - penalty * (down[expert] - original[expert]), factor)
-            unsolved[expert] = (penalty > 0) & (failed != 0)
-            step = torch.where((penalty > 0) & (failed == 0), step, 0.0)  # nothing for an expert without tokens
+            for part in parts(expert):
+                correlation.addmm_(part.features.T, residual[part.token])
+            step = inverse @ (reduce(correlation) - penalty * (down[expert] - original[expert]))
+            unsolved[expert] = failed
             down[expert] += step
-            for batch in batches(expert):
-                residual.index_add_(0, batch.token, (batch.weight * batch.neurons) @ step, alpha=-1)
+            for part in parts(expert):
+                residual.index_add_(0, part.token, part.features @ step, alpha=-1)
     if experts := unsolved.nonzero().flatten().tolist():
         logger.warning("experts %s: singular refit system, their down projections stay; raise refit_ridge", experts)
     return down
 
 
-def _batch_source(
-    segments: Segments, routing: Routing, activation: Activation
-) -> Callable[[int], Iterable[ExpertBatch]]:
-    """Return a function from expert to its batches, cached if all experts' activations fit in memory."""
+def _invert(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (A + lambda I)^-1 (f, f), lambda, and whether it failed; zeros then, and for an expert without tokens."""
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    penalty = ridge * gram.trace() / len(gram)
+    factor, failed = torch.linalg.cholesky_ex(gram + penalty * eye)
+    solved = (penalty > 0) & (failed == 0)
+    inverse = torch.cholesky_inverse(torch.where(solved, factor, eye)) * solved
+    return inverse, penalty, (penalty > 0) & (failed != 0)
 
-    def compute(expert: int) -> Iterable[ExpertBatch]:
-        return expert_batches(segments, routing, activation, [expert])
+
+def _part_source(segments: Segments, routing: Routing, activation: Activation) -> Callable[[int], Iterable[Part]]:
+    """Return a function from expert to its parts, cached if all experts' neurons fit in memory."""
+
+    def part(batch: ExpertBatch) -> Part:
+        return Part(batch.token, batch.weight * batch.neurons, batch.weight)
+
+    def compute(expert: int) -> Iterable[Part]:
+        return map(part, expert_batches(segments, routing, activation, [expert]))
 
     if routing.index.numel() * segments.down.shape[1] > segments.workspace.max_elements:
         return compute
-    kept: list[list[ExpertBatch]] = [[] for _ in segments.down]
+    kept: list[list[Part]] = [[] for _ in segments.down]
     for batch in expert_batches(segments, routing, activation):
-        kept[batch.expert].append(batch)
+        kept[batch.expert].append(part(batch))
     return kept.__getitem__
 
 
 def _gram_source(
-    batches: Callable[[int], Iterable[ExpertBatch]], segments: Segments, reduce: Reduce
+    parts: Callable[[int], Iterable[Part]], segments: Segments, reduce: Reduce
 ) -> Callable[[int], Tensor]:
-    """Return a function from expert to its matrix A (f, f), cached if those of all experts fit in memory."""
-    experts, width, _ = segments.down.shape
+    """Return a function from expert to its matrix A (f, f)."""
+    width = segments.down.shape[1]
 
     def compute(expert: int) -> Tensor:
         gram = segments.down.new_zeros(width, width, dtype=segments.compute_dtype)
-        for batch in batches(expert):
-            features = batch.weight * batch.neurons  # (n, f)
-            gram.addmm_(features.T, features)
+        for part in parts(expert):
+            gram.addmm_(part.features.T, part.features)
         return reduce(gram)
 
+    return compute
+
+
+def _kept(compute: Callable[[int], Any], segments: Segments) -> Callable[[int], Any]:
+    """Return the function with its results for all experts cached if matrices (N, f, f) fit in memory."""
+    experts, width, _ = segments.down.shape
     if experts * width**2 > segments.workspace.max_elements:
         return compute
     return [compute(expert) for expert in range(experts)].__getitem__
@@ -140,15 +166,18 @@ def _gram_source(
 
 def refit_down_cost(shape: LayerShape, sweeps: int, ridges: int = 1) -> Cost:
     """Cost of `refit_down` on the tokens of a shape, without copies of their inputs and targets."""
-    neurons, grams = shape.tokens * shape.top_k * shape.width, shape.retained * shape.width**2
-    kept, rounds = neurons <= shape.max_elements, sweeps * ridges
-    held = (1 + (ridges > 1)) * shape.tokens * shape.outputs + 3 * shape.width**2 + 3 * shape.down
-    held += (neurons if kept else 0) + (grams if grams <= shape.max_elements else 0)
+    neurons, matrices = shape.tokens * shape.top_k * shape.width, shape.retained * shape.width**2
+    kept, cached = neurons <= shape.max_elements, matrices <= shape.max_elements
+    rounds = sweeps * ridges
+    held = (1 + (ridges > 1)) * shape.tokens * shape.outputs + 4 * shape.width**2 + 3 * shape.down
+    held += (neurons if kept else 0) + (matrices * ((ridges > 1) + (sweeps > 1)) if cached else 0)
     down = shape.retained * shape.down
     routed = 2.0 * shape.tokens * shape.top_k * shape.down
-    once = experts_operations(shape) + 2.0 * neurons * shape.width + 2 * rounds * routed
-    again = 0 if kept else (2 * rounds + 1) * (experts_operations(shape) - routed)
-    solved = rounds * shape.retained * (2.0 * shape.width * shape.down + shape.width**3 / 3)
+    grams = 1 if cached else rounds
+    once = experts_operations(shape) + 2.0 * neurons * shape.width * grams + 2 * rounds * routed
+    again = 0 if kept else (2 * rounds + grams) * (experts_operations(shape) - routed)
+    inverted = (ridges if cached else rounds) * shape.retained * shape.width**3
+    solved = rounds * shape.retained * 2.0 * shape.width * shape.down + inverted
     return Cost(
         shape.number * held + held_by_chunk(shape), (1 + (ridges > 1)) * shape.number * down, once + again + solved
     )

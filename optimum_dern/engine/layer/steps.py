@@ -146,10 +146,8 @@ class NeuronRefit:
 
 
 def first_steps(config: DernConfig) -> list[Step]:
-    """Return the steps that are tried on every candidate, each on the best so far; none where refits are disabled."""
-    if not config.refit:
-        return []
-    return [Scale(), _down_refit(config)]
+    """Return the steps that every candidate takes before the best is chosen: cheap ones, where a long one follows."""
+    return [Scale(), _down_refit(config)] if config.refit and config.neuron_refit else []
 
 
 def _down_refit(config: DernConfig) -> DownRefit:
@@ -171,6 +169,8 @@ def sampled_tokens(config: DernConfig, neurons: int, top_k: int, tokens: int) ->
 
 def further_steps(config: DernConfig) -> Iterator[Step]:
     """Yield the steps that follow for the best candidate, in order; none where refits are disabled."""
+    if config.refit and not first_steps(config):
+        yield _down_refit(config)
     if config.refit and config.router_refit:
         yield RouterRefit(_down_refit(config), config.refit_ridge or RIDGE)
     if config.refit and config.neuron_refit:

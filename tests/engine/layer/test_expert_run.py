@@ -70,7 +70,7 @@ def test_hidden_states_are_kept_once():
     ],
 )
 def test_runs_of_each_part(fields, attention, measured, monkeypatch):
-    """Per micro-batch: of a layer's attention and of the measuring of its experts; the model's own experts never run."""
+    """Per micro-batch: of a layer's attention, and of measuring its experts; the model's own experts never run."""
     model = make_tiny("mixtral", num_hidden_layers=3)
     decoder = find_decoder_layers(model, find_moe_layers(model)[0])[1]
     runs, own, measurements = [0] * len(decoder), [], []

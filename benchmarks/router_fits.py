@@ -31,7 +31,7 @@ from optimum_dern.core.merging.averaging import shares
 from optimum_dern.core.merging.grouping import Grouping
 from optimum_dern.core.refits.router import conjugate_gradients, refit_router
 from optimum_dern.core.router.rule import RouterRule, weight_shares
-from optimum_dern.engine.layer.objective import relative_error
+from optimum_dern.engine.layer.objective import relative_errors
 from optimum_dern.engine.layer.steps import RIDGE
 
 
@@ -88,7 +88,9 @@ class Merging:
 
     def error(self, rows: Tensor) -> float:
         """Compute the relative error of the merged layer's output with these router rows."""
-        return relative_error(routed_output(self.merged, self.routing(rows), self.layer.activation), self.layer.target)
+        output, target = routed_output(self.merged, self.routing(rows), self.layer.activation), self.layer.target
+        source = torch.zeros(len(target), dtype=torch.int64, device=target.device)
+        return relative_errors(output, target, source, ["all"]).total
 
 
 def weighted_mean(merging: Merging) -> Tensor:

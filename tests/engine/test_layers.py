@@ -11,6 +11,7 @@ from optimum_dern.engine.layer.recording import record_routing
 from optimum_dern.engine.walk import walks
 from optimum_dern.engine.walk.calls import Call, record_layer_calls
 from optimum_dern.engine.walk.stream import HiddenStream
+from optimum_dern.machine.scratch import CopiesInFiles
 from optimum_dern.models.moe.structure import find_decoder_layers, find_moe_layers
 from optimum_dern.models.moe.view import layer_activation, read_layer
 
@@ -191,3 +192,11 @@ def test_oneshot_layers_see_the_original_model(captured, family):
         layer = next(layer for layer in find_moe_layers(original) if layer.name == report.name)
         statistics, _ = measure_experts(read_layer(layer).segments, captured[report.name], layer_activation(layer))
         assert report.saliency == pytest.approx((statistics.weight / 240).tolist())
+
+
+def test_hidden_states_in_files_go_to_the_layers_device(tmp_path):
+    """They are kept on the CPU, whatever device the layers are on."""
+    model = make_model("mixtral")
+    calls = record_layer_calls(model, model.model.layers, batches_padded("none"), CopiesInFiles(tmp_path).copy)
+    assert {hidden.device.type for hidden in HiddenStream(calls, tmp_path)} == {"cpu"}
+    assert {hidden.device.type for hidden in HiddenStream(calls, tmp_path, torch.device("meta"))} == {"meta"}

@@ -5,7 +5,7 @@ import torch
 from tiny import make_model, random_tokens
 
 from optimum_dern import DernCompressor
-from optimum_dern.engine.layer.objective import HeldOutError, Objective, relative_error, source_errors
+from optimum_dern.engine.layer.objective import HeldOutError, Objective, relative_errors
 
 
 def compressed(batches, **fields):
@@ -26,16 +26,21 @@ def batches_of(*names):
 
 
 def test_errors_by_source():
-    """Each is the relative error over the source's tokens; sources without tokens have none."""
+    """Each is the relative error over the source's tokens, and the total that over all; no tokens, no error."""
     generator = torch.Generator().manual_seed(0)
     output, target = torch.randn(2, 9, 5, generator=generator)
     source = torch.tensor([0, 2, 2, 0, 0, 2, 0, 2, 2])
-    found = source_errors(output, target, source, ("a", "b", "c"))
-    assert found.keys() == {"a", "c"}
-    for name, index in (("a", 0), ("c", 2)):
-        assert found[name] == pytest.approx(relative_error(output[source == index], target[source == index]))
+    found = relative_errors(output, target, source, ("a", "b", "c"))
+    assert found.by_source.keys() == {"a", "c"}
+    for error, tokens in (
+        (found.by_source["a"], source == 0),
+        (found.by_source["c"], source == 2),
+        (found.total, source >= 0),
+    ):
+        by_hand = (output - target)[tokens].square().sum() / target[tokens].square().sum()
+        assert error == pytest.approx(by_hand.item(), rel=1e-5)
     output[1] = torch.inf
-    assert source_errors(output, target, source, ("a", "b", "c"))["c"] == torch.inf
+    assert relative_errors(output, target, source, ("a", "b", "c")).by_source["c"] == torch.inf
 
 
 def test_the_report_shows_every_source():

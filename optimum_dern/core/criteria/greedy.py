@@ -12,7 +12,7 @@ memory for G limits the number of tokens: `MAX_TOKENS`, fewer for many experts (
 those that are not held out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,14 +52,14 @@ class Trial:
 
     def losses(self, kept: Sequence[list[int]]) -> Tensor:
         """Compute |F - F_S| of several sets S over the tokens of all processes: (sets,) float64."""
-        squares = [self._squares(self._without_others(experts)).sum() for experts in kept]
+        squares = [self._squares(logits).sum() for logits in self._without_others(kept)]
         return self.layer.reduce(torch.stack(squares)).clamp(min=0).sqrt()
 
     def losses_without(self, kept: list[int], candidates: list[int]) -> Tensor:
         """Compute |F - F_S| of the kept experts without each of the candidates in turn: (candidates,) float64."""
         if not self.independent:
             return self.losses([[expert for expert in kept if expert != candidate] for candidate in candidates])
-        logits = self._without_others(kept)
+        (logits,) = self._without_others([kept])
         index, weight = choose_experts(logits, self.choice, self.top_k)
         linear, quadratic = self._terms(index, weight)
         grown = 1.0  # growth of the gate weights when an expert is dropped that was not chosen
@@ -72,11 +72,13 @@ class Trial:
             squares.scatter_(1, gone, self._squares(logits.scatter(1, gone, -torch.inf)).unsqueeze(1))
         return self.layer.reduce(squares.sum(0)[candidates]).clamp(min=0).sqrt()
 
-    def _without_others(self, kept: list[int]) -> Tensor:
-        """Return the logits with those of all other experts set to -inf."""
-        dropped = torch.ones(self.logits.shape[1], dtype=torch.bool, device=self.logits.device)
-        dropped[kept] = False
-        return self.logits.masked_fill(dropped, -torch.inf)
+    def _without_others(self, kept: Sequence[list[int]]) -> Iterator[Tensor]:
+        """Yield for each set of experts the logits with those of all others set to -inf."""
+        dropped = torch.ones(len(kept), self.logits.shape[1], dtype=torch.bool)
+        for row, experts in zip(dropped, kept, strict=True):
+            row[experts] = False
+        for row in dropped.to(self.logits.device):
+            yield self.logits.masked_fill(row, -torch.inf)
 
     def _squares(self, logits: Tensor) -> Tensor:
         """Compute |F - F_S|^2 of every token (T,) from logits masked by S."""

@@ -110,8 +110,8 @@ def _pairs(index: Tensor, num_experts: int, experts: list[int] | None) -> Iterab
     """Find where each expert is chosen in the flattened indices (T k,), in ascending order: (n,) per expert."""
     if experts is not None:
         return ((expert, (index == expert).nonzero().flatten()) for expert in experts)
-    counts = index.bincount(minlength=num_experts).tolist()  # the only numbers that the host waits for
-    return enumerate(index.argsort(stable=True).split(counts))
+    counts = index.new_zeros(num_experts).index_add_(0, index, torch.ones_like(index))  # bincount makes the host wait
+    return enumerate(index.argsort(stable=True).split(counts.tolist()))
 
 
 def expert_output(segments: Segments, batch: ExpertBatch) -> Tensor:

@@ -79,7 +79,7 @@ def similarity_map_cost(shape: LayerShape) -> Cost:
 
 
 def _sample(count: int, limit: int, generator: torch.Generator) -> Tensor:
-    """Draw at most `limit` (but at least one) of `count` indices, ascending."""
+    """Draw at most `limit` (but at least one) of `count` indices, ascending, on the CPU."""
     if count <= limit:
         return torch.arange(count)
     return torch.randperm(count, generator=generator)[: max(1, limit)].sort().values
@@ -87,12 +87,14 @@ def _sample(count: int, limit: int, generator: torch.Generator) -> Tensor:
 
 def _expert_cosines(segments: Segments, experts: Tensor, rows: Tensor) -> Tensor:
     """Compute the cosines (experts, experts) of experts as vectors of all their weights, in float64 on the CPU."""
-    gram = torch.zeros(len(experts), len(experts), dtype=torch.float64)
+    experts, rows = experts.to(segments.up.device), rows.to(segments.up.device)
+    gram = torch.zeros(len(experts), len(experts), dtype=torch.float64, device=experts.device)
     for part in segments.parts:
         step = max(1, BLOCK // (len(experts) * part.shape[-1]))
         for block in rows.split(step):
             values = _rows(part, experts, block).to(segments.compute_dtype).flatten(1)
-            gram += (values @ values.T).cpu()
+            gram += values @ values.T
+    gram = gram.cpu()
     norms = gram.diagonal().sqrt().clamp(min=1e-300)
     return (gram / norms / norms[:, None]).nan_to_num(0).clamp(-1, 1)
 
@@ -103,6 +105,7 @@ def _best_matches(
     """Compute the best cosine (experts, neurons) of some experts' neurons with any of another expert's, on the CPU."""
     pairs = [(part, weight) for part, weight in zip(segments[:3], weights, strict=True) if part is not None and weight]
     total, dtype = sum(weight for _, weight in pairs), segments.compute_dtype
+    experts, neurons = experts.to(segments.up.device), neurons.to(segments.up.device)
     own = [normalize(_rows(part, experts, neurons).to(dtype), dim=-1) for part, _ in pairs]  # (experts, neurons, d)
     found = []
     step = max(1, BLOCK // max(part.shape[-1] for part, _ in pairs))
@@ -118,7 +121,7 @@ def _best_matches(
 
 def _rows(part: Tensor, experts: Tensor, rows: Tensor) -> Tensor:
     """Copy the same rows of some experts: (experts, rows, width of the part)."""
-    return part[experts[:, None].to(part.device), rows.to(part.device)]
+    return part[experts[:, None], rows]
 
 
 def _percent(values: Tensor) -> list[int]:

@@ -127,7 +127,7 @@ def _check_weights(layer: MoELayer, segments: Segments) -> None:
 def _check_range(layer: MoELayer, segments: Segments, statistics: ExpertStatistics) -> None:
     """Refuse statistics that are not finite, and expert outputs that overflow the layer's dtype."""
     sums = [value for value in vars(statistics).values() if isinstance(value, Tensor)]
-    if not all(bool(torch.isfinite(value).all()) for value in sums):
+    if not torch.stack([torch.isfinite(value).all() for value in sums]).all():
         raise ValueError(f"the outputs of {layer.name} contain NaN or infinity; check the weights and the dtype")
     if statistics.output_max.max() > torch.finfo(segments.up.dtype).max:
         raise ValueError(_overflow(layer))

@@ -15,7 +15,7 @@ from .measured import MeasuredLayer
 from .variant import Variant
 
 
-__all__ = ["HeldOutError", "Objective", "relative_error", "source_errors"]
+__all__ = ["HeldOutError", "Objective", "relative_errors"]
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Objective:
 
     @cached_property
     def sampled(self) -> Tensor:
-        """(T,) bool: evenly spaced tokens that closed-form refits use, none of them held out."""
+        """(n,) indices of evenly spaced tokens that closed-form refits use, none of them held out."""
         chosen = evenly_spaced(self.measured.order, self.wanted, self.measured.processes)
-        return ~self.held_out & chosen.to(self.held_out.device)
+        return (~self.held_out & chosen.to(self.held_out.device)).nonzero().flatten()
 
     @cached_property
     def judges(self) -> bool:
@@ -66,11 +66,16 @@ class Objective:
 
     @cached_property
     def fitted(self) -> Tensor:
-        """(T,) bool: all tokens for fitting, which are those that are not held out."""
-        return ~self.held_out
+        """(n,) indices of all tokens for fitting, which are those that are not held out."""
+        return (~self.held_out).nonzero().flatten()
+
+    @cached_property
+    def judged(self) -> Tensor:
+        """(n,) indices of the held-out tokens."""
+        return self.held_out.nonzero().flatten()
 
     def data(self, routing: Routing, tokens: Tensor) -> tuple[Routing, Tensor, Activation]:
-        """Return the routing and target of some tokens (T,) bool, weighted by token, and the activation function."""
+        """Return the routing and target of some tokens (n,), weighted by token, and the activation function."""
         chosen, goal = routing.select(tokens), self.measured.goal
         if goal is not None:
             chosen = chosen._replace(weight=chosen.weight * goal.token_weight[tokens].to(chosen.weight))
@@ -78,22 +83,15 @@ class Objective:
 
     def error(self, variant: Variant) -> HeldOutError:
         """Compute a variant's relative squared error on the held-out tokens of all processes."""
-        routing, target, activation = self.data(variant.routing, self.held_out)
+        routing, target, activation = self.data(variant.routing, self.judged)
         output, labels = routed_output(variant.candidate.segments, routing, activation), self.measured.labels
-        by_source = source_errors(output, target, labels.source[self.held_out], labels.names, self.reduce)
-        return HeldOutError(relative_error(output, target, self.reduce), by_source)
+        return relative_errors(output, target, labels.source[self.judged], labels.names, self.reduce)
 
 
-def relative_error(output: Tensor, target: Tensor, reduce: Reduce = alone) -> float:
-    """Compute |output - target|^2 / |target|^2 over all tokens; infinite where the output is not finite."""
-    error, total = reduce((output - target).double().square().sum()), reduce(target.double().square().sum())
-    return (error / total.clamp(min=1e-30)).nan_to_num(torch.inf, torch.inf).item()
-
-
-def source_errors(
+def relative_errors(
     output: Tensor, target: Tensor, source: Tensor, names: Sequence[str], reduce: Reduce = alone
-) -> dict[str, float]:
-    """Compute |output - target|^2 / |target|^2 over the tokens of each source.
+) -> HeldOutError:
+    """Compute |output - target|^2 / |target|^2 over all tokens, and over the tokens of each source.
 
     Args:
         output: (T, o) of a variant.
@@ -103,11 +101,14 @@ def source_errors(
         reduce: sum over the processes that share the tokens.
 
     Returns:
-        By name, without sources of no token; infinite where the output is not finite.
+        The errors, without sources of no token; infinite where the output is not finite.
     """
     squares = torch.stack([(output - target).double().square().sum(1), target.double().square().sum(1)])  # (2, T)
     ones = torch.ones_like(squares[:1])
     sums = squares.new_zeros(3, len(names)).index_add_(1, source, torch.cat([squares, ones]))  # (3, sources)
-    errors, totals, tokens = reduce(sums)
-    relative = (errors / totals.clamp(min=1e-30)).nan_to_num(torch.inf, torch.inf).tolist()
-    return {name: error for name, error, count in zip(names, relative, tokens.tolist(), strict=True) if count}
+    sums = reduce(sums)
+    errors, totals, tokens = torch.cat([sums.sum(1, keepdim=True), sums], dim=1)  # first of all sources
+    relative = (errors / totals.clamp(min=1e-30)).nan_to_num(torch.inf, torch.inf)
+    (total, *by_source), (_, *counts) = torch.stack([relative, tokens]).tolist()  # the host waits once
+    found = zip(names, by_source, counts, strict=True)
+    return HeldOutError(total, {name: error for name, error, count in found if count})

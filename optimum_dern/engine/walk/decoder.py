@@ -70,7 +70,8 @@ def compress_layers_(
     inputs = [model_inputs(batch) for batch in processes.share(batches)]
     with provider.outside():
         keep = torch.detach if spill is None else CopiesInFiles(spill).copy
-        walks = open_walks(record_layer_calls(model, decoder_layers, inputs, keep), recipes, spill)
+        device = model.get_input_embeddings().weight.device
+        walks = open_walks(record_layer_calls(model, decoder_layers, inputs, keep), recipes, spill, device)
     for position in progress_bar(range(len(decoder_layers)), "Compressing layers"):
         pass_layer(position, decoder_layers[position], positions.get(position), walks, provider, common)
     return [recipe.reports for recipe in recipes]

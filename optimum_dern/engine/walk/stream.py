@@ -25,11 +25,12 @@ class HiddenStream:
     Args:
         calls: from `record_layer_calls`.
         spill: folder for a file of the hidden states; in memory by default.
+        device: of the layers' inputs; by default that of the calls' hidden states, which may be in files.
     """
 
-    def __init__(self, calls: list[list[Call]], spill: Path | None = None) -> None:
+    def __init__(self, calls: list[list[Call]], spill: Path | None = None, device: torch.device | None = None) -> None:
         self.hidden: list[Tensor] = [call.hidden for call in calls[0]]
-        self.device = self.hidden[0].device
+        self.device = device or self.hidden[0].device
         self.files = None if spill is None else CopiesInFiles(spill)
         if self.files is not None:
             self.hidden = [self.files.copy(hidden) for hidden in self.hidden]

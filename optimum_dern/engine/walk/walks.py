@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ...core.criteria.registry import CRITERIA
@@ -82,15 +83,17 @@ class Pass:
     keep_statistics: Callable[[int, ExpertStatistics], None] | None
 
 
-def open_walks(calls: list[list[Call]], recipes: Sequence[Recipe], spill: Path | None) -> list[Walk]:
+def open_walks(
+    calls: list[list[Call]], recipes: Sequence[Recipe], spill: Path | None, device: torch.device
+) -> list[Walk]:
     """Make one walk through the original layers for all oneshot recipes, then one for each sequential recipe."""
     oneshot = [recipe for recipe in recipes if recipe.config.calibration_order == "oneshot"]
     walks = []
     if oneshot or any(recipe.config.corrects_drift for recipe in recipes):
-        walks.append(Walk(HiddenStream(_own_containers(calls), spill), oneshot, sequential=False))
+        walks.append(Walk(HiddenStream(_own_containers(calls), spill, device), oneshot, sequential=False))
     for recipe in (recipe for recipe in recipes if recipe not in oneshot):
         original = walks[0].stream if recipe.config.corrects_drift else None
-        walks.append(Walk(HiddenStream(_own_containers(calls), spill), [recipe], True, original))
+        walks.append(Walk(HiddenStream(_own_containers(calls), spill, device), [recipe], True, original))
     return walks
 
 

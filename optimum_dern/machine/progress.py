@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from .torch_state import GPUS
+
 
 __all__ = ["peak_memory_bytes", "progress_bar", "resident_bytes", "total_memory"]
 
@@ -22,9 +24,9 @@ def progress_bar(items: Iterable, description: str, total: int | None = None) ->
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory so far, of the GPU for a CUDA device, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Return the peak memory so far, of a GPU, else of the process."""
+    if device.type in GPUS:
+        return torch.get_device_module(device).max_memory_allocated(device)
     status = _process_status()
     if "VmHWM" in status:  # unlike ru_maxrss it does not include the parent process's memory
         return status["VmHWM"]
@@ -33,16 +35,16 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def resident_bytes(device: torch.device) -> int:
-    """Return the memory in use, of the GPU for a CUDA device, else of the process (0 if unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+    """Return the memory in use, of a GPU, else of the process (0 if unknown)."""
+    if device.type in GPUS:
+        return torch.get_device_module(device).memory_allocated(device)
     return _process_status().get("VmRSS", 0)
 
 
 def total_memory(device: torch.device) -> int:
     """Return the memory that this process may use, in bytes: of a GPU, else of the machine or its container."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+    if device.type in GPUS:
+        return torch.get_device_module(device).get_device_properties(device).total_memory
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
     limits = [limit for limit in limits if limit != resource.RLIM_INFINITY]
     text = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else ""

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 
-__all__ = ["check_device", "check_precision", "default_device", "evaluation_mode", "plain_torch"]
+__all__ = ["GPUS", "check_device", "check_precision", "default_device", "evaluation_mode", "finish", "plain_torch"]
+
+GPUS = ("cuda", "xpu")  # device types that torch treats alike, memory statistics included
 
 
 @contextmanager
@@ -37,8 +39,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def default_device(device: str | None = None) -> torch.device:
-    """The device to compute on: the one that is named, else a CUDA GPU where there is one, else the CPU."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device to compute on: the one that is named, else a GPU where there is one, else the CPU."""
+    there = (kind for kind in GPUS if getattr(torch, kind).is_available())
+    return torch.device(device or next(there, "cpu"))
+
+
+def finish(device: torch.device) -> None:
+    """Wait until a device has done what it was given; for the CPU, which computes at once, do nothing."""
+    if device.type in GPUS:
+        torch.accelerator.synchronize(device)
 
 
 def check_device(device: object) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from ...config import DernConfig
 from ...core.layer.cost import experts_operations
+from ...machine.torch_state import finish
 from ...models.moe.structure import MoELayer
 from .phases import layer_phases, layer_shape
 
@@ -40,8 +41,9 @@ def count_operations(layer: MoELayer, tokens: int, config: DernConfig, num_exper
     """Count the floating-point operations of compressing one layer; a multiply-add counts as two."""
     shape = layer_shape(layer, tokens, num_experts)
     attention = 8.0 * tokens * shape.inputs**2
-    walk = 2 * attention + experts_operations(shape)  # run to record its routing, and again once compressed
-    walk += config.corrects_drift * 2 * (experts_operations(shape) + attention)  # original layer, both streams
+    run = attention + experts_operations(shape)
+    sequential = config.calibration_order == "sequential"
+    walk = attention + (sequential + config.corrects_drift) * run  # measured; once compressed; in the original model
     return walk + sum(phase.operations for phase in layer_phases(shape, config))
 
 
@@ -52,15 +54,10 @@ def measure_rate(device: torch.device, seconds: float = 0.3) -> float:
     """
     matrix = torch.randn(PROBE_SIZE, PROBE_SIZE, device=device, generator=torch.Generator(device).manual_seed(0))
     matrix @ matrix
-    _finish(device)
+    finish(device)
     end, fastest = time.perf_counter() + seconds, float("inf")
     while (started := time.perf_counter()) < end or fastest == float("inf"):
         matrix @ matrix
-        _finish(device)
+        finish(device)
         fastest = min(fastest, time.perf_counter() - started)
     return 2 * PROBE_SIZE**3 / fastest
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...machine.torch_state import evaluation_mode
+from ...machine.torch_state import evaluation_mode, finish
 
 
 __all__ = ["SpeedSettings", "decode_seconds", "prefill_seconds", "random_prompt"]
@@ -64,6 +64,5 @@ def decode_seconds(model: Any, ids: Tensor, new_tokens: int) -> float:
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # kernels run on after the call that started them
+    finish(device)  # kernels run on after the call that started them
     return time.perf_counter()

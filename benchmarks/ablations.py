@@ -74,18 +74,19 @@ GROUPS = {
     "recombination": RULES,
     "recombination+refit": {name: rule | {"refit": True} for name, rule in RULES.items()},
     "recombination+all": {name: rule | EVERY_REFIT for name, rule in RULES.items()},
+    "presets": {name: {"preset": name} for name in ("paper", "fast", "recommended")},
     "recommended": {
         "recommended": {},
-        "experts by greedy only": {"selection": "greedy"},
         "no neuron refit": {"neuron_refit": False},
-        "no router refit": {"router_refit": False},
-        "refit of the down projections only": {"neuron_refit": False, "router_refit": False},
         "no refit": {"refit": False},
-        "no recombination, experts by router only": {"method": "prune"},
-        "no guard": {"guard": False},
+        "experts by router only": {"method": "prune"},
+        "experts by greedy only": {"selection": "greedy"},
         "no drift correction": {"drift_correction": 0.0},
         "full drift correction": {"drift_correction": 1.0},
         "one-shot calibration": {"calibration_order": "oneshot"},
+        "no guard": {"guard": False},
+        "with recombination": {"recombine": True},
+        "with the router refit": {"router_refit": True},
     },
 }
 
@@ -112,14 +113,16 @@ def main() -> None:
 
 
 def measure(path: Path, args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Measure a model's loss increases, one per seed, by group and variant."""
+    """Measure a model's loss increases, one per seed, by group and variant; prints the CPU seconds, too."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     full = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     texts = load_texts(args.evaluation, tokenizer, args.sequence_length)
     texts = {name: batches[: args.windows // 8] for name, batches in texts.items()}  # batches of eight windows
     baseline = mean_loss(full, texts)
     increases: dict[str, dict[str, list[float]]] = {}
-    known: dict[str, float] = {}  # by config: the paper's own choice is in several groups
+    known: dict[
+        str, tuple[float, float]
+    ] = {}  # increase and CPU seconds by config: the paper's own choice is in several groups
     for group in args.groups:
         for variant, fields in GROUPS[group].items():
             if variant not in (args.variants or GROUPS[group]):
@@ -128,12 +131,14 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, dict[str, list[fl
                 config = DernConfig(**common_fields(args, seed) | fields)
                 key = config.to_json_string()
                 if key not in known:
-                    model = copy.deepcopy(full)
+                    model, began = copy.deepcopy(full), time.process_time()
                     DernCompressor(config).compress_model(model, tokenizer)
-                    known[key] = mean_loss(model, texts) - baseline
-                increase = known[key]
+                    seconds = time.process_time() - began
+                    known[key] = mean_loss(model, texts) - baseline, seconds
+                increase, seconds = known[key]
                 increases.setdefault(group, {}).setdefault(variant, []).append(increase)
-                print(f"  {path.name}  {group:26s} {variant:36s} seed {seed}  {increase:+.4f}", flush=True)
+                name = f"{path.name}  {group:26s} {variant:36s} seed {seed}"
+                print(f"  {name}  {increase:+.4f}  {seconds:5.1f} CPU s", flush=True)
     return increases
 
 

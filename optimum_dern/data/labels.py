@@ -21,6 +21,7 @@ __all__ = [
     "evenly_spaced",
     "label_tokens",
     "model_inputs",
+    "real_tokens",
 ]
 
 # Keys of a calibration batch that the model does not get, each a list with an entry for every sequence.
@@ -106,6 +107,20 @@ def _share(sequences: list[Tensor], sizes: list[int], processes: Processes) -> T
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return what the model gets of a calibration batch: everything but the sequences' sources and positions."""
     return {name: value for name, value in batch.items() if name not in (SOURCE, POSITION)}
+
+
+def real_tokens(mask: Tensor, device: torch.device) -> Tensor | slice:
+    """Find the real tokens among the flattened ones of a micro-batch; no GPU has to be asked how many they are.
+
+    Args:
+        mask: (batch, sequence) bool on the CPU, True for a real token.
+        device: of what is to be indexed.
+
+    Returns:
+        (n,) indices on the device, or a slice of all where no token is padding.
+    """
+    flat = mask.flatten()
+    return slice(None) if flat.all() else flat.nonzero().flatten().to(device)
 
 
 def enough_tokens(neurons: int, top_k: int) -> int:

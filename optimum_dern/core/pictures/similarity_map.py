@@ -51,10 +51,13 @@ def similarity_map(segments: Segments, weights: Sequence[float], seed: int = 0) 
     cosines = _expert_cosines(segments, experts, rows)
     nearest = (cosines - 2 * torch.eye(len(experts), dtype=cosines.dtype)).argmax(dim=1)  # exclude the expert itself
     neurons = _sample(width, min(MAX_NEURONS, MAX_PRODUCTS // (len(experts) * width * size)), generator)
-    best = torch.empty(len(experts), len(neurons))
+    best = torch.empty(len(experts), len(neurons), device=segments.up.device)
+    chosen, looked_at = experts.to(best.device), neurons.to(best.device)
     for other in nearest.unique().tolist():  # once, also where it is the nearest of several
         alike = (nearest == other).nonzero()[:, 0]
-        best[alike] = _best_matches(segments, experts[alike], neurons, experts[other].item(), weights).float()
+        alike = alike.to(best.device)
+        best[alike] = _best_matches(segments, chosen[alike], looked_at, experts[other].item(), weights).float()
+    best = best.cpu()
     ranks = [round(rank * (len(neurons) - 1)) for rank in RANKS]
     quantiles = best.sort(dim=1).values[:, ranks]
     pairs = torch.triu_indices(len(experts), len(experts), offset=1)
@@ -102,10 +105,9 @@ def _expert_cosines(segments: Segments, experts: Tensor, rows: Tensor) -> Tensor
 def _best_matches(
     segments: Segments, experts: Tensor, neurons: Tensor, other: int, weights: Sequence[float]
 ) -> Tensor:
-    """Compute the best cosine (experts, neurons) of some experts' neurons with any of another expert's, on the CPU."""
+    """Compute the best cosine (experts, neurons) of some experts' neurons with any of another expert's."""
     pairs = [(part, weight) for part, weight in zip(segments[:3], weights, strict=True) if part is not None and weight]
     total, dtype = sum(weight for _, weight in pairs), segments.compute_dtype
-    experts, neurons = experts.to(segments.up.device), neurons.to(segments.up.device)
     own = [normalize(_rows(part, experts, neurons).to(dtype), dim=-1) for part, _ in pairs]  # (experts, neurons, d)
     found = []
     step = max(1, BLOCK // max(part.shape[-1] for part, _ in pairs))
@@ -116,7 +118,7 @@ def _best_matches(
             norms = (theirs.square() @ theirs.new_ones(theirs.shape[1])).sqrt()  # fast for transposed views, too
             cosines += (mine @ theirs.T) * (weight / total / norms.clamp(min=1e-12))
         found.append(cosines.amax(dim=-1))
-    return torch.stack(found).amax(dim=0).nan_to_num(0).cpu()
+    return torch.stack(found).amax(dim=0).nan_to_num(0)
 
 
 def _rows(part: Tensor, experts: Tensor, rows: Tensor) -> Tensor:

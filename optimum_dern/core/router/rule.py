@@ -88,7 +88,7 @@ def recognise_rule(logits: Tensor, routing: Routing, reduce: Reduce = alone) -> 
 
 def share_of_tokens(holds: Tensor, reduce: Reduce = alone) -> float:
     """Return the fraction of True entries of a mask (T,) over the tokens of all processes."""
-    counts = torch.stack([holds.sum(), holds.new_tensor(len(holds), dtype=torch.long)]).double()
+    counts = torch.stack([holds.sum(), torch.ones_like(holds).sum()]).double()
     true, tokens = reduce(counts).tolist()
     return true / max(tokens, 1)
 

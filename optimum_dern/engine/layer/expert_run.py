@@ -40,6 +40,7 @@ class ExpertRun:
         self.target: Tensor | None = None  # (T, o) routed output of the real tokens
         self._masks = [mask.flatten() for mask in masks]
         self._measured = 0  # real tokens so far
+        self._unwatched = activation  # for padding, of which the model makes nothing
         self._activation = activation if segments.up.dtype != torch.float16 else self._watched(activation)
 
     def measure(self, routing: Routing, block_call: tuple[tuple, dict]) -> Tensor:
@@ -62,7 +63,7 @@ class ExpertRun:
             measured = self._add(routing.select(real))
             target = measured.new_empty(len(mask), measured.shape[1])
             target[real] = measured
-            target[padding] = routed_output(segments, routing.select(padding), self._activation)
+            target[padding] = routed_output(segments, routing.select(padding), self._unwatched)
         self.block_calls.append(block_call)
         if self.first_output is None:
             self.first_output = target

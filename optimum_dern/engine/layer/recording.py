@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from ...core.layer.mixture import Routing
+from ...data.labels import real_tokens
 from ...models.forward import StopForward
 from ...models.moe.overrides import routing_hook
 
@@ -31,7 +32,7 @@ class RoutingRecord:
             hidden: (T, d) of the real tokens, where they are known already.
         """
         routings = self.routings if hidden is None else [r._replace(hidden=r.weight[:, :0]) for r in self.routings]
-        kept = [r.select(mask.flatten().to(r.index.device)) for r, mask in zip(routings, masks, strict=True)]
+        kept = [r.select(real_tokens(mask, r.index.device)) for r, mask in zip(routings, masks, strict=True)]
         routing = Routing.concatenate(kept)
         return routing if hidden is None else routing._replace(hidden=hidden)
 

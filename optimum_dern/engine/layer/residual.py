@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.layer.mixture import Routing
+from ...data.labels import real_tokens
 from ...models.moe.overrides import routing_hook
 from ...models.moe.structure import MoELayer
 
@@ -31,7 +32,7 @@ class ResidualRecord:
             masks: per micro-batch, (batch, sequence) bool, True for a real token.
         """
         pairs = zip(self.streams, masks, strict=True)
-        return torch.cat([stream[mask.flatten().to(stream.device)] for stream, mask in pairs])
+        return torch.cat([stream[real_tokens(mask, stream.device)] for stream, mask in pairs])
 
 
 @contextmanager

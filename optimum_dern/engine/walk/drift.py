@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.layer.reduction import any_process
+from ...data.labels import real_tokens
 from ...machine.processes import ALONE, Processes
 from ...models.forward import replaced_forward
 from ...models.moe.structure import MoELayer
@@ -73,13 +74,14 @@ def measure_drift(
     outputs = stream.outputs(position, decoder_layer)
     first = next(outputs)
     noise, arrived = _noise_through(position, decoder_layer, layer, stream, first, run.first_output)
-    real = masks[0].to(first.device)
-    deviation = (arrived - noise)[real].float().norm() / noise[real].float().norm()
+    real = real_tokens(masks[0], first.device)
+    deviation = (arrived - noise).flatten(0, 1)[real].float().norm() / noise.flatten(0, 1)[real].float().norm()
     changes = any_process((deviation > TOLERANCE).to(processes.device), processes.reduce)
     errors, sizes = [], []
     for output, wanted, mask in zip(chain([first], outputs), original, masks, strict=True):
-        wanted = wanted.to(output.device)[mask.to(output.device)].float()  # (n, d)
-        errors.append(wanted - output[mask.to(output.device)].float())
+        real = real_tokens(mask, output.device)
+        wanted = wanted.to(output.device).flatten(0, 1)[real].float()  # (n, d)
+        errors.append(wanted - output.flatten(0, 1)[real].float())
         sizes.append(wanted.square().mean(1, keepdim=True).sqrt())
     if changes:
         return None

@@ -54,6 +54,7 @@ class Segments(NamedTuple):
 
     def select(self, experts: Tensor | slice) -> "Segments":
         """Select experts in the order given: copies, or views for a slice."""
+        experts = experts if isinstance(experts, slice) else experts.cpu()  # a device is asked once
 
         def chosen(part: Tensor) -> Tensor:
             return part[experts] if isinstance(experts, slice) else self.workspace.select(part, experts)

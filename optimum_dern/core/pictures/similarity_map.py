@@ -51,13 +51,14 @@ def similarity_map(segments: Segments, weights: Sequence[float], seed: int = 0) 
     cosines = _expert_cosines(segments, experts, rows)
     nearest = (cosines - 2 * torch.eye(len(experts), dtype=cosines.dtype)).argmax(dim=1)  # exclude the expert itself
     neurons = _sample(width, min(MAX_NEURONS, MAX_PRODUCTS // (len(experts) * width * size)), generator)
-    best = torch.empty(len(experts), len(neurons), device=segments.up.device)
-    chosen, looked_at = experts.to(best.device), neurons.to(best.device)
-    for other in nearest.unique().tolist():  # once, also where it is the nearest of several
-        alike = (nearest == other).nonzero()[:, 0]
-        alike = alike.to(best.device)
-        best[alike] = _best_matches(segments, chosen[alike], looked_at, experts[other].item(), weights).float()
-    best = best.cpu()
+    order = nearest.argsort(stable=True)  # experts with the same nearest one together
+    chosen, looked_at = experts[order].to(segments.up.device), neurons.to(segments.up.device)
+    others, counts = nearest[order].unique_consecutive(return_counts=True)
+    found = [
+        _best_matches(segments, alike, looked_at, experts[other].item(), weights).float()
+        for other, alike in zip(others.tolist(), chosen.split(counts.tolist()), strict=True)
+    ]
+    best = torch.cat(found).cpu()[order.argsort()]  # (experts, neurons)
     ranks = [round(rank * (len(neurons) - 1)) for rank in RANKS]
     quantiles = best.sort(dim=1).values[:, ranks]
     pairs = torch.triu_indices(len(experts), len(experts), offset=1)

@@ -109,7 +109,7 @@ def _swept(
             down[expert] += step
             for part in parts(expert):
                 residual.index_add_(0, part.token, part.features @ step, alpha=-1)
-    if experts := unsolved.nonzero().flatten().tolist():
+    if experts := [expert for expert, failed in enumerate(unsolved.tolist()) if failed]:
         logger.warning("experts %s: singular refit system, their down projections stay; raise refit_ridge", experts)
     return down
 

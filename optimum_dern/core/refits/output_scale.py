@@ -57,17 +57,16 @@ def fit_scales(
         right.index_add_(0, part.index.flatten(), (outputs @ residual.unsqueeze(2)).double().flatten())
     gram, right = reduce(gram).view(count, count), reduce(right)
     penalty = ridge * gram.trace() / count
-    if not penalty > 0:
-        return torch.ones_like(right)
-    gram.diagonal().add_(penalty)
-    return 1 + torch.linalg.solve(gram, right)
+    gram.diagonal().add_(torch.where(penalty > 0, penalty, 1.0))  # without any tokens the scales are 1
+    solution, _ = torch.linalg.solve_ex(gram, right)
+    return 1 + solution
 
 
 def scale_outputs(segments: Segments, scales: Tensor) -> Segments:
     """Multiply the experts' outputs by scales (N,), through their down projections and output biases."""
     down = segments.workspace.copy(segments.down)
-    for expert, scale in enumerate(scales.tolist()):
-        down[expert] *= scale
+    for expert, scale in zip(down, scales, strict=True):
+        expert *= scale.to(expert)
     bias = segments.output_bias
     return segments._replace(down=down, output_bias=None if bias is None else bias * scales.to(bias).unsqueeze(1))
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..core.criteria.greedy import greedy, greedy_cost
+from ..core.criteria.greedy import greedy_cost, least_error_set
 from ..core.dern.recombination import Recombination, recombine_layer, recombine_layer_cost
 from ..core.layer.cost import Cost, LayerShape
 from ..core.pictures.segment_flow import segment_flow
@@ -103,11 +103,11 @@ def _pruned_by_error(problem: LayerProblem) -> dict[str, Candidate]:
     """Return a candidate that prunes by least output error, if that retains other experts."""
     layer = problem.layer
     tokens = _search_tokens(layer.statistics.tokens, layer.routing.index.shape[1], len(layer.segments.up))
-    _, retained = greedy(layer, problem.places, tokens)
-    retained = retained.to(problem.retained.device)
-    if torch.equal(retained, problem.retained):
+    retained = least_error_set(layer, problem.places, tokens).to(problem.retained.device)
+    found, before = torch.stack([retained, problem.retained]).cpu()
+    if torch.equal(found, before):
         return {}
-    return {"pruned by error": Candidate(layer.segments.select(retained), retained=retained)}
+    return {"pruned by error": Candidate(layer.segments.select(found), retained=retained)}
 
 
 def _facts(recombined: Recombination, retained: torch.Tensor) -> dict[str, object]:

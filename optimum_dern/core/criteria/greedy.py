@@ -12,7 +12,6 @@ memory for G limits the number of tokens: `MAX_TOKENS`, fewer for many experts (
 those that are not held out.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +20,13 @@ from torch import Tensor
 from ..layer.cost import Cost, LayerShape, held_by_chunk
 from ..layer.mixture import Routing, expert_batches, expert_output
 from ..layer.observation import ObservedLayer
+from ..layer.reduction import alone
 from ..router.choice import RouterChoice, choose_experts, recognise_choice
 from ..router.rule import log_masses
 from .selection import MAX_SETS, Places, all_sets, check_places, count_sets, free_experts
 
 
-__all__ = ["greedy", "greedy_cost"]
+__all__ = ["greedy", "greedy_cost", "least_error_set"]
 
 MAX_TOKENS = 2048  # of all processes together
 MAX_ELEMENTS = 1 << 25  # of the Gram matrices of all of them
@@ -50,16 +50,25 @@ class Trial:
         shifted = self.choice.by == "exp" and self.choice.bias is not None  # softmax shifts relative to the bias
         return not (shifted or self.choice.topk_group < self.choice.num_groups)
 
-    def losses(self, kept: Sequence[list[int]]) -> Tensor:
-        """Compute |F - F_S| of several sets S over the tokens of all processes: (sets,) float64."""
-        squares = [self._squares(logits).sum() for logits in self._without_others(kept)]
+    def losses(self, kept: Tensor) -> Tensor:
+        """Compute |F - F_S| of several sets S (sets, n) over the tokens of all processes: (sets,) float64."""
+        dropped = torch.ones(len(kept), self.logits.shape[1], dtype=torch.bool, device=self.logits.device)
+        dropped.scatter_(1, kept.to(dropped.device), False)
+        squares = [self._squares(self.logits.masked_fill(row, -torch.inf)).sum() for row in dropped]
         return self.layer.reduce(torch.stack(squares)).clamp(min=0).sqrt()
 
-    def losses_without(self, kept: list[int], candidates: list[int]) -> Tensor:
-        """Compute |F - F_S| of the kept experts without each of the candidates in turn: (candidates,) float64."""
+    def losses_without(self, dropped: Tensor) -> Tensor:
+        """Compute |F - F_S| where one more expert is dropped, each in turn: (E,) float64, infinite for the dropped.
+
+        Args:
+            dropped: (E,) bool, the experts that are dropped already.
+        """
         if not self.independent:
-            return self.losses([[expert for expert in kept if expert != candidate] for candidate in candidates])
-        (logits,) = self._without_others([kept])
+            kept = (~dropped).nonzero().flatten().tolist()
+            sets = torch.tensor([[e for e in kept if e != expert] for expert in kept], dtype=torch.int64)
+            losses = torch.full_like(self.products[0], torch.inf)
+            return losses.masked_scatter_(~dropped, self.losses(sets))
+        logits = self.logits.masked_fill(dropped, -torch.inf)
         index, weight = choose_experts(logits, self.choice, self.top_k)
         linear, quadratic = self._terms(index, weight)
         grown = 1.0  # growth of the gate weights when an expert is dropped that was not chosen
@@ -70,15 +79,8 @@ class Trial:
         for slot in range(self.top_k):  # tokens routed to the dropped expert
             gone = index[:, slot : slot + 1]
             squares.scatter_(1, gone, self._squares(logits.scatter(1, gone, -torch.inf)).unsqueeze(1))
-        return self.layer.reduce(squares.sum(0)[candidates]).clamp(min=0).sqrt()
-
-    def _without_others(self, kept: Sequence[list[int]]) -> Iterator[Tensor]:
-        """Yield for each set of experts the logits with those of all others set to -inf."""
-        dropped = torch.ones(len(kept), self.logits.shape[1], dtype=torch.bool)
-        for row, experts in zip(dropped, kept, strict=True):
-            row[experts] = False
-        for row in dropped.to(self.logits.device):
-            yield self.logits.masked_fill(row, -torch.inf)
+        losses = self.layer.reduce(squares.sum(0)).clamp(min=0).sqrt()
+        return losses.masked_fill_(dropped, torch.inf)
 
     def _squares(self, logits: Tensor) -> Tensor:
         """Compute |F - F_S|^2 of every token (T,) from logits masked by S."""
@@ -113,31 +115,45 @@ def greedy(layer: ObservedLayer, places: Places, most_tokens: int | None = None)
     Raises:
         ValueError: the router follows no rule that is known.
     """
-    num_experts = len(layer.segments.up)
-    check_places(num_experts, places)
+    check_places(len(layer.segments.up), places)
     trial = _prepare(layer, most_tokens)
-    every = list(range(num_experts))
-    scores = trial.losses_without(every, every)
-    if count_sets(num_experts, places) <= MAX_SETS:
-        sets = all_sets(num_experts, places)
-        kept = sets[int(trial.losses(sets).argmin())]
-    else:
-        kept = _eliminate(trial, num_experts, places)
-    return scores, torch.tensor(kept, device=scores.device)
+    scores = trial.losses_without(torch.zeros_like(trial.logits[0], dtype=torch.bool))
+    return scores, _best_set(trial, places)
 
 
-def _eliminate(trial: Trial, num_experts: int, places: Places) -> list[int]:
-    """Drop experts one by one, each time the one of least error (of ties the last); return the kept ones."""
-    kept, free = list(range(num_experts)), free_experts(num_experts, places)
-    size = num_experts // places.num_groups
-    left = [size - places.count // places.num_groups] * places.num_groups  # to be dropped
-    while any(left):
-        candidates = [e for group, members in enumerate(free) if left[group] for e in members if e in kept]
-        candidates.reverse()
-        worst = candidates[int(trial.losses_without(kept, candidates).argmin())]
-        kept.remove(worst)
-        left[worst // size] -= 1
-    return kept
+@torch.no_grad()
+def least_error_set(layer: ObservedLayer, places: Places, most_tokens: int | None = None) -> Tensor:
+    """Select experts as `greedy` does, without the error of dropping each expert alone: (N,), ascending."""
+    check_places(len(layer.segments.up), places)
+    return _best_set(_prepare(layer, most_tokens), places)
+
+
+def _best_set(trial: Trial, places: Places) -> Tensor:
+    """Return the set of least error (N,): of all, or where there are many by elimination."""
+    num_experts = trial.logits.shape[1]
+    if count_sets(num_experts, places) > MAX_SETS:
+        return _eliminate(trial, places)
+    sets = torch.tensor(all_sets(num_experts, places), device=trial.logits.device)  # (sets, N)
+    return sets.index_select(0, trial.losses(sets).argmin().view(1))[0]
+
+
+def _eliminate(trial: Trial, places: Places) -> Tensor:
+    """Drop experts one by one, each time that of least error (of ties the last); return the others.
+
+    Which one was dropped is not read by the host.
+    """
+    num_experts, device = trial.logits.shape[1], trial.logits.device
+    size, share = num_experts // places.num_groups, places.count // places.num_groups
+    free = torch.zeros(num_experts, dtype=torch.bool)
+    free[sum(free_experts(num_experts, places), [])] = True
+    free, dropped = free.to(device), torch.zeros(num_experts, dtype=torch.bool, device=device)
+    for _ in range(num_experts - places.count):
+        full = dropped.view(-1, size).sum(1, keepdim=True) == size - share  # (groups, 1): has lost its own
+        candidates = free & ~dropped & ~full.expand(-1, size).flatten()
+        losses = trial.losses_without(dropped).masked_fill_(~candidates, torch.inf)
+        last = num_experts - 1 - losses.flip(0).argmin()
+        dropped.index_fill_(0, last.view(1), True)
+    return (~dropped).nonzero().flatten()
 
 
 def _prepare(layer: ObservedLayer, most_tokens: int | None = None) -> Trial:
@@ -165,10 +181,12 @@ def _prepare(layer: ObservedLayer, most_tokens: int | None = None) -> Trial:
 
 def _sample(layer: ObservedLayer, most_tokens: int | None) -> tuple[Routing, Tensor]:
     """Sample evenly spaced tokens that are not held out; return their routing and the layer's output."""
-    fitted = ~layer.held_out
+    fitted, device = ~layer.held_out.cpu(), layer.target.device
     order = torch.arange(len(fitted)) if layer.order is None else layer.order
-    step = max(1, -(-int(layer.reduce(fitted.sum())) // _trial_tokens(len(layer.segments.up), most_tokens)))
-    chosen = fitted & (order.to(fitted.device) % step == 0)
+    asked = order.device if layer.reduce is alone else device  # only other processes need the number on a GPU
+    total = int(layer.reduce(fitted.sum().to(asked)))
+    step = max(1, -(-total // _trial_tokens(len(layer.segments.up), most_tokens)))
+    chosen = (fitted & (order % step == 0)).nonzero().flatten().to(device)
     return layer.routing.select(chosen), layer.target[chosen]
 
 

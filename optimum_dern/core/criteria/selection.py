@@ -69,7 +69,8 @@ def select_experts(scores: Tensor, count: int, num_groups: int = 1, protected: C
     ranked = scores.double().clone()
     if not torch.isfinite(ranked).all():
         raise ValueError("expert scores contain NaN or infinity; check the calibration data and the model's weights")
-    ranked[list(protected)] = math.inf
+    if protected:
+        ranked[list(protected)] = math.inf
     groups = ranked.view(num_groups, -1)  # (groups, E / groups)
     best = groups.argsort(dim=1, descending=True, stable=True)[:, : count // num_groups]
     offsets = torch.arange(num_groups, device=best.device).unsqueeze(1) * (len(scores) // num_groups)

@@ -98,9 +98,10 @@ def descend_neurons(
     """
     order = torch.arange(len(target)) if order is None else order.cpu()
     moving = [_moving(part, segments) for part in segments.parts]
-    total = int(reduce(torch.tensor(len(target), device=target.device)))
+    asked = order.device if reduce is alone else target.device  # only other processes need the numbers on a GPU
+    total = int(reduce(torch.tensor(len(target), device=asked)))
     steps = count_steps(total, len(segments.up) // routing.index.shape[1])
-    highest, generator = int(largest(order.to(target.device), reduce)), torch.Generator().manual_seed(seed)
+    highest, generator = int(largest(order.to(asked), reduce)), torch.Generator().manual_seed(seed)
     step = 0
     while True:
         for tokens in _minibatches(order, highest + 1, steps, target.device, generator):

@@ -88,17 +88,14 @@ def recognise_choice(layer: ObservedLayer, routing: Routing) -> tuple[RouterChoi
     ways = [] if rows is None else list(possible_logits(rows, layer.router_bias, routing))
     if not ways:
         raise _unknown("it is no matrix that reads what the experts read, and weighs what they return")
-    found = [
-        (_agreement(choice, logits, routing.index, layer.reduce), choice, logits)
-        for logits in ways
-        for choice in _choices(layer, logits, routing)
-    ]
+    found = [(choice, logits) for logits in ways for choice in _choices(layer, logits, routing)]
     if not found:
         raise _unknown("its weights are neither softmax nor normalised sigmoid of its logits")
-    share, choice, logits = max(found, key=lambda entry: entry[0])  # the first of equals
-    if share < AGREEMENT:
+    agreements = torch.stack([_agreement(*way, routing.index, layer.reduce) for way in found]).tolist()
+    best = max(range(len(found)), key=agreements.__getitem__)  # the first of equals
+    if agreements[best] < AGREEMENT:
         raise _unknown("it does not choose the experts of the largest logits")
-    return choice, logits
+    return found[best]
 
 
 def _choices(layer: ObservedLayer, logits: Tensor, routing: Routing) -> Iterator[RouterChoice]:
@@ -112,8 +109,8 @@ def _choices(layer: ObservedLayer, logits: Tensor, routing: Routing) -> Iterator
         yield RouterChoice(rule, by, bias, layer.num_groups, layer.topk_group, best)
 
 
-def _agreement(choice: RouterChoice, logits: Tensor, index: Tensor, reduce: Reduce) -> float:
-    """Return the fraction of tokens for which the rule chooses exactly the model's experts."""
+def _agreement(choice: RouterChoice, logits: Tensor, index: Tensor, reduce: Reduce) -> Tensor:
+    """Return the fraction () of tokens for which the rule chooses exactly the model's experts."""
     chosen, _ = choose_experts(logits, choice, index.shape[1])
     return share_of_tokens((chosen.sort(dim=1).values == index.sort(dim=1).values).all(1), reduce)
 

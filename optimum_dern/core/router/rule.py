@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..layer.mixture import Routing
-from ..layer.reduction import Reduce, alone, any_process, largest
+from ..layer.reduction import Reduce, alone, largest
 
 
 __all__ = [
@@ -78,19 +78,18 @@ def recognise_rule(logits: Tensor, routing: Routing, reduce: Reduce = alone) -> 
     for phi in ("exp", "sigmoid"):
         for over_all in (False, True):
             share = weight_shares(logits, routing.index, phi, over_all).gather(1, routing.index)  # (T, k)
-            if any_process(~torch.isfinite(share).all(), reduce):
-                continue
-            scale = (total / reduce(share.sum())).item()
-            if share_of_tokens(((weight - scale * share).abs() <= bound).all(1), reduce) >= AGREEMENT:
+            scale = total / reduce(share.sum())  # not a number where a share is not finite: explains no token then
+            explained = share_of_tokens(((weight - scale * share).abs() <= bound).all(1), reduce)
+            scale, explained = torch.stack([scale.double(), explained]).tolist()  # the host waits once
+            if explained >= AGREEMENT:
                 return RouterRule(phi, over_all, scale)
     return None
 
 
-def share_of_tokens(holds: Tensor, reduce: Reduce = alone) -> float:
-    """Return the fraction of True entries of a mask (T,) over the tokens of all processes."""
-    counts = torch.stack([holds.sum(), torch.ones_like(holds).sum()]).double()
-    true, tokens = reduce(counts).tolist()
-    return true / max(tokens, 1)
+def share_of_tokens(holds: Tensor, reduce: Reduce = alone) -> Tensor:
+    """Return the fraction () float64 of True entries of a mask (T,) over the tokens of all processes."""
+    true, tokens = reduce(torch.stack([holds.sum(), torch.ones_like(holds).sum()]).double())
+    return true / tokens.clamp(min=1)
 
 
 def log_masses(logits: Tensor, phi: str) -> Tensor:

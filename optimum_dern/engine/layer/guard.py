@@ -1,14 +1,14 @@
 """Fit every candidate of a layer and keep the one that best reproduces the original layer on held-out tokens."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ...config import DernConfig
 from ...core.router.choice import UnknownRouter
 from ...methods import Candidate
-from .objective import HeldOutError, Objective
+from .objective import Objective
 from .steps import Scale, Step, first_steps, further_steps
-from .variant import Variant
+from .variant import HeldOutError, Variant
 
 
 __all__ = ["Judged", "choose_variant"]
@@ -57,33 +57,31 @@ def choose_variant(candidates: dict[str, Candidate], objective: Objective, confi
         judged.winner = variant
         return judged
 
-    best = _best_first(candidates, first, objective, judged)
-    judged.winner = _refined(further, *best, objective, judged)[1]
+    judged.winner = _refined(further, _best_first(candidates, first, objective, judged), objective, judged)
     return judged
 
 
 def _best_first(
     candidates: dict[str, Candidate], steps: Sequence[Step], objective: Objective, judged: Judged
-) -> tuple[HeldOutError, Variant]:
-    """Take the first steps with every candidate, and return the best variant with its held-out error."""
-    best: tuple[HeldOutError, Variant] | None = None
+) -> Variant:
+    """Take the first steps with every candidate, and return the best variant."""
+    best: Variant | None = None
     for origin in list(candidates):
-        variant = _unfitted(origin, candidates.pop(origin), objective)
-        found = _refined(steps, _judge(variant, objective, judged), variant, objective, judged)
-        if best is None or judged.rank(found[0]) < judged.rank(best[0]):  # the first of equals
+        variant = _judged(_unfitted(origin, candidates.pop(origin), objective), objective, judged)
+        found = _refined(steps, variant, objective, judged)
+        if best is None or judged.rank(found.error) < judged.rank(best.error):  # the first of equals
             best = found
     return best
 
 
-def _refined(
-    steps: Iterable[Step], error: HeldOutError, variant: Variant, objective: Objective, judged: Judged
-) -> tuple[HeldOutError, Variant]:
-    """Take each step that makes the variant rank higher; returns its held-out error and the variant."""
+def _refined(steps: Iterable[Step], variant: Variant, objective: Objective, judged: Judged) -> Variant:
+    """Take each step that makes a judged variant rank higher, and return the variant, judged."""
     for step in steps:
         for made in _made(step, variant, objective, judged):
-            if judged.rank(found := _judge(made, objective, judged)) < judged.rank(error):
-                error, variant = found, made
-    return error, variant
+            made = _judged(made, objective, judged)
+            if judged.rank(made.error) < judged.rank(variant.error):
+                variant = made
+    return variant
 
 
 def _made(step: Step, variant: Variant, objective: Objective, judged: Judged) -> Iterator[Variant]:
@@ -98,8 +96,9 @@ def _unfitted(origin: str, candidate: Candidate, objective: Objective) -> Varian
     return Variant(origin, candidate, objective.measured.reroute(candidate))
 
 
-def _judge(variant: Variant, objective: Objective, judged: Judged) -> HeldOutError:
+def _judged(variant: Variant, objective: Objective, judged: Judged) -> Variant:
+    """Return the variant with its error, which is also noted."""
     error = objective.error(variant)
     known = judged.errors.setdefault(variant.name, error)  # the ridge is not in the name
     judged.errors[variant.name] = min(known, error, key=judged.rank)
-    return error
+    return replace(variant, error=error)

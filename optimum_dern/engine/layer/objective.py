@@ -12,22 +12,10 @@ from ...core.layer.reduction import Reduce, alone, any_process
 from ...data.labels import evenly_spaced
 from ...models.moe.view import layer_activation
 from .measured import MeasuredLayer
-from .variant import Variant
+from .variant import HeldOutError, Variant
 
 
 __all__ = ["HeldOutError", "Objective", "relative_errors"]
-
-
-@dataclass(frozen=True)
-class HeldOutError:
-    """Relative squared error of a variant on the held-out tokens."""
-
-    total: float
-    by_source: dict[str, float]  # of each source that has held-out tokens
-
-    def exceeds(self, limit: "HeldOutError") -> bool:
-        """Return whether the error of any source is above that of another variant."""
-        return any(error > limit.by_source[name] for name, error in self.by_source.items())
 
 
 @dataclass(frozen=True)
@@ -53,26 +41,42 @@ class Objective:
         """The sum over the processes that share the tokens (all-reduce)."""
         return self.measured.processes.reduce
 
-    @cached_property
+    @property
     def sampled(self) -> Tensor:
         """(n,) indices of evenly spaced tokens that closed-form refits use, none of them held out."""
-        chosen = evenly_spaced(self.measured.order, self.wanted, self.measured.processes)
-        return (~self.held_out & chosen.to(self.held_out.device)).nonzero().flatten()
+        return self._tokens[0]
+
+    @property
+    def fitted(self) -> Tensor:
+        """(n,) indices of all tokens for fitting, which are those that are not held out."""
+        return self._tokens[1]
+
+    @property
+    def judged(self) -> Tensor:
+        """(n,) indices of the held-out tokens."""
+        return self._tokens[2]
+
+    @cached_property
+    def fitted_order(self) -> Tensor:
+        """(n,) on the CPU: numbers of the tokens for fitting among those of all processes."""
+        return self.measured.order[~self._held_out]
 
     @cached_property
     def judges(self) -> bool:
         """Whether any process has held-out tokens."""
-        return any_process(self.held_out.any(), self.reduce)
+        device = self.measured.processes.device
+        return any_process(torch.tensor(bool(self._held_out.any()), device=device), self.reduce)
 
     @cached_property
-    def fitted(self) -> Tensor:
-        """(n,) indices of all tokens for fitting, which are those that are not held out."""
-        return (~self.held_out).nonzero().flatten()
+    def _held_out(self) -> Tensor:
+        return self.held_out.cpu()
 
     @cached_property
-    def judged(self) -> Tensor:
-        """(n,) indices of the held-out tokens."""
-        return self.held_out.nonzero().flatten()
+    def _tokens(self) -> tuple[Tensor, ...]:
+        """The tokens sampled, fitted and judged: found on the CPU, so that a GPU is not asked how many they are."""
+        sampled = evenly_spaced(self.measured.order, self.wanted, self.measured.processes) & ~self._held_out
+        found = [mask.nonzero().flatten() for mask in (sampled, ~self._held_out, self._held_out)]
+        return torch.cat(found).to(self.held_out.device).split([len(part) for part in found])
 
     def data(self, routing: Routing, tokens: Tensor) -> tuple[Routing, Tensor, Activation]:
         """Return the routing and target of some tokens (n,), weighted by token, and the activation function."""
@@ -82,7 +86,9 @@ class Objective:
         return chosen, self.target[tokens], self.activation
 
     def error(self, variant: Variant) -> HeldOutError:
-        """Compute a variant's relative squared error on the held-out tokens of all processes."""
+        """Return a variant's relative squared error on the held-out tokens of all processes."""
+        if variant.error is not None:
+            return variant.error
         routing, target, activation = self.data(variant.routing, self.judged)
         output, labels = routed_output(variant.candidate.segments, routing, activation), self.measured.labels
         return relative_errors(output, target, labels.source[self.judged], labels.names, self.reduce)

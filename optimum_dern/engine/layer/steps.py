@@ -126,19 +126,22 @@ class NeuronRefit:
     sampled = False
 
     def __call__(self, variant: Variant, objective: Objective) -> Iterator[Variant]:
-        order = objective.measured.order[objective.fitted.to(objective.measured.order.device)]
         data = objective.data(variant.routing, objective.fitted)
         passes = count_passes(objective.measured.statistics.tokens) if objective.judges else UNJUDGED_PASSES
-        error = objective.error(variant).total if objective.judges else 0.0
+        error = objective.error(variant) if objective.judges else None
         descent = descend_neurons(
-            variant.candidate.segments, *data, order=order, reduce=objective.reduce, seed=self.seed
+            variant.candidate.segments,
+            *data,
+            order=objective.fitted_order,
+            reduce=objective.reduce,
+            seed=self.seed,
         )
         for number, segments in enumerate(descent, start=1):
             made = variant.after("neurons", segments)
-            if objective.judges:
-                error, before = objective.error(made).total, error
-            if number == passes or (objective.judges and error > (1 - WORTH_A_PASS) * before):
-                yield made
+            if error is not None:
+                error, before = objective.error(made), error
+            if number == passes or (error is not None and error.total > (1 - WORTH_A_PASS) * before.total):
+                yield replace(made, error=error)
                 return
 
     def costs(self, shape: LayerShape) -> list[Cost]:

@@ -1,4 +1,4 @@
-"""`Variant`: a candidate after none, one or several fitting steps."""
+"""`Variant`: a candidate after none, one or several fitting steps, and its error on the held-out tokens."""
 
 from dataclasses import dataclass, replace
 
@@ -7,7 +7,19 @@ from ...core.layer.segments import Segments
 from ...methods import Candidate
 
 
-__all__ = ["Variant"]
+__all__ = ["HeldOutError", "Variant"]
+
+
+@dataclass(frozen=True)
+class HeldOutError:
+    """Relative squared error of a variant on the held-out tokens."""
+
+    total: float
+    by_source: dict[str, float]  # of each source that has held-out tokens
+
+    def exceeds(self, limit: "HeldOutError") -> bool:
+        """Return whether the error of any source is above that of another variant."""
+        return any(error > limit.by_source[name] for name, error in self.by_source.items())
 
 
 @dataclass(frozen=True)
@@ -18,6 +30,7 @@ class Variant:
     candidate: Candidate
     routing: Routing  # T tokens, routed by the candidate's router
     steps: tuple[str, ...] = ()
+    error: HeldOutError | None = None  # where it has been judged
 
     @property
     def name(self) -> str:
@@ -32,4 +45,4 @@ class Variant:
             segments: the N refitted experts.
         """
         candidate = replace(self.candidate, segments=segments)
-        return replace(self, candidate=candidate, steps=tuple(dict.fromkeys((*self.steps, step))))
+        return replace(self, candidate=candidate, steps=tuple(dict.fromkeys((*self.steps, step))), error=None)

@@ -112,13 +112,13 @@ def _pruned_by_error(problem: LayerProblem) -> dict[str, Candidate]:
 
 def _facts(recombined: Recombination, retained: torch.Tensor) -> dict[str, object]:
     similarity = recombined.similarity.flatten().float()
-    quantiles = {}
+    quantiles, moved = {}, 0.0
     if similarity.numel():
-        ranks = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0], device=similarity.device)
+        ranks = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
         index = (ranks * (len(similarity) - 1)).round().long()  # torch.quantile is limited to 2^24 values
-        quantiles = {
-            f"{r:.2f}": v for r, v in zip(ranks.tolist(), similarity.sort().values[index].tolist(), strict=True)
-        }
-    moved = (recombined.destination >= 0).double().mean().item() if similarity.numel() else 0.0
+        values = similarity.sort().values[index.to(similarity.device)].double()
+        share = (recombined.destination >= 0).double().mean()
+        *values, moved = torch.cat([values, share.view(1)]).tolist()
+        quantiles = {f"{rank:.2f}": value for rank, value in zip(ranks.tolist(), values, strict=True)}
     flow = segment_flow(recombined.destination, retained)
     return {"moved_share": moved, "similarity_quantiles": quantiles, "segment_flow": flow}

@@ -16,6 +16,8 @@ from ..layer.workspace import MAX_ELEMENTS
 
 __all__ = ["initial_centroids", "spherical_kmeans"]
 
+ASK_CPU, ASK_GPU = 1, 8  # iterations between two questions whether to stop: a GPU's answer takes long
+
 
 def initial_centroids(pool: Tensor, response: Tensor, clusters: int, init: str, seed: int = 0) -> Tensor:
     """Select the initial centroids from the segments of a retained expert's pool.
@@ -66,12 +68,14 @@ def spherical_kmeans(
     """
     directions, norms = normalize(points, dim=1), points.norm(dim=1)
     labels = torch.zeros(len(points), dtype=torch.int64, device=points.device)
-    for _ in range(iterations):
-        labels = nearest_direction(directions, normalize(centroids, dim=1), max_elements)
-        updated = equalised_means(directions, norms, weights, labels, centroids)
+    asks, found = ASK_CPU if points.device.type == "cpu" else ASK_GPU, torch.zeros_like(labels[:1], dtype=torch.bool)
+    for number in range(1, iterations + 1):
+        nearest = nearest_direction(directions, normalize(centroids, dim=1), max_elements)
+        updated = equalised_means(directions, norms, weights, nearest, centroids)
         shift, before = (updated - centroids).norm(), centroids.norm()
-        centroids = updated
-        if shift <= tolerance * before:
+        centroids, labels = torch.where(found, centroids, updated), torch.where(found, labels, nearest)
+        found |= shift <= tolerance * before  # they stay from then on, whether or not the host knows
+        if number % asks == 0 and found:
             break
     return centroids, labels
 

@@ -66,21 +66,30 @@ def recombine_layer(
         segments.up.device, segments.compute_dtype
     )  # only ratios count: no underflow
 
+    width, kept = segments.up.shape[1], retained.tolist()
+    received = _received(destination, len(kept))
+
     def cluster(position: int) -> tuple[Tensor]:
-        source, neuron = torch.where(destination == position)
-        expert, source = retained[position].item(), dropped[source]
+        moved, expert = received[position], kept[position]
+        source, neuron = dropped[moved // width], moved % width
         pool, response = _pool(segments, expert, source, neuron)
-        width = segments.up.shape[1]
         weights = torch.cat([importance[expert].expand(width), importance[source]])  # (f + m,)
         start = initial_centroids(pool, response, width, init, seed + position)
         return (spherical_kmeans(pool, weights, start, iterations, tolerance, segments.workspace.max_elements)[0],)
 
     result = segments.select(retained)  # indexing copies: the input stays as it was
-    receiving = destination[destination >= 0].unique().tolist()
+    receiving = [position for position, moved in enumerate(received) if len(moved)]
     for position, (centroids,) in zip(receiving, map_experts(cluster, receiving), strict=True):
         for part, value in zip(result.parts, segments.split(centroids), strict=True):
             part[position] = value
     return Recombination(result, destination, similarity)
+
+
+def _received(destination: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Return which of the dropped segments, all of them in a row, each of `count` retained experts receives."""
+    place = destination.flatten() + 1  # 0 for a discarded segment
+    counts = place.new_zeros(count + 1).index_add_(0, place, torch.ones_like(place))
+    return place.argsort(stable=True).split(counts.tolist())[1:]
 
 
 def assign_segments(
@@ -119,10 +128,10 @@ def _assign(
     def vectors(expert: int) -> Tensor:
         return similarity_vectors(segments.select(slice(expert, expert + 1)).to(segments.compute_dtype), weights)[0]
 
-    max_elements = segments.workspace.max_elements
+    max_elements, kept = segments.workspace.max_elements, retained.tolist()
 
     def assign(expert: int) -> tuple[Tensor, Tensor]:
-        return assign_segments(vectors(expert), map(vectors, retained.tolist()), threshold, max_elements)
+        return assign_segments(vectors(expert), map(vectors, kept), threshold, max_elements)
 
     nearest = list(map_experts(assign, dropped.tolist()))
     if not nearest:

@@ -29,6 +29,8 @@ from ..router.rule import RouterRule, weight_shares
 
 __all__ = ["conjugate_gradients", "refit_router", "refit_router_cost"]
 
+ASK_CPU, ASK_GPU = 1, 8  # iterations between two questions whether the solution is found: a GPU's answer takes long
+
 
 def refit_router(
     rows: Tensor,
@@ -131,13 +133,15 @@ def conjugate_gradients(
     solution, residual = torch.zeros_like(right), right.clone()
     direction, energy = residual.clone(), residual.square().sum()
     goal = energy * tolerance**2
-    for _ in range(iterations):
-        if not any_process(~(energy <= goal), reduce):
+    asks = ASK_CPU if right.device.type == "cpu" else ASK_GPU
+    for number in range(iterations):
+        found = energy <= goal  # the solution stays from then on, whether or not the host knows
+        if number % asks == 0 and not any_process(~found, reduce):
             break
         image = operator(direction)
         length = energy / (direction * image).sum()
-        solution += length * direction
-        residual -= length * image
+        solution = torch.where(found, solution, solution + length * direction)
+        residual = torch.where(found, residual, residual - length * image)
         energy, before = residual.square().sum(), energy
         direction = residual + (energy / before) * direction
     return solution

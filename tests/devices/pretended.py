@@ -1,21 +1,20 @@
-"""A device that pretends to be apart from the CPU: tests placement, and counts when a host would wait for a device.
+"""Devices that pretend to be apart from the CPU, on its memory and arithmetic, to test placement.
 
-A `PretendedTensor` reports the device "pretended" and holds a CPU tensor, on which all operations are done.  As on a
-GPU an operation takes tensors of one device; CPU tensors without dimensions may join, and CPU tensors may index.  It
-stands on torch's backend for devices written in Python (PrivateUse1, torch 2.9 or newer).
+A `PretendedTensor` reports "pretended:0" or "pretended:1" and holds a CPU tensor, on which all operations are done.
+As on a GPU an operation takes tensors of one device; CPU tensors without dimensions may join, and CPU tensors may
+index.  It stands on torch's backend for devices written in Python (PrivateUse1, torch 2.9 or newer).
 """
 
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .waits import count
 
-__all__ = ["NAME", "count_waits", "install"]
+
+__all__ = ["NAME", "install"]
 
 NAME, CPU = "pretended", torch.device("cpu")
 READS = {  # operations whose result, or its size, the host has to know before it can go on
@@ -25,39 +24,18 @@ READS = {  # operations whose result, or its size, the host has to know before i
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 COPIES = {"copy_", "_copy_from", "_to_copy"}
 _library: list[torch.library.Library] = []  # the kernels live as long as it does
-_counters: list[Counter] = []  # of the open `count_waits`
-
-
-@contextmanager
-def count_waits() -> Iterator[Counter]:
-    """Count the moments at which a host would wait, by kind ("read", "down", "up") and line of the package."""
-    counter: Counter = Counter()
-    _counters.append(counter)
-    try:
-        yield counter
-    finally:
-        _counters.remove(counter)
-
-
-def _count(kind: str) -> None:
-    frame = sys._getframe(1)
-    while _counters and frame is not None and "/optimum_dern/" not in frame.f_code.co_filename:
-        frame = frame.f_back
-    line = "elsewhere" if frame is None else f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
-    for counter in _counters:
-        counter[kind, line] += 1
 
 
 class PretendedTensor(Tensor):
-    """Reports the pretended device; `held` has the data, on the CPU."""
+    """Reports a pretended device; `held` has the data, on the CPU."""
 
     held: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, held: Tensor) -> "PretendedTensor":
+    def __new__(cls, held: Tensor, device: torch.device) -> "PretendedTensor":
         form = held.size(), held.stride(), held.storage_offset()
-        made = Tensor._make_wrapper_subclass(cls, *form, dtype=held.dtype, device=torch.device(NAME, 0))
+        made = Tensor._make_wrapper_subclass(cls, *form, dtype=held.dtype, device=device)
         made.held = held.detach() if held.requires_grad else held
         return made
 
@@ -79,7 +57,7 @@ class PretendedTensor(Tensor):
         return torch.tensor(data, dtype=dtype or self.dtype, device=where, requires_grad=requires_grad)
 
     def as_subclass(self, cls: type) -> "PretendedTensor":
-        return PretendedTensor.__new__(type(cls.__name__, (cls, PretendedTensor), {}), self.held)
+        return PretendedTensor.__new__(type(cls.__name__, (cls, PretendedTensor), {}), self.held, self.device)
 
     @property
     def data(self) -> Tensor:
@@ -96,7 +74,7 @@ class PretendedTensor(Tensor):
         self.held = other.held
 
     def __deepcopy__(self, memo: dict) -> "PretendedTensor":
-        made = PretendedTensor(self.held.clone()).requires_grad_(self.requires_grad)
+        made = PretendedTensor(self.held.clone(), self.device).requires_grad_(self.requires_grad)
         if getattr(self, "_is_param", False):
             made._is_param = True
         return memo.setdefault(id(self), made)
@@ -109,43 +87,52 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     inner_args = [_held(value, tensors) for value in args]
     inner = {key: _held(value, tensors) for key, value in kwargs.items()}
     wrappers = {id(tensor.held): tensor for tensor in tensors if isinstance(tensor, PretendedTensor)}
-    here = _copied_to(name, args, kwargs) if name in COPIES else _told(kwargs, bool(wrappers) or not tensors)
+    target = _copied_to(name, args, kwargs) if name in COPIES else _told(kwargs, wrappers)
     if name not in COPIES:
         _check_devices(func, [t for t in tensors if not any(t is index for index in indices)])
         masks = any(isinstance(i, PretendedTensor) and i.dtype == torch.bool for i in indices)
         if masks or (wrappers and name in READS):
-            _count("read")
+            count("read")
         elif wrappers and any(index.device == CPU for index in indices):
-            _count("up")
-    if inner.get("device") is not None and here:
+            count("up")
+    if inner.get("device") is not None and target.type == NAME:
         inner["device"] = CPU
+    if name == "histc":  # a GPU counts integers, too
+        inner_args[0] = inner_args[0].double()
     result = func(*inner_args, **inner)
     for tensor in wrappers.values():  # changed in place, as by `squeeze_`
         if (tensor.held.shape, tensor.held.stride()) != (tensor.shape, tensor.stride()):
-            tensor.become_(PretendedTensor(tensor.held))
-    return _wrapped(result, wrappers) if here else result
+            tensor.become_(PretendedTensor(tensor.held, tensor.device))
+    return _wrapped(result, wrappers, target) if target.type == NAME else result
 
 
-def _copied_to(name: str, args: tuple, kwargs: dict) -> bool:
-    """Return whether a copy goes to the pretended device; one from or to another counts as a wait."""
+def _copied_to(name: str, args: tuple, kwargs: dict) -> torch.device:
+    """Return where a copy goes to; one from or to the CPU counts as a wait."""
     source = args[0] if name != "copy_" else args[1]
     if name == "_to_copy":
-        target = torch.device(kwargs.get("device") or source.device)
+        target = _numbered(kwargs.get("device") or source.device)
     else:
         target = args[0 if name == "copy_" else 1].device
     if target.type != source.device.type and "meta" not in (target.type, source.device.type):
-        _count("up" if target.type == NAME else "down")
-    return target.type == NAME
+        count("up" if target.type == NAME else "down")
+    return target
 
 
-def _told(kwargs: dict, otherwise: bool) -> bool:
-    device = kwargs.get("device")
-    return otherwise if device is None else torch.device(device).type == NAME
+def _told(kwargs: dict, wrappers: dict[int, PretendedTensor]) -> torch.device:
+    """Return where the result of an operation is: where it is told to be, or else where its tensors are."""
+    if kwargs.get("device") is not None:
+        return _numbered(kwargs["device"])
+    return next((tensor.device for tensor in wrappers.values()), CPU)
+
+
+def _numbered(device: Any) -> torch.device:
+    device = torch.device(device)
+    return torch.device(NAME, 0) if device.type == NAME and device.index is None else device
 
 
 def _check_devices(func: Any, tensors: list[Tensor]) -> None:
     """Refuse what a GPU's kernels refuse."""
-    found = {tensor.device.type for tensor in tensors if tensor.dim() or tensor.device != CPU}
+    found = {str(tensor.device) for tensor in tensors if tensor.dim() or tensor.device != CPU}
     if len(found) > 1:
         raise RuntimeError(f"Expected all tensors to be on the same device, but found {sorted(found)} ({func})")
 
@@ -162,25 +149,25 @@ def _held(value: Any, tensors: list[Tensor]) -> Any:
     return [_held(part, tensors) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _wrapped(value: Any, wrappers: dict[int, PretendedTensor]) -> Any:
+def _wrapped(value: Any, known: dict[int, PretendedTensor], device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return wrappers[id(value)] if id(value) in wrappers else PretendedTensor(value)
-    return type(value)(_wrapped(part, wrappers) for part in value) if isinstance(value, list | tuple) else value
+        return known[id(value)] if id(value) in known else PretendedTensor(value, device)
+    return type(value)(_wrapped(part, known, device) for part in value) if isinstance(value, list | tuple) else value
 
 
 class _Module:
     """What torch looks for in the module of a device type."""
 
     is_available = is_initialized = staticmethod(lambda: True)
-    device_count = staticmethod(lambda: 1)
+    device_count = staticmethod(lambda: 2)
     current_device = staticmethod(lambda: 0)
     _is_in_bad_fork = staticmethod(lambda: False)
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16])
-    manual_seed_all = synchronize = set_device = staticmethod(lambda *args: None)
+    manual_seed_all = synchronize = set_device = empty_cache = staticmethod(lambda *args: None)
 
 
 def install() -> None:
-    """Make the device known to torch, for the rest of the process."""
+    """Make the devices known to torch, for the rest of the process."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
@@ -191,6 +178,17 @@ def install() -> None:
             overload = getattr(overloads, schema.overload_name or "default")
             _library[0].impl(overload, _kernel(overload), "PrivateUse1")
     _library[0].impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
+    torch.autograd._engine_run_backward = _in_this_thread(torch.autograd._engine_run_backward)
+
+
+def _in_this_thread(run: Callable) -> Callable:
+    """Let the engine of gradients have no threads, which it has for the first of such devices only."""
+
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with torch.autograd.set_multithreading_enabled(False):
+            return run(*args, **kwargs)
+
+    return alone
 
 
 def _kernel(overload: Any) -> Callable:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import DernConfig
-from .machine.torch_state import check_device, plain_torch
+from .machine.torch_state import check_device, devices_of, plain_torch
 from .options import without_retired
 from .results.report import CompressionReport
 
@@ -101,7 +101,7 @@ class DernCompressor:
             reports,
             describe_calibration(config.dataset, batches),
             started,
-            model.device,
+            devices_of(model),
             dict.fromkeys(("computed", "written"), str(model.dtype).removeprefix("torch.")),
         )
         self.report.own_text = own.rows

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speed.add_argument("--prompt-length", type=int, default=512, metavar="N", help="(default: %(default)s)")
     speed.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decoded (default: %(default)s)")
     speed.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds (default: %(default)s)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu, or a GPU: cuda or xpu (default: a GPU where there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="auto", help="default: stored")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the checkpoints' own code")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table (.md) or all figures (.json)")

@@ -71,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-memory", metavar="SIZE", help='memory limit, such as "8GiB"; a run that would exceed it is refused'
     )
-    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument(
+        "--device", default=None, help="cpu, or a GPU: cuda or xpu (default: a GPU where there is one)"
+    )
     add_config_arguments(parser, several=True)
 
 

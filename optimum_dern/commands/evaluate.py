@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--lm-eval", action="store_true", help=f"score tasks with lm-eval ({install_hint('eval')})")
     how.add_argument("--streamed", action="store_true", help="one decoder layer in memory at a time")
-    how.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    how.add_argument("--device", help="cpu, or a GPU: cuda or xpu (default: a GPU where there is one)")
     how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write all figures as JSON")
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON line instead of tables")

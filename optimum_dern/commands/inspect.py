@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if config.dataset is not None or needs_data(config):
         sequences = sequences_in_all(with_dataset(config))
     tokens = sequences * bounded_length(model.config, config.sequence_length)
-    memory = plan_memory(model, layers, tokens, config, count, bound)
+    memory = plan_memory(model, layers, tokens, config, count, bound, device)
     rate = measure_rate(device)
     facts = {
         "model": args.model,

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of each (default: what the model is made for, at most %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (default: %(default)s)")
-    parser.add_argument("--device-map", help="auto, or a device (default: cuda where there is one)")
+    parser.add_argument("--device-map", help="auto, or a device (default: a GPU where there is one)")
     parser.add_argument(
         "--load-in", type=int, choices=(4, 8), metavar="BITS", help="quantise with bitsandbytes to 4 or 8 bits"
     )

@@ -27,6 +27,7 @@ __all__ = ["ALONE", "ProcessFailed", "Processes", "joined_processes"]
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 downloads; if a process ends, they notice at once
 FAILED = "optimum_dern/failed"
+COLLECTIVES = {"cuda": "nccl", "xpu": "xccl"}  # the backend of each kind of GPU
 LAUNCHERS = {  # environment variables of the rank and of the local rank
     "RANK": "LOCAL_RANK",  # torchrun, accelerate launch
     "SLURM_PROCID": "SLURM_LOCALID",
@@ -146,8 +147,8 @@ def joined_processes(device: str | None = None, timeout: timedelta = TIMEOUT) ->
     """Join the processes that a launcher has started into a process group, until the context exits.
 
     Args:
-        device: "cpu" or "cuda", where each process uses its own GPU; by default cuda if available.  A single process
-            may name any device.
+        device: "cpu", or "cuda" or "xpu", where each process uses its own GPU; by default a GPU where there is one.
+            A single process may name any device.
         timeout: how long to wait for a process that is running but does not respond.
 
     Yields:
@@ -169,7 +170,7 @@ def joined_processes(device: str | None = None, timeout: timedelta = TIMEOUT) ->
         yield Processes(device=own)
         return
     store, rank, count = _talk(lambda: next(dist.rendezvous("env://", timeout=timeout)))
-    backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+    backend = "gloo" if own.type == "cpu" else f"cpu:gloo,{own.type}:{COLLECTIVES[own.type]}"
     _talk(dist.init_process_group, backend, store=store, rank=rank, world_size=count, timeout=timeout)
     processes = Processes(rank, count, own, dist.PrefixStore("optimum_dern", store))
     token = _joined.set(processes)
@@ -186,15 +187,18 @@ def _own_device(device: str | None, rank: int, count: int) -> torch.device:
     own = default_device(device)
     if count == 1 or own.type == "cpu":
         return own
-    if own.type != "cuda" or own.index is not None:
-        raise ValueError(f"{count} processes cannot share the device {device!r}; give cpu, or cuda for one GPU each")
-    local = _local_rank(rank)
-    if local >= torch.cuda.device_count():
+    if own.type not in COLLECTIVES or own.index is not None:
+        kinds = " or ".join(COLLECTIVES)
         raise ValueError(
-            f"this machine has {torch.cuda.device_count()} GPUs and was given a process with the number {local}; "
+            f"{count} processes cannot share the device {device!r}; give cpu, or {kinds} for one GPU each"
+        )
+    local, there = _local_rank(rank), torch.get_device_module(own).device_count()
+    if local >= there:
+        raise ValueError(
+            f"this machine has {there} GPUs and was given a process with the number {local}; "
             "start at most one process a GPU, or compute on the cpu"
         )
-    return torch.device("cuda", local)
+    return torch.device(own.type, local)
 
 
 def _local_rank(rank: int) -> int:
@@ -209,8 +213,9 @@ def _local_rank(rank: int) -> int:
 
 
 def _current(device: torch.device) -> AbstractContextManager:
-    """Make a GPU the current CUDA device until the context exits."""
-    return torch.cuda.device(device) if device.type == "cuda" and device.index is not None else nullcontext()
+    """Make a GPU the current one until the context exits."""
+    numbered = device.type in COLLECTIVES and device.index is not None
+    return torch.get_device_module(device).device(device) if numbered else nullcontext()
 
 
 @contextmanager

@@ -23,10 +23,10 @@ def progress_bar(items: Iterable, description: str, total: int | None = None) ->
     return logging.tqdm(items, desc=description, total=total)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory so far, of a GPU, else of the process."""
-    if device.type in GPUS:
-        return torch.get_device_module(device).max_memory_allocated(device)
+def peak_memory_bytes(devices: Iterable[torch.device]) -> int:
+    """Return the peak memory so far, of the GPUs among some devices together, or of the process if there are none."""
+    if gpus := [device for device in devices if device.type in GPUS]:
+        return sum(torch.get_device_module(gpu).max_memory_allocated(gpu) for gpu in gpus)
     status = _process_status()
     if "VmHWM" in status:  # unlike ru_maxrss it does not include the parent process's memory
         return status["VmHWM"]
@@ -34,10 +34,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def resident_bytes(device: torch.device) -> int:
-    """Return the memory in use, of a GPU, else of the process (0 if unknown)."""
-    if device.type in GPUS:
-        return torch.get_device_module(device).memory_allocated(device)
+def resident_bytes(devices: Iterable[torch.device]) -> int:
+    """Return the memory in use, of the GPUs among some devices, or of the process if there are none (0 if unknown)."""
+    if gpus := [device for device in devices if device.type in GPUS]:
+        return sum(torch.get_device_module(gpu).memory_allocated(gpu) for gpu in gpus)
     return _process_status().get("VmRSS", 0)
 
 

@@ -1,13 +1,22 @@
 """Independence of the caller's torch settings and module modes, and checks of the device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
 
-__all__ = ["GPUS", "check_device", "check_precision", "default_device", "evaluation_mode", "finish", "plain_torch"]
+__all__ = [
+    "GPUS",
+    "check_device",
+    "check_precision",
+    "default_device",
+    "devices_of",
+    "evaluation_mode",
+    "finish",
+    "plain_torch",
+]
 
 GPUS = ("cuda", "xpu")  # device types that torch treats alike, memory statistics included
 
@@ -44,10 +53,16 @@ def default_device(device: str | None = None) -> torch.device:
     return torch.device(device or next(there, "cpu"))
 
 
-def finish(device: torch.device) -> None:
-    """Wait until a device has done what it was given; for the CPU, which computes at once, do nothing."""
-    if device.type in GPUS:
-        torch.accelerator.synchronize(device)
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """List the devices that a model's parameters are on: several, where its layers are spread over them."""
+    return list(dict.fromkeys(parameter.device for parameter in model.parameters()))
+
+
+def finish(devices: Iterable[torch.device]) -> None:
+    """Wait until all devices have done what they were given; the CPU computes at once."""
+    for device in devices:
+        if device.type in GPUS:
+            torch.accelerator.synchronize(device)
 
 
 def check_device(device: object) -> None:

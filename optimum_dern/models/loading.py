@@ -19,7 +19,7 @@ def load_model(model: str | Path, device: str | None = None, dtype: Any = None, 
 
     Args:
         model: folder or Hub id.
-        device: by default CUDA if available.
+        device: by default a GPU where there is one.
         dtype: a `torch.dtype` or its name; by default as stored.
         **source: `revision`, `token` and `trust_remote_code`.
     """

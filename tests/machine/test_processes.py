@@ -412,6 +412,16 @@ def pretend_launcher(monkeypatch, variables):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
 
+def test_other_gpus(monkeypatch):
+    """Processes share the GPUs of another kind as they do those of CUDA."""
+    pretend_launcher(monkeypatch, {"RANK": "1", "LOCAL_RANK": "1"})
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 2)
+    assert distributed._own_device("xpu", 1, 2) == torch.device("xpu:1")
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="has 1 GPUs"):
+        distributed._own_device("xpu", 1, 2)
+
+
 SLURM, MPIRUN = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, {"OMPI_COMM_WORLD_RANK": "3"}
 
 

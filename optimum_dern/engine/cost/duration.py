@@ -54,10 +54,10 @@ def measure_rate(device: torch.device, seconds: float = 0.3) -> float:
     """
     matrix = torch.randn(PROBE_SIZE, PROBE_SIZE, device=device, generator=torch.Generator(device).manual_seed(0))
     matrix @ matrix
-    finish(device)
+    finish([device])
     end, fastest = time.perf_counter() + seconds, float("inf")
     while (started := time.perf_counter()) < end or fastest == float("inf"):
         matrix @ matrix
-        finish(device)
+        finish([device])
         fastest = min(fastest, time.perf_counter() - started)
     return 2 * PROBE_SIZE**3 / fastest

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...config import DernConfig
@@ -57,6 +58,7 @@ def plan_memory(
     config: DernConfig,
     num_experts: int | Sequence[int],
     max_memory: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> MemoryPlan:
     """Predict the peak memory, and plan to keep hidden states, then experts too, in files where a bound demands it.
 
@@ -67,12 +69,14 @@ def plan_memory(
         config: of the compression.
         num_experts: N, or the N of every result where one pass makes several.
         max_memory: bound in bytes, or None for no bound.
+        device: where layers are computed; their experts can be in files on the CPU only.
 
     Raises:
         ValueError: the bound is too low; the message tells the lowest possible one.
     """
     counts = [num_experts] if isinstance(num_experts, int) else num_experts
-    plans = list(_plans(model, layers, tokens, config, counts))
+    on_cpu = torch.device(device).type == "cpu"
+    plans = [plan for plan in _plans(model, layers, tokens, config, counts) if on_cpu or not plan.experts_in_file]
     for plan in plans:
         if max_memory is None or plan.peak <= max_memory:
             return plan
@@ -81,7 +85,7 @@ def plan_memory(
         f"max_memory is {_gib(max_memory)}, but this compression needs at least {_gib(least.peak)}, hidden states and "
         f"experts in files where that helps: {_gib(least.interpreter)} for Python and torch and {_gib(least.working)} "
         "for the work on a layer; allow more, give less calibration data or batch_size=1, or leave steps out "
-        "(neuron_refit takes most)"
+        "(neuron_refit takes most)" + ("" if on_cpu else f"; experts in files need device='cpu', not {str(device)!r}")
     )
 
 

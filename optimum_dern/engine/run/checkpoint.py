@@ -140,7 +140,7 @@ def _compress(task: CheckpointTask, names: NameMap, work: Path, results: Sequenc
             layer_reports,
             task.calibration,
             started,
-            processes.device,
+            [processes.device],
             task.precision,
         )
         result.manifest.complete(report.to_dict())

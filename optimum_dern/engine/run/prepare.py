@@ -88,7 +88,7 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
     configs = [replace(config, **shares) for config in configs]
     calibration = describe_calibration(configs[0].dataset, batches)
     tokens = sum(batch["input_ids"].numel() for batch in processes.share(batches)) if batches and not recorded else 0
-    memory = plan_memory(skeleton, layers, tokens, configs[0], counts, bound)
+    memory = plan_memory(skeleton, layers, tokens, configs[0], counts, bound, processes.device)
     reader = processes.main_first(source.open_weights)
     dtype = dtype and dtype_name(dtype)
     if recorded is not None:

@@ -27,7 +27,7 @@ def make_report(
     layers: Sequence[LayerReport],
     calibration: dict[str, Any],
     started: float,
-    device: torch.device,
+    devices: Sequence[torch.device],
     precision: dict[str, str],
 ) -> CompressionReport:
     """Make the report of a finished run.
@@ -40,7 +40,7 @@ def make_report(
         layers: one report per MoE layer.
         calibration: from `describe_calibration`.
         started: when the run began, by `time.perf_counter`.
-        device: the device whose peak memory is reported.
+        devices: that computed, whose peak memory is reported.
         precision: dtypes stored in the source, used for computing, and written.
     """
     name, revision = source
@@ -57,7 +57,7 @@ def make_report(
         layers=list(layers),
         versions=tool_versions(),
         seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory_bytes(device),
+        peak_memory_bytes=peak_memory_bytes(devices),
         precision=precision,
         source_card=source_metadata(name, revision),
         source_folder=folder.resolve() if folder is not None and folder.is_dir() else None,

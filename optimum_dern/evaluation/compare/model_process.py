@@ -69,7 +69,7 @@ def model_process(path: str | Path, device: str | None = None, **loading: Any) -
 
     Args:
         path: checkpoint folder or Hub id.
-        device: to compute on; by default CUDA if available.
+        device: to compute on; by default a GPU where there is one.
         **loading: arguments of `from_pretrained`, JSON-able.
     """
     command = [sys.executable, "-m", __name__, json.dumps({"path": str(path), "device": device, "loading": loading})]

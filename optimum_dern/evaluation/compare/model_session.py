@@ -10,6 +10,7 @@ from transformers.utils import cached_file, logging
 from ...checkpoint.format.weight_files import weight_names
 from ...checkpoint.source.provenance import load_tokenizer
 from ...machine.progress import peak_memory_bytes, resident_bytes
+from ...machine.torch_state import devices_of
 from ...models.loading import load_model, model_class
 from ...models.moe.structure import find_moe_layers
 from ...models.size import measure_model
@@ -80,10 +81,10 @@ class ModelSession:
     def warm_up(self, **settings: int) -> int:
         """Run everything that is timed once, and return its peak memory in bytes, weights included."""
         model_class(self.path, **self._source)  # imports the model's code first, whose memory does not count
-        before = resident_bytes(torch.device(self.device))
+        before = resident_bytes([torch.device(self.device)])
         self.prefill(**settings)
         self.decode(**settings)
-        return peak_memory_bytes(self.model.device) - before
+        return peak_memory_bytes(devices_of(self.model)) - before
 
     def prefill(self, **settings: int) -> float:
         """Measure the seconds of a prompt's forward pass."""

@@ -78,7 +78,7 @@ def compare_models(
         tasks: files or names, as `load_tasks` takes them.
         tasks_folder: folder in which tasks are looked up by name.
         speed: settings of the timing; None skips speed and memory.
-        device: by default CUDA if available.
+        device: by default a GPU where there is one.
         **loading: `dtype` by name, `trust_remote_code`.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...machine.torch_state import evaluation_mode, finish
+from ...machine.torch_state import devices_of, evaluation_mode, finish
 
 
 __all__ = ["SpeedSettings", "decode_seconds", "prefill_seconds", "random_prompt"]
@@ -39,9 +39,9 @@ def prefill_seconds(model: Any, ids: Tensor) -> float:
         ids: (batch, prompt).
     """
     with evaluation_mode(model):
-        started = _now(ids.device)
+        started = _now(model)
         model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        return _now(ids.device) - started
+        return _now(model) - started
 
 
 @torch.no_grad()
@@ -56,13 +56,13 @@ def decode_seconds(model: Any, ids: Tensor, new_tokens: int) -> float:
     with evaluation_mode(model):
         output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         cache = "cache" if "cache" in output else "past_key_values"  # its name since transformers 5.24, and before
-        started = _now(ids.device)
+        started = _now(model)
         for _ in range(new_tokens):
             token = output.logits[:, -1:].argmax(-1)  # (B, 1)
             output = model(input_ids=token, **{cache: output[cache]}, use_cache=True)
-        return _now(ids.device) - started
+        return _now(model) - started
 
 
-def _now(device: torch.device) -> float:
-    finish(device)  # kernels run on after the call that started them
+def _now(model: Any) -> float:
+    finish(devices_of(model))  # kernels run on after the call that started them
     return time.perf_counter()

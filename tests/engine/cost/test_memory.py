@@ -85,9 +85,9 @@ def model():
     return make_model("mixtral")
 
 
-def plan(model, tokens=1000, bound=None, count=4, **fields):
+def plan(model, tokens=1000, bound=None, count=4, device="cpu", **fields):
     """The plan for a config."""
-    return plan_memory(model, find_moe_layers(model), tokens, DernConfig(**fields), count, bound)
+    return plan_memory(model, find_moe_layers(model), tokens, DernConfig(**fields), count, bound, device)
 
 
 def test_every_step_takes_its_part(model):
@@ -148,3 +148,13 @@ def test_a_bound_that_cannot_be_kept():
     assert plan_of_shapes(int((least + 0.01) * 2**30)).experts_in_file
     with pytest.raises(ValueError, match="at least"):
         plan_of_shapes(int((least - 0.01) * 2**30))
+
+
+def test_a_bound_on_a_gpu():
+    """Hidden states may be in a file there, but experts are computed where their memory is."""
+    bounded = partial(plan_of_shapes, neuron_refit=False, device="cuda")
+    free = bounded()
+    spilled = bounded(free.peak - 1)
+    assert spilled.spilled and not spilled.experts_in_file
+    with pytest.raises(ValueError, match="experts in files need device='cpu', not 'cuda'"):
+        bounded(spilled.peak - 1)

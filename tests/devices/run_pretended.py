@@ -6,6 +6,7 @@ python run_pretended.py RUN_JSON...         each [name, family, options]
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +16,8 @@ from accelerate import dispatch_model
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from devices.pretended import NAME, install  # noqa: E402
+from devices.backend import install  # noqa: E402
+from devices.pretended import NAME  # noqa: E402
 from devices.waits import count_waits  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tiny import compress, make_model, random_tokens, same_state, state_of  # noqa: E402
@@ -80,18 +82,20 @@ def in_memory(family: str, options: dict) -> dict:
 def from_disk(family: str, options: dict) -> dict:
     """Compress a checkpoint layer by layer on the second device, with one of the plans of what is in files."""
     rows, found, number = random_tokens(12), [], options.pop("plan")
+    limits = {"max_elements": options.pop("max_elements", memory.MAX_ELEMENTS)}
 
     def plan(*args):
-        return list(memory._plans(*args[:5]))[number]
+        return replace(list(memory._plans(*args[:5]))[number], **limits)
 
     with tempfile.TemporaryDirectory() as folder:
         make_model(family).save_pretrained(f"{folder}/model")
         for device in ("cpu", f"{NAME}:1"):
             compressor = DernCompressor(num_experts=4, dataset=rows, **DATA, **options)
-            with patch.object(prepare, "plan_memory", plan):
+            with patch.object(prepare, "plan_memory", plan), count_waits() as waits:
                 compressor.compress_checkpoint(f"{folder}/model", f"{folder}/{device[:3]}", device=device)
             found.append(load_file(f"{folder}/{device[:3]}/model.safetensors"))
-    return {"same": same_state(*found)}
+    lines = [[kind, line, count] for (kind, line), count in waits.most_common()]
+    return {"same": same_state(*found), "layers": 2, "waits": lines}
 
 
 if __name__ == "__main__":

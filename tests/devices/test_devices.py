@@ -39,6 +39,7 @@ RUNS = {  # name: family and options; from disk also the plan of what is in file
     **{f"selection {name}": ("qwen3_moe", {"preset": "fast", "selection": name, **SHORT}) for name in CRITERIA},
     "disk": ("qwen3_moe", {"neuron_refit": False, "plan": 0}),
     "disk, hidden states in files": ("qwen3_moe", {"preset": "fast", "plan": 1}),
+    "disk, little memory": ("qwen3_moe", {"preset": "fast", "plan": 1, "max_elements": 1024}),
 }
 # Waits a layer: of the runs of experts, each of which asks how many tokens each expert gets, and of all else.
 MOST_WAITS = {"recommended": 60, "recommended, 16 experts": 60, "fast": 50, "paper": 50}
@@ -71,6 +72,17 @@ def test_waits(name, results):
     found = results[name]
     waits = [wait for wait in found["waits"] if not wait[1].endswith(RUN_OF_EXPERTS)]
     assert sum(count for *_, count in waits) <= MOST_WAITS[name] * found["layers"], waits
+
+
+@pytest.mark.parametrize("name", ["recommended, 16 experts", "disk, little memory"])
+def test_no_line_waits_for_every_expert(name, results):
+    """But for the runs of experts, which memory and minibatches divide, and copies from and to files."""
+    found = results[name]
+    copies = ("reader.py", "conversion.py", "tensors.py", "recorded.py")
+    waits = [
+        wait for wait in found["waits"] if not wait[1].endswith(RUN_OF_EXPERTS) and not wait[1].startswith(copies)
+    ]
+    assert waits[0][2] <= 8 * found["layers"], waits
 
 
 def test_waits_of_a_minibatch(results):

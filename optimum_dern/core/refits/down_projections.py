@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..layer.cost import Cost, LayerShape, experts_operations, held_by_chunk
-from ..layer.mixture import Activation, ExpertBatch, Routing, expert_batches
+from ..layer.mixture import Activation, Routing, expert_batches, neuron_activations
 from ..layer.reduction import Reduce, alone
 from ..layer.segments import Segments
 
@@ -127,18 +127,28 @@ def _invert(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
 def _part_source(segments: Segments, routing: Routing, activation: Activation) -> Callable[[int], Iterable[Part]]:
     """Return a function from expert to its parts, cached if all experts' neurons fit in memory."""
 
-    def part(batch: ExpertBatch) -> Part:
-        return Part(batch.token, batch.weight * batch.neurons, batch.weight)
-
-    def compute(expert: int) -> Iterable[Part]:
-        return map(part, expert_batches(segments, routing, activation, [expert]))
-
     if routing.index.numel() * segments.down.shape[1] > segments.workspace.max_elements:
-        return compute
+        return _computed_parts(segments, routing, activation)
     kept: list[list[Part]] = [[] for _ in segments.down]
     for batch in expert_batches(segments, routing, activation):
-        kept[batch.expert].append(part(batch))
+        kept[batch.expert].append(Part(batch.token, batch.weight * batch.neurons, batch.weight))
     return kept.__getitem__
+
+
+def _computed_parts(segments: Segments, routing: Routing, activation: Activation) -> Callable[[int], Iterable[Part]]:
+    """Return a function from expert to its parts, computed anew each time from its tokens, which are found once."""
+    index, top_k, dtype = routing.index.flatten(), routing.index.shape[1], segments.compute_dtype
+    counts = index.new_zeros(len(segments.down)).index_add_(0, index, torch.ones_like(index))
+    pairs = index.argsort(stable=True).split(counts.tolist())  # the host waits once for all experts
+
+    def compute(expert: int) -> Iterator[Part]:
+        for pair in pairs[expert].split(segments.workspace.chunk_tokens):
+            token, slot = pair // top_k, pair % top_k  # (n,), (n,)
+            neurons = neuron_activations(segments, expert, routing.inputs(token, slot, dtype), activation)
+            weight = routing.output_weights(token, slot, dtype)
+            yield Part(token, weight * neurons, weight)
+
+    return compute
 
 
 def _gram_source(

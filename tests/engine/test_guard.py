@@ -10,7 +10,7 @@ from families import make_model as make_family
 from tiny import EXPERTS, FAMILIES, FIRST_MOE, compress, make_model, random_tokens, same_state, state_of
 
 from optimum_dern import DernCompressor, DernConfig
-from optimum_dern.engine.layer import steps
+from optimum_dern.engine.layer import objective, steps
 from optimum_dern.models.moe.structure import find_moe_layers
 
 
@@ -275,6 +275,24 @@ def test_one_set_of_experts_is_one_finalist(monkeypatch, method):
     layers = compress(make_model("qwen3_moe"), method=method).report.layers
     assert all({"pruned", "merged"} <= layer.errors.keys() for layer in layers)
     assert len(calls) == len(layers)
+
+
+def test_nothing_is_judged_twice(monkeypatch):
+    """A step that has judged what it makes, as the neuron refit after each pass, hands the error on."""
+    judged, passes = [], []
+    measure, descend = objective.relative_errors, steps.descend_neurons
+
+    def counted(*args, **kwargs):
+        for segments in descend(*args, **kwargs):
+            passes.append(1)
+            yield segments
+
+    monkeypatch.setattr(objective, "relative_errors", lambda *args: (judged.append(1), measure(*args))[1])
+    monkeypatch.setattr(steps, "descend_neurons", counted)
+    layers = compress(make_model("mixtral")).report.layers
+    without_passes = sum(not name.endswith("neurons") for layer in layers for name in layer.errors)
+    assert len(passes) >= len(layers)
+    assert len(judged) == without_passes + len(passes)
 
 
 def test_presets_only_fill_fields():

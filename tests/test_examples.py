@@ -77,7 +77,7 @@ def test_heal_with_lora(run_example, tmp_path):
     table = table_of(run_example("heal_with_lora.py"))
     before, compressed, healed = (table[name][0] for name in ("before compression", "compressed", "healed"))
     assert before < compressed < before + 0.1
-    assert healed < compressed - 0.003
+    assert healed < compressed - 0.001
     folder = tmp_path / "build" / "healed"
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", output_loading_info=True)
     assert not any(info.values())

@@ -121,10 +121,8 @@ def _fitting_phases(standing: Standing, gone: int) -> Iterator[Phase]:
         tokens += sample.tokens * (shape.itemsize * shape.inputs + shape.number * shape.outputs)  # what a fit sees
         for step in first_steps(config):
             for cost in step.costs(sample):
-                held, beside = (
-                    tokens + sets * standing.choices + cost.held,
-                    kept + standing.refitted,
-                )  # the best so far
+                held = tokens + sets * standing.choices + cost.held
+                beside = kept + standing.refitted  # the best so far
                 operations = standing.candidates * (cost.operations + judged.operations)
                 yield Phase(type(step).__name__, held, beside + cost.experts, operations)
         finalist = standing.candidate + standing.refitted - gone
@@ -135,9 +133,8 @@ def _fitting_phases(standing: Standing, gone: int) -> Iterator[Phase]:
     written = 2 * standing.candidate + standing.refitted * bool(config.refit) - gone
     yield Phase("write", standing.tokens + standing.choices, written, 0.0)
     if config.calibration_order == "sequential":
-        yield Phase(
-            "run", standing.tokens + standing.forward + held_by_chunk(standing.passed), standing.candidate - gone, 0.0
-        )
+        run = standing.forward + held_by_chunk(standing.passed)
+        yield Phase("run", standing.tokens + run, standing.candidate - gone, 0.0)
 
 
 def _pass_tokens(shape: LayerShape, config: DernConfig) -> int:

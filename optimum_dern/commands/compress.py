@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.output.folder import check_output
-from .arguments import add_config_arguments, add_model_arguments, check_model_name, config_from_arguments
-from .tables import print_table
+from .shared.arguments import add_config_arguments, add_model_arguments, check_model_name, config_from_arguments
+from .shared.tables import print_table
 
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "run"]

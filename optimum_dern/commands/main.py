@@ -10,19 +10,19 @@ from .. import versions
 from ..errors import describe_error, is_deliberate
 from ..machine.threads import choose_threads
 from ..paths import check_utf8
-from . import compare, compress, evaluate, inspect, report, sample
+from . import compress, sample
+from .look import compare, evaluate, inspect, report
 
 
-__all__ = ["COMMANDS", "add_command", "fail", "main", "run_safely"]
+__all__ = ["COMMANDS", "WANTS", "add_command", "fail", "main", "run_safely"]
 
-COMMANDS: dict[str, ModuleType] = {
-    "compress": compress,
-    "evaluate": evaluate,
-    "compare": compare,
-    "inspect": inspect,
-    "report": report,
-    "sample": sample,
+WANTS: dict[str, dict[str, ModuleType]] = {  # what people want, and the commands that do it, as `--help` lists them
+    "make smaller": {"compress": compress, "sample": sample},
+    "look": {"inspect": inspect, "report": report},
+    "measure": {"evaluate": evaluate, "compare": compare},
 }
+COMMANDS: dict[str, ModuleType] = {name: module for group in WANTS.values() for name, module in group.items()}
+WIDTH = 12  # of the column of names in `--help`
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -34,13 +34,27 @@ class OneLineParser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the console script; exits with code 2 on an error."""
-    parser = OneLineParser(prog="optimum-dern", description="Make Mixture-of-Experts models smaller without training.")
+    parser = OneLineParser(
+        prog="optimum-dern",
+        usage="optimum-dern COMMAND ...",
+        description="Make Mixture-of-Experts models smaller without training.",
+        epilog=_list_commands(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"optimum-dern {versions.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
     for name, module in COMMANDS.items():
-        add_command(commands.add_parser(name, help=module.HELP), module)
+        add_command(commands.add_parser(name, prog=f"{parser.prog} {name}"), module)
     args = parser.parse_args(arguments)
     run_safely(COMMANDS[args.command].run, args)
+
+
+def _list_commands() -> str:
+    """List the commands by what people want, each with its help."""
+    lines = []
+    for want, commands in WANTS.items():
+        lines += [f"{want}:", *(f"  {name:{WIDTH}}{module.HELP}" for name, module in commands.items()), ""]
+    return "\n".join([*lines, "optimum-dern COMMAND --help has the options and examples of a command."])
 
 
 def add_command(parser: argparse.ArgumentParser, module: ModuleType) -> None:

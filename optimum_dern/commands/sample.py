@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .arguments import add_model_arguments, check_model_name, check_numbers, check_output_file
+from .shared.arguments import add_model_arguments, check_model_name, check_numbers, check_output_file
 
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "run"]

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dern import CompressionReport, DernCompressor, DernConfig
 from optimum_dern.checkpoint.output.manifest import only_process
-from optimum_dern.commands import compress, inspect
+from optimum_dern.commands import compress
+from optimum_dern.commands.look import inspect
 from optimum_dern.commands.main import main
 
 

@@ -14,7 +14,7 @@ from tiny import random_tokens
 
 from optimum_dern import CompressionReport, DernConfig
 from optimum_dern.commands import compress
-from optimum_dern.commands.arguments import config_from_arguments
+from optimum_dern.commands.shared.arguments import config_from_arguments
 from optimum_dern.evaluation.loss.perplexity import TextLoss
 from optimum_dern.reporting.card import model_card
 from optimum_dern.reporting.reproduction import reproduction_command

@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--card writes into the checkpoint, and --output elsewhere; give one of them")
     report, folder = _load(args.checkpoint)
 
-    from ..reporting.page import report_page
-    from ..reporting.presentation import write_presentation
-    from ..text_files import replace_text
+    from ...reporting.page import report_page
+    from ...reporting.presentation import write_presentation
+    from ...text_files import replace_text
 
     if args.output:
         if args.output.is_dir() or not args.output.absolute().parent.is_dir():
@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _load(path: Path):
     """Load the report of a checkpoint; returns it and its folder."""
-    from ..checkpoint.output.publishing import REPORT_NAME
-    from ..results.report import CompressionReport
+    from ...checkpoint.output.publishing import REPORT_NAME
+    from ...results.report import CompressionReport
 
     file = path / REPORT_NAME if path.is_dir() else path
     if not file.is_file():

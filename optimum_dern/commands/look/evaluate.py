@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..installation import install_hint
-from ..results.estimate import plus_minus
-from .arguments import add_model_arguments, check_model_name, check_numbers, check_output_file
-from .tables import print_table
+from ...installation import install_hint
+from ...results.estimate import plus_minus
+from ..shared.arguments import add_model_arguments, check_model_name, check_numbers, check_output_file
+from ..shared.tables import print_table
 
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "run"]
@@ -65,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure the model, and print or write the results."""
     _check(args)
-    from ..evaluation.tasks.load import load_tasks
-    from ..text_files import replace_json
+    from ...evaluation.tasks.load import load_tasks
+    from ...text_files import replace_json
 
     tasks = load_tasks(args.tasks, args.tasks_folder, args.limit)
     tokenizer, texts, length = _load_texts(args)
@@ -85,9 +85,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse invalid arguments and missing files before anything is loaded."""
-    from ..checkpoint.source.resolve import check_checkpoint
-    from ..data.batches import check_source
-    from ..machine.torch_state import check_device
+    from ...checkpoint.source.resolve import check_checkpoint
+    from ...data.batches import check_source
+    from ...machine.torch_state import check_device
 
     check_device(args.device)
     for name in (args.model, *([args.against] if args.against else [])):
@@ -102,11 +102,11 @@ def _check(args: argparse.Namespace) -> None:
     if args.lm_eval and args.streamed:
         raise ValueError("lm-eval needs the whole model in memory; leave --lm-eval or --streamed out")
     if args.lm_eval:
-        from ..integration.lm_eval import import_lm_eval
+        from ...integration.lm_eval import import_lm_eval
 
         import_lm_eval()
     if args.cache is not None:
-        from ..evaluation.agreement.logits_cache import check_folder
+        from ...evaluation.agreement.logits_cache import check_folder
 
         check_folder(args.cache, overwrite=True)
     check_output_file(args.output)
@@ -121,8 +121,8 @@ def _load_texts(args: argparse.Namespace) -> tuple[Any, dict[str, list[dict]], i
     """Load the model's tokenizer and the batches by name of the text; returns them and the sequence length."""
     from transformers import AutoConfig
 
-    from ..checkpoint.source.provenance import load_tokenizer
-    from ..evaluation.loss.perplexity import evaluation_length, load_texts
+    from ...checkpoint.source.provenance import load_tokenizer
+    from ...evaluation.loss.perplexity import evaluation_length, load_texts
 
     source = _source(args)
     own_code = {"trust_remote_code": args.trust_remote_code}
@@ -140,13 +140,13 @@ def _load_texts(args: argparse.Namespace) -> tuple[Any, dict[str, list[dict]], i
 
 def _load_model(args: argparse.Namespace, name: str, **source: Any) -> Any:
     """Load the whole model, or open one that streams its layers."""
-    from ..models.loading import load_model
+    from ...models.loading import load_model
 
     if not args.streamed:
         return load_model(name, args.device, args.dtype, **source)
 
-    from ..evaluation.loss.streamed import StreamedCheckpoint
-    from ..machine.torch_state import default_device
+    from ...evaluation.loss.streamed import StreamedCheckpoint
+    from ...machine.torch_state import default_device
 
     device = default_device(args.device)
     return StreamedCheckpoint(name, device, dtype=args.dtype, **source)
@@ -158,7 +158,7 @@ def _source(args: argparse.Namespace) -> dict[str, Any]:
 
 def _original_predictions(args: argparse.Namespace, texts: dict[str, list[dict]], scratch: Path) -> Any:
     """Read the original's predictions from --cache if they are of these tokens, else compute and write them."""
-    from ..evaluation.agreement.logits_cache import CACHE_NAME, LogitsCache, cache_logits
+    from ...evaluation.agreement.logits_cache import CACHE_NAME, LogitsCache, cache_logits
 
     folder, name = args.cache or scratch / "cache", f"{args.against}, {args.dtype or 'dtype as stored'}"
     if (folder / CACHE_NAME).is_file():
@@ -170,11 +170,11 @@ def _original_predictions(args: argparse.Namespace, texts: dict[str, list[dict]]
 
 
 def _measure(args: argparse.Namespace, tokenizer: Any, texts: dict, tasks: list, cache: Any) -> dict[str, Any]:
-    from ..evaluation.agreement.measure import agreement
-    from ..evaluation.loss.perplexity import evaluate_texts
-    from ..evaluation.tasks.accuracy import evaluate_tasks
-    from ..integration.lm_eval import evaluate_with_lm_eval
-    from ..versions import __version__
+    from ...evaluation.agreement.measure import agreement
+    from ...evaluation.loss.perplexity import evaluate_texts
+    from ...evaluation.tasks.accuracy import evaluate_tasks
+    from ...integration.lm_eval import evaluate_with_lm_eval
+    from ...versions import __version__
 
     model = _load_model(args, args.model, **_source(args))
     score = evaluate_with_lm_eval if args.lm_eval else evaluate_tasks

@@ -4,8 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
-from .arguments import check_model_name, check_numbers, check_output_file
-from .tables import print_table
+from ..shared.arguments import check_model_name, check_numbers, check_output_file
+from ..shared.tables import print_table
 
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "run"]
@@ -56,10 +56,10 @@ def run(args: argparse.Namespace) -> None:
     """Measure the models, and print or write the comparison."""
     _check(args)
 
-    from ..evaluation.compare.models import compare_models
-    from ..evaluation.compare.speed import SpeedSettings
-    from ..reporting.comparison import comparison_rows, markdown_table
-    from ..text_files import replace_text
+    from ...evaluation.compare.models import compare_models
+    from ...evaluation.compare.speed import SpeedSettings
+    from ...reporting.comparison import comparison_rows, markdown_table
+    from ...text_files import replace_text
 
     speed = SpeedSettings(args.batch_size, args.prompt_length, args.new_tokens, args.repeats) if args.speed else None
     comparison = compare_models(
@@ -93,10 +93,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse invalid arguments and missing files before a model is loaded."""
-    from ..checkpoint.source.resolve import check_checkpoint
-    from ..data.batches import check_source
-    from ..evaluation.tasks.load import load_tasks
-    from ..machine.torch_state import check_device
+    from ...checkpoint.source.resolve import check_checkpoint
+    from ...data.batches import check_source
+    from ...evaluation.tasks.load import load_tasks
+    from ...machine.torch_state import check_device
 
     check_device(args.device)
     for name in (args.original, *args.compressed):

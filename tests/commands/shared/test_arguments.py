@@ -8,8 +8,8 @@ import pytest
 
 from optimum_dern import DernConfig
 from optimum_dern.checkpoint.output.shards import parse_bytes
-from optimum_dern.commands.arguments import add_config_arguments, check_model_name, config_from_arguments
 from optimum_dern.commands.main import COMMANDS
+from optimum_dern.commands.shared.arguments import add_config_arguments, check_model_name, config_from_arguments
 from optimum_dern.options import GROUPS
 
 

@@ -178,7 +178,7 @@ def test_errors(capsys, files, arguments, match):
 
 def test_both_spellings():
     """`optimum-cli dern evaluate` is the same command."""
-    from optimum_dern.commands import evaluate
+    from optimum_dern.commands.look import evaluate
     from optimum_dern.commands.optimum_cli import DernCommand
 
     assert evaluate.HELP in [command.help for command in DernCommand.SUBCOMMANDS if command.name == "evaluate"]

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..options import CHOICES, GROUPS, DernOptions, without_retired
+from ...options import CHOICES, GROUPS, DernOptions, without_retired
 
 
 if TYPE_CHECKING:
-    from ..config import DernConfig
+    from ...config import DernConfig
 
 
 __all__ = [
@@ -85,7 +85,7 @@ def config_from_arguments(args: argparse.Namespace) -> "DernConfig":
     Raises:
         ValueError: a field outside its range, or a file that is not a JSON object of fields.
     """
-    from ..config import DernConfig
+    from ...config import DernConfig
 
     values = {} if args.config is None else _read_fields(args.config)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(DernOptions) if hasattr(args, f.name)}
@@ -98,7 +98,7 @@ def config_from_arguments(args: argparse.Namespace) -> "DernConfig":
 
 def _read_fields(file: Path) -> dict[str, Any]:
     """The fields in a JSON file: its own, or those of the `config` in a dern_config.json or dern_report.json."""
-    from ..data.files import parse_json, read_text
+    from ...data.files import parse_json, read_text
 
     values = parse_json(read_text(file), file)
     if isinstance(values, dict) and isinstance(values.get("config"), dict):

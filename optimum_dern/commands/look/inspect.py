@@ -3,8 +3,8 @@
 import argparse
 import json
 
-from .arguments import add_config_arguments, add_model_arguments, check_model_name, config_from_arguments
-from .tables import print_table
+from ..shared.arguments import add_config_arguments, add_model_arguments, check_model_name, config_from_arguments
+from ..shared.tables import print_table
 
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "run"]
@@ -33,17 +33,17 @@ def run(args: argparse.Namespace) -> None:
     config = config_from_arguments(args)
     check_model_name(args.model)
 
-    from ..checkpoint.output.shards import parse_bytes
-    from ..checkpoint.source.find import find_checkpoint
-    from ..engine.cost.duration import measure_rate, predict_seconds
-    from ..engine.cost.memory import plan_memory
-    from ..engine.run.checks import check_names, check_request, needs_data, with_dataset
-    from ..engine.run.model_batches import sequences_in_all, with_text_it_can_write
-    from ..engine.run.whole_model import check_fits
-    from ..machine.torch_state import default_device
-    from ..models.context_length import bounded_length
-    from ..models.moe.structure import find_moe_layers
-    from ..models.size import measure_model, predict_size
+    from ...checkpoint.output.shards import parse_bytes
+    from ...checkpoint.source.find import find_checkpoint
+    from ...engine.cost.duration import measure_rate, predict_seconds
+    from ...engine.cost.memory import plan_memory
+    from ...engine.run.checks import check_names, check_request, needs_data, with_dataset
+    from ...engine.run.model_batches import sequences_in_all, with_text_it_can_write
+    from ...engine.run.whole_model import check_fits
+    from ...machine.torch_state import default_device
+    from ...models.context_length import bounded_length
+    from ...models.moe.structure import find_moe_layers
+    from ...models.size import measure_model, predict_size
 
     check_names(config)
     options = {"trust_remote_code": args.trust_remote_code, "need_weights": False}

@@ -1,0 +1,1 @@
+"""Commands that measure and show models, and write nothing of them."""

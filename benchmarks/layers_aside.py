@@ -6,6 +6,7 @@ from torch import nn
 from optimum_dern.engine.walk.recipe import InPlace
 from optimum_dern.models.moe.structure import MoELayer, layers_by_position
 from optimum_dern.models.moe.view import LayerWeights, read_layer, write_counts_, write_layer_
+from optimum_dern.models.width import write_width_
 from optimum_dern.results.report import LayerReport
 
 
@@ -32,7 +33,7 @@ class LayersAside(InPlace):
 
     @torch.no_grad()
     def write_(self, model: nn.Module, layers: list[MoELayer]) -> None:
-        """Write the compressed layers into the original model or a copy, and the expert count into its config.
+        """Write the compressed layers into the original model or a copy, and their sizes into its config.
 
         Args:
             model: the original, or a copy of it.
@@ -40,4 +41,6 @@ class LayersAside(InPlace):
         """
         for layer in layers:
             write_layer_(layer, self.weights[layer.name])
-        write_counts_(model, layers, next(iter(self.weights.values())).num_experts)
+        first = next(iter(self.weights.values()))
+        write_width_(model, layers, first.segments.up.shape[1])
+        write_counts_(model, layers, first.num_experts)

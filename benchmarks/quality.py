@@ -11,9 +11,9 @@ oneshot calibration share one pass. Variants: `published`, the method as in its 
 of the retained experts' down projections; `guard`, in every layer the candidate with the lowest error on held-out
 tokens: the method's own result or plain pruning, unfitted, scaled, or refitted with one of three ridges; `router`,
 the same with the router's refit. `recommended` is this package's default without text of the model's own. "same
-keep-set" prunes exactly the experts that `recommended` of that seed dropped. Results are merged into the output file:
-a later run with the same settings adds draws, sparsities or variants. `benchmarks/quality_table.py` makes tables and
-the plot from it.
+keep-set" prunes exactly the experts that `recommended` of that seed dropped. `camera_p`, `heapr` and `slim` make all
+experts narrower by the same fraction of their bytes. Results are merged into the output file: a later run with the
+same settings adds draws, sparsities or variants. `benchmarks/quality_table.py` makes tables and the plot from it.
 
 All results of a draw are in memory together, beside the full model and a copy of it.  `--at-once` makes several passes
 with fewer results each: on a CPU the figures are bitwise equal.
@@ -56,11 +56,12 @@ from optimum_dern.models.size import measure_model
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "tiny_moe"
 CRITERIA = ("random", "router", "frequency", "ean", "reap", "man", "msan", "hope", "easy_ep", "aimer", "greedy")
+NARROWING = ("camera_p", "heapr", "slim")
 MERGING = ("ream", "m_smoe", "hc_smoe", "mergemoe", "sub_moe")
 METHODS = {
     **{f"prune, {name}": {"method": "prune", "selection": name} for name in CRITERIA},
     "dern": {"method": "dern"},
-    **{name: {"method": name} for name in MERGING},
+    **{name: {"method": name} for name in (*MERGING, *NARROWING)},
 }
 VARIANTS = {
     "published": {"preset": "paper"},
@@ -153,10 +154,15 @@ def configs_of(args: argparse.Namespace, data: Mapping[str, Any]) -> dict[Name, 
         for variant in args.variants
         if variant == "published" or (data["seed"] < args.refit_seeds and sparsity in args.refit_sparsity)
     ]
-    configs = {(m, v, s): DernConfig(sparsity=s, **METHODS[m], **VARIANTS[v], **data) for m, v, s in names}
+    configs = {(m, v, s): DernConfig(**amount(m, s), **METHODS[m], **VARIANTS[v], **data) for m, v, s in names}
     if RECOMMENDED in args.methods:
         configs |= {(RECOMMENDED, "", s): DernConfig(sparsity=s, self_share=0.0, **data) for s in args.sparsity}
     return configs
+
+
+def amount(method: str, sparsity: float) -> dict[str, float]:
+    """Return the option by which a method drops a fraction of the routed experts' bytes: of experts, or of neurons."""
+    return {"width_sparsity" if method in NARROWING else "sparsity": sparsity}
 
 
 def measure_configs(

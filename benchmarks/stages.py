@@ -28,9 +28,10 @@ from optimum_dern.checkpoint.output.tensors import CheckpointOutput
 from optimum_dern.checkpoint.source.loader import PartLoader
 from optimum_dern.engine.cost.duration import measure_rate
 from optimum_dern.engine.cost.phases import layer_phases, layer_shape
-from optimum_dern.engine.layer import compression, expert_run, steps
-from optimum_dern.engine.layer.measured import MeasuredLayer
+from optimum_dern.engine.layer import compression, steps
 from optimum_dern.engine.layer.objective import Objective
+from optimum_dern.engine.measure import expert_run
+from optimum_dern.engine.measure.measured import MeasuredLayer
 from optimum_dern.engine.walk.stream import HiddenStream
 from optimum_dern.models.moe.structure import find_moe_layers
 from optimum_dern.models.skeleton import build_skeleton

@@ -91,7 +91,7 @@ class DernCompressor:
             batches = _load_batches(config, model, tokenizer, trust_remote_code, own)
         check_masks(batches)
         reports = []
-        if num_experts < before.experts:
+        if num_experts < before.experts or self.config.narrows:
             reports = compress_in_memory_(model, layers, batches, config, num_experts)
         self.report = make_report(
             config,

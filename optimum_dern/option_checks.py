@@ -35,11 +35,14 @@ COUNTS = (
     "sequence_length",
     "batch_size",
     "experts_multiple_of",
+    "width",
+    "width_multiple_of",
 )
 RANGES = {
     **dict.fromkeys(COUNTS, (lambda value: value >= 1, "of at least 1")),
     **dict.fromkeys(("refit_ridge", "cluster_tolerance"), (lambda value: value > 0, "above 0")),
     "sparsity": (lambda value: 0 <= value < 1, "of at least 0 and below 1 (the fraction dropped)"),
+    "width_sparsity": (lambda value: 0 < value < 1, "above 0 and below 1 (the fraction dropped)"),
     **dict.fromkeys(("self_share", "random_share"), (lambda value: 0 <= value < 1, "of at least 0 and below 1")),
     "drift_correction": (lambda value: 0 <= value <= 1, "from 0 to 1"),
     "seed": (lambda value: 0 <= value < 2**32, "from 0 to 2**32 - 1"),

@@ -110,7 +110,25 @@ class DernOptions:
     num_experts: int | None = _option(
         None, "number of routed experts that every layer keeps; give this or a sparsity", group="how much"
     )
-    method: str = _option("dern", "dern, prune, ream, m_smoe, hc_smoe, mergemoe or sub_moe", group="what")
+    width: int | None = _option(
+        None,
+        "number of neurons that every routed expert keeps; experts stay unless num_experts or sparsity is given too",
+        group="how much",
+    )
+    width_sparsity: float | None = _option(
+        None, "fraction of its neurons that every routed expert drops, instead of width", group="how much"
+    )
+    width_multiple_of: int = _option(
+        1,
+        "with width_sparsity: round the width up to a multiple of this (kernels may want 16, 64 or 128)",
+        group="how much",
+    )
+    method: str = _option(
+        "dern",
+        "dern, prune, ream, m_smoe, hc_smoe, mergemoe or sub_moe drop or merge experts; heapr, camera_p or slim make "
+        "them narrower",
+        group="what",
+    )
     preset: str = _option(
         "recommended",
         "default values of the other options: recommended (best results), fast (one pass, closed-form refit) or "
@@ -121,6 +139,12 @@ class DernOptions:
         None,
         "criterion that selects the retained experts: router, frequency, ean, reap, man, msan, hope, easy_ep, aimer, "
         "greedy or random (default: the method's own)",
+        group="what",
+    )
+    importance: str | None = _option(
+        None,
+        "criterion that selects the neurons of narrower experts: heapr (needs a backward pass), camera_p (default) or "
+        "slim (needs a backward pass)",
         group="what",
     )
     recombine: bool | None = _option(
@@ -264,6 +288,7 @@ class DernOptions:
             if self.sparsity is None and self.num_experts is None:  # as many as stayed then
                 self.num_experts = max(map(len, self.protect_experts.values()), default=None)
         self._check_amount()
+        self._check_width()
         self._check_effects(defaults)
         self.similarity_weights = checked_similarity(self.similarity_weights)
         if isinstance(self.dataset, Path):
@@ -278,9 +303,29 @@ class DernOptions:
             raise ValueError(f"quant_method={self.quant_method!r} is not this package's; leave it out or give 'dern'")
 
     @property
+    def narrows(self) -> bool:
+        """Whether experts are made narrower."""
+        return self.width is not None or self.width_sparsity is not None
+
+    @property
     def corrects_drift(self) -> bool:
         """Whether refits also correct the error that earlier compressed layers leave in a layer's input."""
         return self.calibration_order == "sequential" and bool(self.refit) and self.drift_correction > 0
+
+    def _check_width(self) -> None:
+        if self.width is not None and self.width_sparsity is not None:
+            raise ValueError(
+                f"both width={self.width} and width_sparsity={self.width_sparsity} are given; give one of them"
+            )
+        if not self.narrows:
+            return
+        if self.importance is None:
+            self.importance = "camera_p"
+        if self.recombine:
+            raise ValueError(
+                "recombine=True makes experts of neurons of others, whose importance is not known; with narrower "
+                "experts give recombine=False"
+            )
 
     def _describes_recombination(self) -> bool:
         """Whether the user gives details of the recombination, and so asks for it."""
@@ -290,6 +335,8 @@ class DernOptions:
     def _idle(self) -> dict[str, str]:
         """Return the options that have no effect in combination with the others, with what each would need."""
         idle = _options_of_others(self.method)
+        if not self.narrows:
+            idle |= dict.fromkeys(("importance", "width_multiple_of"), "width or width_sparsity")
         if self.calibration_order == "oneshot":
             idle["drift_correction"] = "calibration_order='sequential'"
         if self.recombine is not None and not self.recombine:
@@ -311,13 +358,20 @@ class DernOptions:
             raise ValueError(
                 f"both sparsity={self.sparsity} and num_experts={self.num_experts} are given; give one of them"
             )
+        if _is_narrowing(self.method) and not self.narrows:
+            self.width_sparsity = 0.25
         if self.sparsity is None and self.num_experts is None:
-            self.sparsity = 0.5
+            self.sparsity = 0.0 if self.narrows else 0.5
         if self.self_share + (self.random_share or 0) >= 1:
             raise ValueError(
                 f"self_share={self.self_share} and random_share={self.random_share} leave no calibration sequence for "
                 "the dataset; give shares that add up to less than 1"
             )
+
+
+def _is_narrowing(method: str) -> bool:
+    """Return whether a method is one that makes experts narrower."""
+    return "importance" in _method_defaults(method)
 
 
 def _method_defaults(method: str) -> Mapping[str, Any]:

@@ -23,6 +23,10 @@ def test_defaults():
     expected = {
         "sparsity": 0.5,
         "num_experts": None,
+        "width": None,
+        "width_sparsity": None,
+        "width_multiple_of": 1,
+        "importance": None,
         "method": "dern",
         "preset": "recommended",
         "selection": "router",

@@ -11,7 +11,7 @@ from families import FAMILIES, make_model, runnable
 from tiny import EXPERTS, TOP_K, padded_batch
 
 from optimum_dern.core.layer.mixture import expert_batches, expert_output, routed_output
-from optimum_dern.engine.layer.recording import record_routing
+from optimum_dern.engine.measure.recording import record_routing
 from optimum_dern.engine.walk.calls import record_layer_calls
 from optimum_dern.engine.walk.stream import HiddenStream
 from optimum_dern.models.moe.structure import find_decoder_layers, find_moe_layers, layers_by_position

@@ -12,10 +12,10 @@ ROOT = Path(optimum_dern.__file__).parent
 # From the bottom up: a room may import from itself and from those before it, wherever the import stands.
 ORDER = """
     versions errors paths text_files installation
-    core.layer core.router core.criteria core.pictures core.dern core.refits core.merging
+    core.layer core.neurons core.router core.criteria core.pictures core.dern core.refits core.merging
     machine results models.moe models data data.made methods option_checks options config reporting
     checkpoint.format checkpoint.source checkpoint.hub checkpoint.output
-    engine.layer engine.walk engine.cost engine.run compressor
+    engine.measure engine.layer engine.walk engine.cost engine.run compressor
     evaluation.loss evaluation.agreement evaluation.tasks evaluation.compare integration
     commands.shared commands.look commands __main__
 """.split()

@@ -1,6 +1,6 @@
 """Compression methods behind one interface; importing this package registers them."""
 
-from . import dern, hc_smoe, m_smoe, mergemoe, prune, ream, sub_moe
+from . import dern, hc_smoe, m_smoe, mergemoe, narrow, prune, ream, sub_moe
 from .registry import METHODS, Candidate, LayerProblem, Method, get_method, register_method
 
 
@@ -14,6 +14,7 @@ __all__ = [
     "hc_smoe",
     "m_smoe",
     "mergemoe",
+    "narrow",
     "prune",
     "ream",
     "register_method",

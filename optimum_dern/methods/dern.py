@@ -36,6 +36,7 @@ class Dern:
     """
 
     needs_tokens = False
+    keeps_experts = True  # but for those recombined, which are refused where they are to be narrower
     options = ("recombine", *RECOMBINATION)
 
     def candidates(self, config: "DernConfig") -> tuple[int, int]:
@@ -91,7 +92,7 @@ def _recombined(problem: LayerProblem, config: "DernConfig", facts: dict[str, ob
 
 def _tries_second_set(config: "DernConfig") -> bool:
     """Return whether a second set of retained experts, of least output error, is proposed to the guard."""
-    return config.method == "dern" and config.selection == "router" and config.guard
+    return config.method == "dern" and config.selection == "router" and config.guard and config.sparsity != 0
 
 
 def _search_tokens(tokens: int, top_k: int, experts: int) -> int:

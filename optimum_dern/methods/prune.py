@@ -15,6 +15,7 @@ class Prune:
 
     needs_tokens = False
     options = ()
+    keeps_experts = True
 
     def candidates(self, config: "DernConfig") -> tuple[int, int]:
         return 1, 1

@@ -53,6 +53,7 @@ class Method(Protocol):
     needs_tokens: bool = True  # False if it needs only statistics and weights
     needs_router_logits: bool = False  # True if it needs a router matrix with the experts' inputs
     defaults: Mapping[str, object] = {}  # options of the config that its paper fixes; the user's values win
+    keeps_experts: bool = False  # True if its candidates' experts are retained ones, which can be made narrower
     options: Sequence[str] | None = None  # config fields that only it reads, refused with other methods; None: any
 
     def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
@@ -68,13 +69,14 @@ class Method(Protocol):
 
 
 METHODS: dict[str, Method] = {}
+ATTRIBUTES = ("needs_tokens", "needs_router_logits", "keeps_experts", "defaults", "options", "candidates", "costs")
 
 
 def register_method(name: str) -> Callable[[type], type]:
     """Return a class decorator that registers a method for `DernConfig(method=name)`."""
 
     def register(cls: type) -> type:
-        for attribute in ("needs_tokens", "needs_router_logits", "defaults", "options", "candidates", "costs"):
+        for attribute in ATTRIBUTES:
             if not hasattr(cls, attribute):
                 setattr(cls, attribute, getattr(Method, attribute))
         METHODS[name] = cls()

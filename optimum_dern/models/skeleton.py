@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from .refusals import check_config
 
 
-__all__ = ["build_skeleton"]
+__all__ = ["build_like", "build_skeleton"]
 
 LARGE = 1 << 24  # elements; more than any buffer has
 
@@ -57,6 +57,14 @@ def build_skeleton(
             skeleton = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     skeleton.tie_weights(recompute_mapping=False)  # replacing parameters by empty ones has untied them
     return skeleton.eval()
+
+
+def build_like(model: nn.Module, config: Any) -> nn.Module:
+    """Build a model of the same class from another config, on the meta device."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False), LargeOnMeta():
+        return type(model)._from_config(config, dtype=model.dtype)
 
 
 class LargeOnMeta(TorchFunctionMode):

@@ -51,6 +51,7 @@ class ModelSize:
     active_parameters: int  # used by one token
     bytes: int
     experts: int  # routed, per layer
+    width: int | None = None  # neurons of a routed expert; None in reports of earlier releases
 
 
 @dataclass

@@ -8,7 +8,7 @@ from families import FAMILIES as ALL_FAMILIES
 from families import make_model as make_family
 from tiny import compress, make_model, padded_batch, random_tokens
 
-from optimum_dern.engine.layer.expert_run import measured_experts
+from optimum_dern.engine.measure.expert_run import measured_experts
 from optimum_dern.engine.walk.calls import record_layer_calls
 from optimum_dern.engine.walk.drift import measure_drift
 from optimum_dern.engine.walk.stream import HiddenStream

@@ -7,7 +7,7 @@ from tiny import EXPERTS, FAMILIES, FIRST_MOE, make_model, padded_batch, random_
 from optimum_dern import DernCompressor
 from optimum_dern.core.layer.statistics import measure_experts
 from optimum_dern.data.batches import load_batches
-from optimum_dern.engine.layer.recording import record_routing
+from optimum_dern.engine.measure.recording import record_routing
 from optimum_dern.engine.walk import walks
 from optimum_dern.engine.walk.calls import Call, record_layer_calls
 from optimum_dern.engine.walk.stream import HiddenStream

@@ -74,7 +74,7 @@ def test_a_checkpoint_that_float16_does_not_hold(tmp_path):
 def test_recorded_statistics(tmp_path):
     """Sums that a run in float16 has recorded beyond its range are refused as that run is now."""
     from optimum_dern.core.layer.statistics import ExpertStatistics
-    from optimum_dern.engine.layer.measuring import unseen_layer
+    from optimum_dern.engine.measure.measuring import unseen_layer
     from optimum_dern.models.moe.structure import find_moe_layers
 
     model = make_model("mixtral").half()

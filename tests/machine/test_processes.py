@@ -47,7 +47,7 @@ from optimum_dern import DernCompressor
 from optimum_dern.checkpoint.output.shards import ShardWriter
 from optimum_dern.core.dern import recombination
 from optimum_dern.machine.processes import joined_processes
-from optimum_dern.engine.layer.measured import MeasuredLayer
+from optimum_dern.engine.measure.measured import MeasuredLayer
 
 folder, notes, write, kmeans = sys.argv[1], [], MeasuredLayer.write_, recombination.spherical_kmeans
 write_tensor = ShardWriter.write

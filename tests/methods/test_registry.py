@@ -57,6 +57,7 @@ def test_unknown_methods():
     """The message lists the known ones."""
     assert {"dern", "prune", "ream", "m_smoe", "hc_smoe", "mergemoe", "sub_moe"} <= METHODS.keys()
     with pytest.raises(
-        ValueError, match=r"unknown method 'x'; choose one of dern, hc_smoe, m_smoe, mergemoe, prune, ream, "
+        ValueError,
+        match=r"unknown method 'x'; choose one of camera_p, dern, hc_smoe, heapr, m_smoe, mergemoe, prune, ",
     ):
         get_method("x")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...models.moe.sizes import expert_shapes, routing_shapes
 from ...models.moe.structure import MoELayer, find_decoder_layers
 from ..format.conversion import NameMap
 from ..format.reader import CheckpointReader
@@ -35,6 +36,7 @@ def plan_output(
     reader: CheckpointReader,
     names: NameMap,
     num_experts: int,
+    width: int | None = None,
     dtype: str | None = None,
 ) -> OutputPlan:
     """Plan the tensors of the compressed checkpoint.
@@ -45,6 +47,7 @@ def plan_output(
         reader: of the source checkpoint.
         names: mapping from the source's tensors to the model's parameters.
         num_experts: N, experts that each layer keeps.
+        width: neurons of each; by default as many as in the source.
         dtype: safetensors dtype for the tensors stored in the same one as the experts; by default that of the source.
 
     Returns:
@@ -63,7 +66,7 @@ def plan_output(
         before = names.original(model, layer_parameters(layer, layer.num_experts))
         for name, tensor in before.items():
             _check_stored(reader, name, tensor, layer)
-        after = names.original(model, layer_parameters(layer, num_experts))
+        after = names.original(model, layer_parameters(layer, num_experts, width))
         for name, tensor in after.items():
             shapes[name] = _shape(reader.infos[name].shape, before[name].shape, tensor.shape)
         plan.rewritten[layer.name] = list(after)
@@ -82,25 +85,24 @@ def plan_output(
     return plan
 
 
-def layer_parameters(layer: MoELayer, num_experts: int) -> dict[str, Tensor]:
-    """Make meta tensors with the shapes of a layer's experts and router for a number of experts, by full name."""
-    shapes = {
-        f"{layer.experts_name}.{name}": (num_experts, *parameter.shape[1:])
-        for name, parameter in layer.experts._parameters.items()
-        if parameter is not None
-    }
-    for routing in layer.routing:
-        shape = list(routing.tensor.shape)
-        shape[routing.dim] = num_experts
-        shapes[f"{layer.name}.{routing.path}"] = tuple(shape)
+def layer_parameters(layer: MoELayer, num_experts: int, width: int | None = None) -> dict[str, Tensor]:
+    """Make meta tensors with the shapes of a layer's experts and router, by full name.
+
+    Args:
+        layer: as found in the model.
+        num_experts: N.
+        width: neurons of an expert; by default as many as found.
+    """
+    experts = expert_shapes(layer, num_experts, width)
+    shapes = {f"{layer.experts_name}.{name}": shape for name, shape in experts.items()}
+    shapes |= {f"{layer.name}.{path}": shape for path, shape in routing_shapes(layer, num_experts).items()}
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def _shape(stored: Sequence[int], before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:
-    """Return a stored tensor's shape with N experts, from the shapes that transformers would save for E and for N."""
-    if len(stored) == 3:  # fused experts, which may be stored transposed
-        return (after[0], *stored[1:])
-    return tuple(s if b == a else a for s, b, a in zip(stored, before, after, strict=True))
+    """Return a stored tensor's shape, from those that transformers would save before and after the compression."""
+    turned = tuple(stored) != tuple(before)  # fused experts, stored transposed
+    return (*after[:-2], after[-1], after[-2]) if turned else tuple(after)
 
 
 def _check_stored(reader: CheckpointReader, name: str, tensor: Tensor, layer: MoELayer) -> None:

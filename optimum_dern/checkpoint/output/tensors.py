@@ -7,6 +7,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from ...core.neurons.selection import narrow
 from ...core.router.rows import retain
 from ...models.moe.original import original_kept
 from ...models.moe.structure import MoELayer, layers_by_position
@@ -35,6 +36,7 @@ class CheckpointOutput:
         writer: of the output's shards.
         manifest: of the layers finished so far, by earlier runs, too.
         num_experts: N, experts that each layer keeps.
+        width: neurons of each.
     """
 
     in_place = True  # compressed layers need not be restored, since each one is loaded for one use
@@ -47,10 +49,11 @@ class CheckpointOutput:
         writer: ShardWriter,
         manifest: Manifest,
         num_experts: int,
+        width: int,
     ) -> None:
         self.loader, self.plan, self.writer, self.manifest = loader, plan, writer, manifest
         self.model, self.reader, self.names = loader.model, loader.reader, loader.names
-        self.num_experts = num_experts
+        self.num_experts, self.width = num_experts, width
         self.positions = layers_by_position(self.model, layers)
         self.finished = {position: note and LayerReport(**note) for position, note in manifest.layers.items()}
 
@@ -62,7 +65,7 @@ class CheckpointOutput:
         tensors = {n: tensor for n, tensor in self.loader.tensors(position).items() if n not in replaced}
         tensors |= {name: self.writer.lazy(name) for name in self.plan.rewritten[layer.name]}
         with original_kept(layer):
-            _shrink_(layer, self.num_experts)
+            _shrink_(layer, self.num_experts, self.width)
             with self.loader.loaded(position, tensors):
                 yield
 
@@ -98,29 +101,31 @@ class CheckpointOutput:
         state = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         current = {name: state[name].detach() for name in layer_parameters(layer, self.num_experts)}
         for parameter, value in current.items():
+            is_router = not parameter.startswith(f"{layer.experts_name}.")
             groups = self.names.by_expert(self.model, parameter, value.shape)
             if groups is None:
-                self._write(self.names.original(self.model, {parameter: value}), retained)
+                self._write(self.names.original(self.model, {parameter: value}), retained if is_router else None)
             for expert, group in enumerate(groups or []):  # one by one, as conversion copies them
                 pieces = self.names.original(self.model, {parameter: value[expert : expert + 1]}).values()
-                self._write(dict(zip(group, pieces, strict=True)), retained)
+                self._write(dict(zip(group, pieces, strict=True)))
 
-    def _write(self, tensors: Mapping[str, Tensor], retained: list[int]) -> None:
+    def _write(self, tensors: Mapping[str, Tensor], retained: list[int] | None = None) -> None:
         for name, tensor in tensors.items():
             if tuple(tensor.shape) != self.writer.places[name].shape:  # fused, and stored transposed
                 tensor = tensor.transpose(-1, -2)
             tensor = self._in_stored_dtype(name, tensor.cpu(), retained)
             self.manifest.tensors[name] = self.writer.write(name, tensor)
 
-    def _in_stored_dtype(self, name: str, tensor: Tensor, retained: list[int]) -> Tensor:
-        """Convert a tensor to the output's dtype; unchanged router rows are copied from the source, not rounded."""
+    def _in_stored_dtype(self, name: str, tensor: Tensor, retained: list[int] | None) -> Tensor:
+        """Convert a tensor to the output's dtype; unchanged router rows (`retained`) are copied, not rounded."""
         dtype = self._dtype(name)
-        if dtype == tensor.dtype:
-            return tensor
+        if dtype == tensor.dtype or retained is None:
+            return tensor.to(dtype)
         shape = self.reader.infos[name].shape
         dims = [dim for dim, (a, b) in enumerate(zip(shape, tensor.shape, strict=True)) if a != b]
-        if len(dims) == 1:  # the expert dimension of a router's tensor; experts stored one by one have none
-            stored = retain(self.reader.read(name), torch.tensor(retained), dims[0])
+        if len(dims) <= 1:  # none where all experts stay
+            stored = self.reader.read(name)
+            stored = retain(stored, torch.tensor(retained), dims[0]) if dims else stored
             if torch.equal(stored.to(tensor.dtype), tensor):
                 return stored.to(dtype)
         return tensor.to(dtype)
@@ -152,8 +157,9 @@ def copy_rest(reader: CheckpointReader, outputs: Sequence[CheckpointOutput]) -> 
         output.save()
 
 
-def _shrink_(layer: MoELayer, num_experts: int) -> None:
-    """Give a layer without weights the shapes that it has with N experts."""
+def _shrink_(layer: MoELayer, num_experts: int, width: int) -> None:
+    """Give a layer without weights the shapes that it has with N experts of a width."""
     weights, first = read_layer(layer), torch.arange(num_experts)
     routing = retained_routing(layer, weights, first)
-    write_layer_(layer, LayerWeights(weights.segments.select(first), routing))
+    segments = narrow(weights.segments.select(first), torch.arange(width).expand(num_experts, width))
+    write_layer_(layer, LayerWeights(segments, routing))

@@ -26,6 +26,7 @@ class LayerShape(NamedTuple):
     itemsize: int = 4  # bytes of a stored weight
     max_elements: int = MAX_ELEMENTS  # of the workspace
     chunk_tokens: int = CHUNK_TOKENS
+    kept_width: int | None = None  # neurons of a retained expert; None for all
 
     @property
     def number(self) -> int:
@@ -44,7 +45,12 @@ class LayerShape(NamedTuple):
 
     def fitted(self, tokens: int) -> "LayerShape":
         """Return the shape of the layer with only its retained experts and at most this many tokens."""
-        return self._replace(tokens=min(tokens, self.tokens), experts=self.retained)
+        return self.narrower._replace(tokens=min(tokens, self.tokens), experts=self.retained)
+
+    @property
+    def narrower(self) -> "LayerShape":
+        """The shape of the layer with experts as wide as the retained ones."""
+        return self if self.kept_width is None else self._replace(width=self.kept_width, kept_width=None)
 
 
 class Cost(NamedTuple):

@@ -27,6 +27,7 @@ from ..layer.cost import Cost, LayerShape, experts_operations
 from ..layer.mixture import Activation, Routing, expert_batches, expert_inputs, expert_output
 from ..layer.reduction import Reduce, alone, largest
 from ..layer.segments import Segments
+from ..layer.traced import TracedActivation
 
 
 __all__ = ["count_passes", "count_steps", "descend_neurons", "descend_neurons_cost"]
@@ -143,7 +144,7 @@ def _gradients(
     segments: Segments, routing: Routing, target: Tensor, activation: Activation
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """Yield each expert's gradients of half the squared error; the expert may be updated before the next is drawn."""
-    traced = _Traced(activation)
+    traced = TracedActivation(activation)
     batches = list(expert_batches(segments, routing, traced))
     error = -target.to(segments.compute_dtype)
     for batch in batches:
@@ -160,27 +161,6 @@ def _gradients(
                 gradient.addmm_(by_row.T, inputs)
             gradients[-1].addmm_(batch.neurons.T, pull)
         yield expert, gradients
-
-
-class _Traced:
-    """An activation that records its calls, to differentiate it with respect to the gate and up pre-activations."""
-
-    def __init__(self, activation: Activation) -> None:
-        self.activation = activation
-        self.calls: list[tuple[Tensor, list[Tensor]]] = []
-
-    def __call__(self, gate: Tensor | None, up: Tensor) -> Tensor:
-        before = [part.detach().requires_grad_() for part in (gate, up) if part is not None]
-        with torch.enable_grad():
-            neurons = self.activation(*(before if gate is not None else (None, *before)))
-        self.calls.append((neurons, before))
-        return neurons.detach()
-
-    def pull_back(self, call: int, by_neuron: Tensor) -> tuple[Tensor, ...]:
-        """Backpropagate from the neurons to the pre-activations (n, f) each, and free the recorded call."""
-        neurons, before = self.calls[call]
-        self.calls[call] = ()
-        return torch.autograd.grad(neurons, before, by_neuron)
 
 
 def _reduced(

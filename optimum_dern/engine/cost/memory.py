@@ -10,6 +10,7 @@ from torch import nn
 from ...config import DernConfig
 from ...core.layer.workspace import MAX_ELEMENTS
 from ...models.moe.structure import MoELayer, find_decoder_layers
+from ..layer.narrowing import find_width, gradient_needed
 from .phases import layer_phases, layer_shape
 
 
@@ -98,10 +99,13 @@ def _plans(
     outside = _bytes(model) - sum(_bytes(layer) for layer in decoder_layers)
     streams = len(counts) if config.calibration_order == "sequential" else 1  # each result has a stream of its own
     streams += config.corrects_drift  # and that of the original model
+    if gradient_needed(config):  # before all else: what enters every layer, and a gradient
+        streams = max(streams, len(decoder_layers) + 2)
     hidden = streams * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
 
     def plan(spilled: bool, in_file: bool, max_elements: int = MAX_ELEMENTS) -> MemoryPlan:
-        shapes = [layer_shape(layer, tokens, count, max_elements) for layer in layers for count in counts]
+        width = find_width(layers[0], config)
+        shapes = [layer_shape(layer, tokens, count, max_elements, width) for layer in layers for count in counts]
         phases = [phase for shape in dict.fromkeys(shapes) for phase in layer_phases(shape, config, len(counts) > 1)]
         return MemoryPlan(
             interpreter=INTERPRETER,

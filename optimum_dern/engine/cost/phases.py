@@ -12,10 +12,13 @@ from ...core.criteria.registry import CRITERIA
 from ...core.layer.cost import Cost, LayerShape, experts_operations, held_by_chunk
 from ...core.layer.statistics import measure_experts_cost
 from ...core.layer.workspace import MAX_ELEMENTS
+from ...core.neurons.sensitivity import sensitivity_cost
+from ...core.neurons.statistics import measure_neurons_cost
 from ...core.pictures.similarity_map import similarity_map_cost
 from ...data.batches import TOKENS
 from ...methods import get_method
 from ...models.moe.structure import MoELayer
+from ..layer.narrowing import gradient_needed
 from ..layer.steps import first_steps, further_steps, sampled_tokens
 
 
@@ -31,7 +34,9 @@ class Phase(NamedTuple):
     operations: float  # floating-point operations
 
 
-def layer_shape(layer: MoELayer, tokens: int, num_experts: int, max_elements: int = MAX_ELEMENTS) -> LayerShape:
+def layer_shape(
+    layer: MoELayer, tokens: int, num_experts: int, max_elements: int = MAX_ELEMENTS, width: int | None = None
+) -> LayerShape:
     """Read the sizes of a layer, whose weights need not be loaded.
 
     Args:
@@ -39,9 +44,10 @@ def layer_shape(layer: MoELayer, tokens: int, num_experts: int, max_elements: in
         tokens: calibration tokens of this process.
         num_experts: N, experts that the layer keeps.
         max_elements: elements that a step's temporary tensors may have.
+        width: neurons of a retained expert; by default all.
     """
     down, layout = layer.experts.down_proj, layer.layout
-    width, size = (down.shape[1], down.shape[2]) if layout.transposed else (down.shape[2], down.shape[1])
+    size = down.shape[2 if layout.transposed else 1]
     first = layer.experts.gate_up_proj if layout.gated else layer.experts.up_proj
     inputs = first.shape[1] if layout.transposed else first.shape[2]
     return LayerShape(
@@ -49,12 +55,13 @@ def layer_shape(layer: MoELayer, tokens: int, num_experts: int, max_elements: in
         experts=layer.num_experts,
         retained=num_experts,
         top_k=layer.top_k,
-        width=width,
+        width=layer.width,
         inputs=inputs + layout.biased,
         outputs=size,
         projections=2 + layout.gated,
         itemsize=down.element_size(),
         max_elements=max_elements,
+        kept_width=width if width != layer.width else None,
     )
 
 
@@ -88,8 +95,8 @@ class Standing:
         self.passed = shape._replace(tokens=_pass_tokens(shape, config))  # of a micro-batch
         self.forward = self.passed.tokens * (2 * shape.itemsize + shape.number) * shape.outputs
         self.original = shape.experts * shape.expert * shape.itemsize
-        self.candidate = shape.retained * shape.expert * shape.itemsize
-        self.refitted = shape.retained * shape.down * shape.number  # down projections of a fit
+        self.candidate = shape.retained * shape.narrower.expert * shape.itemsize
+        self.refitted = shape.retained * shape.narrower.down * shape.number  # down projections of a fit
         self.candidates, self.sets = self.method.candidates(config) if config.guard else (1, 1)
 
 
@@ -98,6 +105,8 @@ def _original_phases(standing: Standing) -> Iterator[Phase]:
     shape, config = standing.shape, standing.config
     run = standing.forward + measure_experts_cost(standing.passed).held
     yield Phase("measure", standing.tokens + run, 0, measure_experts_cost(shape).operations)
+    if (loss := gradient_needed(config)) is not None:
+        yield _backward(standing, loss)
     if config.corrects_drift:
         yield Phase("drift", standing.tokens + 3 * standing.output, 0, 0.0)
         standing.tokens += standing.output
@@ -106,8 +115,22 @@ def _original_phases(standing: Standing) -> Iterator[Phase]:
     for cost in standing.method.costs(shape, config):
         yield Phase("propose", standing.tokens + cost.held, cost.experts, cost.operations)
     proposed = standing.method.candidates(config)[0] * standing.candidate
+    if shape.kept_width is not None:
+        whole = shape.retained * shape.expert * shape.itemsize  # a candidate of all neurons
+        neurons = measure_neurons_cost(shape)
+        yield Phase("narrow", standing.tokens + neurons.held, proposed + whole, neurons.operations)
     likeness = similarity_map_cost(shape)
     yield Phase("map", standing.tokens + likeness.held, proposed, likeness.operations)
+
+
+def _backward(standing: Standing, loss: str) -> Phase:
+    """Return the phase in which the gradient passes through the layer, one micro-batch at a time."""
+    passed = standing.passed
+    slot = 2 * (passed.projections + 1) * passed.width + passed.inputs + 2 * passed.outputs  # its own experts
+    held = passed.number * passed.tokens * (passed.top_k * slot + 8 * passed.inputs)
+    cost = measure_neurons_cost(passed)
+    weights = sensitivity_cost(passed).experts if loss == "teacher" else 0
+    return Phase("backward", held + cost.held, weights, 3 * measure_neurons_cost(standing.shape).operations)
 
 
 def _fitting_phases(standing: Standing, gone: int) -> Iterator[Phase]:
@@ -117,7 +140,7 @@ def _fitting_phases(standing: Standing, gone: int) -> Iterator[Phase]:
     operations = standing.candidates * judged.operations
     yield Phase("judge", tokens + sets * standing.choices + judged.held, kept, operations)
     if config.refit:
-        sample = shape.fitted(sampled_tokens(config, shape.retained * shape.width, shape.top_k, shape.tokens))
+        sample = shape.fitted(sampled_tokens(config, shape.retained * shape.narrower.width, shape.top_k, shape.tokens))
         tokens += sample.tokens * (shape.itemsize * shape.inputs + shape.number * shape.outputs)  # what a fit sees
         for step in first_steps(config):
             for cost in step.costs(sample):
@@ -145,7 +168,7 @@ def _pass_tokens(shape: LayerShape, config: DernConfig) -> int:
 
 def _judged(standing: Standing) -> Cost:
     """Cost of the guard's evaluation of one variant on a tenth of the tokens; zero without the guard."""
-    shape = standing.shape
+    shape = standing.shape.narrower
     if not standing.config.guard:
         return Cost()
     return Cost(standing.output + held_by_chunk(shape), 0, experts_operations(shape) / 10)

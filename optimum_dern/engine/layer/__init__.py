@@ -1,1 +1,1 @@
-"""Compression of one MoE layer from E to N experts: measure it, make candidates, fit and judge them, write one."""
+"""Compression of one measured MoE layer: make candidates, fit and judge them, write one."""

@@ -15,8 +15,9 @@ from ...core.pictures.similarity_map import similarity_map
 from ...methods import Candidate, LayerProblem, get_method
 from ...models.moe.view import release_experts_
 from ...results.report import LayerReport
+from ..measure.measured import MeasuredLayer
 from .guard import choose_variant
-from .measured import MeasuredLayer
+from .narrowing import find_width, narrow_candidates
 from .objective import Objective
 from .steps import sampled_tokens
 
@@ -48,10 +49,12 @@ def compress_layer_(
     scores, retained = select(config.selection, observed, places, seed)
     retained = retained.to(measured.routing.index.device)
     problem = LayerProblem(observed, scores, retained, measured.processes.map, tuple(places.protected))
-    candidates = _proposals(problem, config)
+    candidates, width = _proposals(problem, config), find_width(layer, config)
+    if width < layer.width:
+        candidates = narrow_candidates(candidates, observed, measured.neurons, config, width)
     facts = {name: value for candidate in candidates.values() for name, value in candidate.facts.items()}
     likeness = similarity_map(observed.segments, config.similarity_weights, seed)
-    neurons = num_experts * observed.segments.up.shape[1]
+    neurons = num_experts * width
     del observed, problem  # frees their memory before the refits, which take most
     release_experts_(layer)
     judged = choose_variant(candidates, _objective(measured, held_out, neurons, config), config)

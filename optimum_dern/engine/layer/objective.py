@@ -11,7 +11,7 @@ from ...core.layer.mixture import Activation, Routing, routed_output
 from ...core.layer.reduction import Reduce, alone, any_process
 from ...data.labels import evenly_spaced
 from ...models.moe.view import layer_activation
-from .measured import MeasuredLayer
+from ..measure.measured import MeasuredLayer
 from .variant import HeldOutError, Variant
 
 

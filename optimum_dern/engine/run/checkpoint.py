@@ -29,8 +29,10 @@ from ...machine.threads import computing_with, threads_of_run
 from ...models.moe.structure import layers_by_position
 from ...models.moe.view import write_counts_
 from ...models.size import measure_model, predict_size
+from ...models.width import write_width_
 from ...results.report import CompressionReport
 from ...text_files import replace_json
+from ..layer.narrowing import find_width
 from ..walk.decoder import compress_layers_, compress_unseen_layers_
 from ..walk.recipe import Recipe
 from .checkpoint_run import CheckpointTask, describe_recording, fingerprint, result_names
@@ -48,6 +50,7 @@ class Result:
 
     config: DernConfig
     num_experts: int
+    width: int
     folder: Path
     plan: OutputPlan
     shards: dict[str, list[OutputTensor]]
@@ -100,9 +103,10 @@ def _open_results(task: CheckpointTask, names: NameMap, work: Path) -> list[Resu
             lambda c=config, n=count, f=work / name: _open_manifest(f, fingerprint(task, [c], n))
         )
         manifest.writes = processes.is_main
-        plan = plan_output(task.model, task.layers, task.reader, names, count, task.dtype)
+        width = find_width(task.layers[0], config)
+        plan = plan_output(task.model, task.layers, task.reader, names, count, width, task.dtype)
         shards = plan_shards(plan.tensors, task.max_shard_size)
-        results.append(Result(config, count, task.output / name, plan, shards, manifest))
+        results.append(Result(config, count, width, task.output / name, plan, shards, manifest))
     return results
 
 
@@ -117,7 +121,7 @@ def _compress(task: CheckpointTask, names: NameMap, work: Path, results: Sequenc
     """Compress all layers, write all tensors of these results into the working folder, and record their reports."""
     started, model, layers, processes = time.perf_counter(), task.model, task.layers, task.processes
     before = measure_model(model, layers)
-    after = [predict_size(model, layers, result.num_experts) for result in results]
+    after = [predict_size(model, layers, result.num_experts, result.width) for result in results]
     loader = PartLoader(model, layers, task.reader, names, processes.device)
     outputs = [_open_output(task, loader, result) for result in results]
     recipes = [Recipe(r.config, r.num_experts, output) for r, output in zip(results, outputs, strict=True)]
@@ -149,7 +153,8 @@ def _compress(task: CheckpointTask, names: NameMap, work: Path, results: Sequenc
 def _open_output(task: CheckpointTask, loader: PartLoader, result: Result) -> CheckpointOutput:
     _check_shared(result.manifest)
     writer = task.processes.main_first(lambda: ShardWriter(result.manifest.path.parent, result.shards))
-    return CheckpointOutput(loader, task.layers, result.plan, writer, result.manifest, result.num_experts)
+    size = result.num_experts, result.width
+    return CheckpointOutput(loader, task.layers, result.plan, writer, result.manifest, *size)
 
 
 @contextmanager
@@ -206,6 +211,7 @@ def _publish(task: CheckpointTask, result: Result, report: CompressionReport) ->
     """Move a result's files into the output folder, the weights last, so that an incomplete folder never loads."""
     output, manifest = result.folder, result.manifest
     model, layers = copy.deepcopy((task.model, list(task.layers)))  # other results start from the original counts
+    write_width_(model, layers, result.width)
     write_counts_(model, layers, result.num_experts)
     stale = {*output.glob("model*.safetensors"), *output.glob("model*.index.json")}
     set_card_aside(output)

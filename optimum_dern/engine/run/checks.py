@@ -6,14 +6,19 @@ from typing import Any
 
 from ...config import DernConfig
 from ...core.criteria.registry import CRITERIA, NEEDS, check_criterion
+from ...core.neurons.importance import check_importance
 from ...data.sources import SELF
-from ...methods import get_method
+from ...methods import METHODS, get_method
+from ...models.moe.overrides import takes_routing
 from ...models.moe.structure import MoELayer, layers_by_position
 from ...models.refusals import advise_count, check_model, check_protection, check_router_logits, resolve_count
+from ...models.width import width_settings
+from ..layer.narrowing import find_width, gradient_needed
 
 
 __all__ = [
     "check_names",
+    "check_narrowing",
     "check_request",
     "check_statistics",
     "configs_for",
@@ -55,9 +60,32 @@ def check_request(config: DernConfig, model: Any, layers: list[MoELayer]) -> int
     check_model(model, layers)
     if getattr(get_method(config.method), "needs_router_logits", False):
         check_router_logits(config.method, layers)
+    if (width := find_width(layers[0], config)) < layers[0].width:
+        check_narrowing(config, layers)
+        width_settings(model, layers, width)
     count = resolve_count(layers[0], config.sparsity, config.num_experts, config.experts_multiple_of)
     check_protection(layers_by_position(model, layers), config.protect_experts or {}, count)
     return count
+
+
+def check_narrowing(config: DernConfig, layers: list[MoELayer]) -> None:
+    """Refuse narrower experts where the method merges experts, or the importance needs gradients that there are not.
+
+    Raises:
+        ValueError: naming what can be given instead.
+    """
+    check_importance(config.importance)
+    if not getattr(get_method(config.method), "keeps_experts", False):
+        keeping = sorted(name for name, method in METHODS.items() if getattr(method, "keeps_experts", False))
+        raise ValueError(
+            f"method={config.method!r} merges experts, whose neurons have no importance of their own; experts become "
+            f"narrower with {', '.join(keeping)}"
+        )
+    if gradient_needed(config) and not takes_routing(layers[0].experts):
+        raise ValueError(
+            f"importance={config.importance!r} needs the gradient by the experts' routed output, which the experts of "
+            f"{layers[0].name} do not return; choose camera_p"
+        )
 
 
 def check_statistics(config: DernConfig) -> None:
@@ -98,6 +126,8 @@ def why_tokens(config: DernConfig) -> str | None:
         return "guard judges candidates on held-out tokens"
     if config.refit:
         return "refit fits experts to tokens"
+    if config.narrows:
+        return f"importance={config.importance!r} works on tokens"
     if getattr(get_method(config.method), "needs_tokens", True):
         return f"method={config.method!r} works on tokens"
     if selection_needs(config) in ("tokens", "residual"):
@@ -143,7 +173,7 @@ def resolve_counts(configs: Sequence[DernConfig], model: Any, layers: list[MoELa
         ValueError: a count is impossible, is that of the original model, or is asked for twice.
     """
     counts = [check_request(config, model, layers) for config in configs]
-    if layers[0].num_experts in counts:
+    if layers[0].num_experts in counts and find_width(layers[0], configs[0]) == layers[0].width:
         raise ValueError(
             f"nothing to compress: every layer would keep all of its {layers[0].num_experts} experts; "
             f"{advise_count(layers[0])}"

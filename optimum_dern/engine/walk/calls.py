@@ -1,6 +1,7 @@
 """Recording of the arguments that a model calls its decoder layers with, without running any layer."""
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -13,7 +14,15 @@ from ...models.forward import StopForward, replaced_forward, run_until_stopped
 from .sharing import SharedTensors
 
 
-__all__ = ["Call", "LayerState", "record_layer_calls", "replay_last_hidden"]
+__all__ = [
+    "Call",
+    "LayerState",
+    "hands_on_gradients",
+    "own_containers",
+    "record_layer_calls",
+    "replay_last_hidden",
+    "replay_logits",
+]
 
 
 class Call(NamedTuple):
@@ -114,15 +123,33 @@ def _record(
     return calls
 
 
-@torch.no_grad()
-def replay_last_hidden(model: nn.Module, layers: nn.ModuleList, inputs: dict, hidden: Tensor) -> Tensor:
+def hands_on_gradients(calls: list[list[Call]]) -> bool:
+    """Return whether layers write into containers that later ones read (Gemma 4), which a backward pass leaves out."""
+    values = (value for layer in calls for call in layer for value in call.kwargs.values())
+    return any(isinstance(value, MutableMapping | list) for value in values)
+
+
+def own_containers(calls: list[list[Call]]) -> list[list[Call]]:
+    """Copy the dicts and lists among the calls' arguments, which some layers write to for later ones (Gemma 4)."""
+    copies: dict[int, object] = {}
+
+    def own(value: object) -> object:
+        return copies.setdefault(id(value), copy.copy(value)) if isinstance(value, MutableMapping | list) else value
+
+    return [
+        [call._replace(kwargs={name: own(value) for name, value in call.kwargs.items()}) for call in layer]
+        for layer in calls
+    ]
+
+
+def replay_logits(model: nn.Module, layers: nn.ModuleList, inputs: dict, hidden: Tensor) -> Tensor:
     """Compute a model's logits from the output of its last decoder layer, without running any layer.
 
     Args:
         model: a causal language model.
         layers: its decoder layers.
         inputs: keyword arguments of the model.
-        hidden: output of the last decoder layer.
+        hidden: output of the last decoder layer; gradients flow back to it.
     """
 
     def logits(output: object) -> Tensor:
@@ -135,3 +162,6 @@ def replay_last_hidden(model: nn.Module, layers: nn.ModuleList, inputs: dict, hi
         return logits(hidden.as_subclass(LayerOutput))
     except LayerUnpacked:
         return logits((hidden, LayerState(1)))
+
+
+replay_last_hidden = torch.no_grad()(replay_logits)

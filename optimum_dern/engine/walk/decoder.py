@@ -24,7 +24,9 @@ from ...machine.progress import progress_bar
 from ...machine.scratch import CopiesInFiles
 from ...models.moe.structure import MoELayer, find_decoder_layers, layers_by_position
 from ...results.report import LayerReport
-from ..layer.measuring import unseen_layer
+from ..layer.narrowing import gradient_needed
+from ..measure.measuring import unseen_layer
+from .backward import Loss, measure_gradients
 from .calls import record_layer_calls
 from .recipe import Recipe, keep_originals
 from .walks import LayerProvider, LayersInMemory, Pass, compress_for, open_walks, pass_layer
@@ -66,12 +68,20 @@ def compress_layers_(
     positions = layers_by_position(model, layers)
     masks = [batch["attention_mask"].bool() for batch in batches]
     labels = label_tokens(batches, processes)
-    common = Pass(processes.share(masks), labels, processes, keep_originals(recipes), keep_statistics)
     inputs = [model_inputs(batch) for batch in processes.share(batches)]
     with provider.outside():
         keep = torch.detach if spill is None else CopiesInFiles(spill).copy
         device = model.get_input_embeddings().weight.device
-        walks = open_walks(record_layer_calls(model, decoder_layers, inputs, keep), recipes, spill, device)
+        calls = record_layer_calls(model, decoder_layers, inputs, keep)
+    shared_masks, neurons = processes.share(masks), {}
+    for loss in dict.fromkeys(filter(None, (gradient_needed(recipe.config) for recipe in recipes))):
+        sequences = Loss(inputs, shared_masks, loss)
+        neurons[loss] = measure_gradients(
+            model, decoder_layers, positions, calls, sequences, provider, processes, device, spill
+        )
+    common = Pass(shared_masks, labels, processes, keep_originals(recipes), keep_statistics, neurons)
+    walks = open_walks(calls, recipes, spill, device)
+    del calls
     for position in progress_bar(range(len(decoder_layers)), "Compressing layers"):
         pass_layer(position, decoder_layers[position], positions.get(position), walks, provider, common)
     return [recipe.reports for recipe in recipes]

@@ -23,8 +23,8 @@ from ...data.labels import real_tokens
 from ...machine.processes import ALONE, Processes
 from ...models.forward import replaced_forward
 from ...models.moe.structure import MoELayer
-from ..layer.expert_run import ExpertRun
-from ..layer.measured import Goal
+from ..measure.expert_run import ExpertRun
+from ..measure.measured import Goal
 from .stream import HiddenStream
 
 

@@ -79,10 +79,14 @@ class HiddenStream:
                 if self.files is not None:
                     self.files.unmap_pages()
 
-    def _call(self, position: int, layer: nn.Module, batch: int) -> Output:
+    def call(self, position: int, layer: nn.Module, batch: int, hidden: Tensor) -> Output:
+        """Call one layer for one micro-batch as the model does, on given hidden states."""
         call, states = self.calls[position][batch], self.states[batch]
         kwargs = {name: states[value.output] if _is_state(value) else value for name, value in call.kwargs.items()}
-        return layer(self.hidden[batch].to(self.device), *call.args, **kwargs)
+        return layer(hidden, *call.args, **kwargs)
+
+    def _call(self, position: int, layer: nn.Module, batch: int) -> Output:
+        return self.call(position, layer, batch, self.hidden[batch].to(self.device))
 
 
 def _is_state(value: object) -> bool:

@@ -4,9 +4,8 @@ Recipes with oneshot calibration share one walk through the original layers, and
 with sequential calibration has a walk of its own, through the layers compressed for it.
 """
 
-import copy
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,17 +16,18 @@ from torch import Tensor, nn
 
 from ...core.criteria.registry import CRITERIA
 from ...core.layer.statistics import ExpertStatistics
+from ...core.neurons.statistics import NeuronStatistics
 from ...data.labels import TokenLabels
 from ...machine.processes import Processes
 from ...models.moe.original import original_kept
 from ...models.moe.overrides import takes_routing
 from ...models.moe.structure import MoELayer
 from ..layer.compression import compress_layer_
-from ..layer.expert_run import chunked_experts, measured_experts
-from ..layer.measured import MeasuredLayer
-from ..layer.measuring import measure_layer
-from ..layer.residual import record_residual
-from .calls import Call
+from ..measure.expert_run import chunked_experts, measured_experts
+from ..measure.measured import MeasuredLayer
+from ..measure.measuring import measure_layer
+from ..measure.residual import record_residual
+from .calls import Call, own_containers
 from .drift import measure_drift
 from .recipe import Recipe
 from .stream import HiddenStream
@@ -39,8 +39,8 @@ __all__ = ["LayerProvider", "LayersInMemory", "Pass", "Walk", "compress_for", "o
 class LayerProvider(Protocol):
     """Source of the original weights: a model in memory, or a checkpoint on disk."""
 
-    def outside(self) -> AbstractContextManager:
-        """Load everything outside the decoder layers, such as embeddings, while the context is open."""
+    def outside(self, head: bool = False) -> AbstractContextManager:
+        """Load what is outside the decoder layers, such as embeddings, and with `head` the output head, too."""
 
     def loaded(self, position: int) -> AbstractContextManager:
         """Load the original decoder layer at a position while the context is open."""
@@ -49,7 +49,7 @@ class LayerProvider(Protocol):
 class LayersInMemory:
     """Provider of the layers of a model that is completely in memory."""
 
-    def outside(self) -> AbstractContextManager:
+    def outside(self, head: bool = False) -> AbstractContextManager:
         """Do nothing: the weights are in memory."""
         return nullcontext()
 
@@ -81,6 +81,7 @@ class Pass:
     processes: Processes
     shared: bool  # whether the original layers are restored, for other recipes or because a sink demands it
     keep_statistics: Callable[[int, ExpertStatistics], None] | None
+    neurons: Mapping[str, Mapping[int, NeuronStatistics]]  # by loss and position, for importance by gradients
 
 
 def open_walks(
@@ -90,24 +91,11 @@ def open_walks(
     oneshot = [recipe for recipe in recipes if recipe.config.calibration_order == "oneshot"]
     walks = []
     if oneshot or any(recipe.config.corrects_drift for recipe in recipes):
-        walks.append(Walk(HiddenStream(_own_containers(calls), spill, device), oneshot, sequential=False))
+        walks.append(Walk(HiddenStream(own_containers(calls), spill, device), oneshot, sequential=False))
     for recipe in (recipe for recipe in recipes if recipe not in oneshot):
         original = walks[0].stream if recipe.config.corrects_drift else None
-        walks.append(Walk(HiddenStream(_own_containers(calls), spill, device), [recipe], True, original))
+        walks.append(Walk(HiddenStream(own_containers(calls), spill, device), [recipe], True, original))
     return walks
-
-
-def _own_containers(calls: list[list[Call]]) -> list[list[Call]]:
-    """Copy the dicts and lists among the calls' arguments, which some layers write to for later ones (Gemma 4)."""
-    copies: dict[int, object] = {}
-
-    def own(value: object) -> object:
-        return copies.setdefault(id(value), copy.copy(value)) if isinstance(value, MutableMapping | list) else value
-
-    return [
-        [call._replace(kwargs={name: own(value) for name, value in call.kwargs.items()}) for call in layer]
-        for layer in calls
-    ]
 
 
 def pass_layer(
@@ -172,6 +160,7 @@ def _measure(walk: Walk, position: int, decoder_layer: nn.Module, layer: MoELaye
         else:
             (walk.stream.probe if stops else walk.stream.step)(position, decoder_layer)
     measured = measure_layer(layer, position, run, common.masks, common.labels, common.processes)
+    measured = replace(measured, neurons={loss: found[position] for loss, found in common.neurons.items()})
     if drift is not None:
         measured = replace(measured, goal=drift.goal(measured.target, recipes[0].config.drift_correction))
     return measured if residual is None else replace(measured, residual=residual.without_padding(common.masks))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from .structure import MoELayer
-from .view import write_routing_
+from .view import write_routing_, write_width_attributes_
 
 
 __all__ = ["original_kept", "restored_on_error"]
@@ -46,6 +46,7 @@ def _keep(layer: MoELayer) -> Callable[[], None]:
         write_routing_(layer, {entry.path: tensor for entry, tensor in zip(layer.routing, routing[0], strict=True)})
         for block, parameters, tensors in zip(blocks, experts, routing, strict=True):
             block.experts._parameters.update(parameters)
+            write_width_attributes_(block, block.width)
             for entry, tensor in zip(block.routing, tensors, strict=True):
                 setattr(entry.module, entry.name, tensor)
 

@@ -22,9 +22,15 @@ __all__ = [
     "layers_by_position",
 ]
 
-# Config keys that hold the number of routed experts, and modules' attributes that repeat it.
+# Config keys that hold the number of routed experts, modules' attributes that repeat it, and those of their width.
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 COUNT_ATTRIBUTES = ("num_experts", "n_routed_experts", "num_routed_experts", "num_local_experts", "out_features")
+WIDTH_ATTRIBUTES = (
+    "intermediate_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "expert_dim",
+)  # of experts modules
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 ROUTER_PARTS = ("gate", "router", "moe_statics")
 
@@ -58,6 +64,7 @@ class MoELayer:
     config: object  # the (sub-)config with the number of experts
     layout: ExpertLayout
     num_experts: int
+    width: int  # neurons of an expert
     top_k: int
     num_groups: int  # of a group-limited router, else 1
     topk_group: int
@@ -129,6 +136,7 @@ def _describe(model: nn.Module, name: str, experts: nn.Module) -> MoELayer:
     config = getattr(experts, "config", None) or model.config.get_text_config()
     num_experts = experts.down_proj.shape[0]
     groups = _first(config, ("n_group", "num_expert_group"), 1)
+    transposed = _is_transposed(experts)
     return MoELayer(
         name=block_name,
         block=block,
@@ -137,11 +145,12 @@ def _describe(model: nn.Module, name: str, experts: nn.Module) -> MoELayer:
         config=config,
         layout=ExpertLayout(
             gated=getattr(experts, "has_gate", "gate_up_proj" in experts._parameters),
-            transposed=_is_transposed(experts),
+            transposed=transposed,
             interleaved=not getattr(experts, "is_concatenated", True),
             biased=getattr(experts, "has_bias", False),
         ),
         num_experts=num_experts,
+        width=experts.down_proj.shape[1 if transposed else 2],
         top_k=_first(config, TOP_K_KEYS, 1),
         num_groups=groups,
         topk_group=_first(config, ("topk_group",), groups),

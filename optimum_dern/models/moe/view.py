@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...core.layer.mixture import Activation
 from ...core.layer.segments import Segments, parameters_from_segments, segments_from_parameters
 from ...core.router.rows import retain
-from .structure import COUNT_ATTRIBUTES, COUNT_KEYS, MoELayer
+from .structure import COUNT_ATTRIBUTES, COUNT_KEYS, WIDTH_ATTRIBUTES, MoELayer
 
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "read_layer",
     "release_experts_",
     "retained_routing",
+    "write_width_attributes_",
     "write_counts_",
     "write_layer_",
     "write_routing_",
@@ -72,6 +73,7 @@ def write_layer_(layer: MoELayer, weights: LayerWeights) -> None:
     write_routing_(layer, weights.routing)
     for twin in layer.twins:
         _share(layer, twin)
+        write_width_attributes_(twin, weights.segments.up.shape[1])
 
 
 def write_routing_(layer: MoELayer, routing: Mapping[str, Tensor]) -> None:
@@ -128,6 +130,14 @@ def _write_experts(layer: MoELayer, segments: Segments) -> None:
             written[name][expert] = value[0]
     for name, value in written.items():
         parameters[name] = nn.Parameter(value, requires_grad=parameters[name].requires_grad)
+    write_width_attributes_(layer, segments.up.shape[1])
+
+
+def write_width_attributes_(layer: MoELayer, width: int) -> None:
+    """Set the width that the experts module itself stores, where it does."""
+    for name in WIDTH_ATTRIBUTES:
+        if name in layer.experts.__dict__:
+            setattr(layer.experts, name, width)
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:

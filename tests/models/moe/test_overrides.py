@@ -19,7 +19,7 @@ from tiny import (
 from optimum_dern import DernCompressor
 from optimum_dern.core.layer.mixture import routed_output
 from optimum_dern.core.layer.segments import ExpertLayout
-from optimum_dern.engine.layer.recording import record_routing
+from optimum_dern.engine.measure.recording import record_routing
 from optimum_dern.models.forward import run_until_stopped
 from optimum_dern.models.moe.overrides import routing_hook
 from optimum_dern.models.moe.structure import find_moe_layers

@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, make_model
 from tiny import padded_batch
 
-from optimum_dern.engine.layer.residual import record_residual
+from optimum_dern.engine.measure.residual import record_residual
 from optimum_dern.models.moe.structure import find_decoder_layers, find_moe_layers, layers_by_position
 
 

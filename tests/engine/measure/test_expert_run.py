@@ -7,9 +7,9 @@ from tiny import compress, padded_batch, random_tokens
 from tiny import make_model as make_tiny
 
 from optimum_dern.core.layer.statistics import measure_experts
-from optimum_dern.engine.layer import expert_run
-from optimum_dern.engine.layer.expert_run import chunked_experts, measured_experts
-from optimum_dern.engine.layer.recording import record_routing
+from optimum_dern.engine.measure import expert_run
+from optimum_dern.engine.measure.expert_run import chunked_experts, measured_experts
+from optimum_dern.engine.measure.recording import record_routing
 from optimum_dern.models.forward import run_until_stopped
 from optimum_dern.models.moe.overrides import takes_routing
 from optimum_dern.models.moe.structure import find_decoder_layers, find_moe_layers, layers_by_position

@@ -1,7 +1,7 @@
 """`MeasuredLayer`: a MoE layer with its routing and outputs on the calibration tokens, used until it is rewritten."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from ...core.layer.mixture import Routing
 from ...core.layer.observation import ObservedLayer
 from ...core.layer.statistics import ExpertStatistics
+from ...core.neurons.statistics import NeuronStatistics
 from ...core.router.rows import retain
 from ...data.labels import TokenLabels
 from ...machine.processes import Processes
@@ -48,6 +49,7 @@ class MeasuredLayer:
     router: Mapping[str, Tensor]  # router tensors of all E experts, by their path in the block
     processes: Processes  # that share the tokens
     residual: Tensor | None = None  # (T, d) the residual stream before the experts, where the criterion needs it
+    neurons: Mapping[str, NeuronStatistics] = field(default_factory=dict)  # by the loss whose gradient they are of
     goal: Goal | None = None  # target of the refits, where it is not `target`
 
     def observe(self, held_out: Tensor) -> ObservedLayer:

@@ -1,0 +1,1 @@
+"""Importance of single neurons, and the choice of those that an expert keeps."""

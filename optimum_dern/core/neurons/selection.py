@@ -1,0 +1,65 @@
+"""Choose the neurons that every expert keeps."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..layer.segments import Segments
+
+
+__all__ = ["narrow", "retained_width", "select_neurons"]
+
+
+def retained_width(width: int, sparsity: float, multiple_of: int = 1) -> int:
+    """Compute how many neurons an expert keeps: a fraction of them, rounded up to a multiple.
+
+    Args:
+        width: f, neurons of an expert.
+        sparsity: fraction of the neurons dropped.
+        multiple_of: of which the result is a multiple, but never above `width`.
+    """
+    kept = max(1, math.ceil(width * (1 - sparsity) - 1e-9))
+    return min(width, -(-kept // multiple_of) * multiple_of)
+
+
+def select_neurons(scores: Tensor, width: int, protected: Tensor | None = None) -> Tensor:
+    """Select the neurons of largest score in every expert (of ties the first).
+
+    Args:
+        scores: (E, f), larger is more important.
+        width: number of neurons that every expert keeps.
+        protected: (E, f) bool, neurons that are kept whatever their score; the largest, if they are too many.
+
+    Returns:
+        (E, width) indices, ascending: the neurons keep their order.
+
+    Raises:
+        ValueError: scores that are not finite.
+    """
+    if not torch.isfinite(scores).all():
+        raise ValueError("neuron scores contain NaN or infinity; check the calibration data and the model's weights")
+    ranked = scores.argsort(dim=1, descending=True, stable=True)
+    if protected is not None:
+        first = protected.gather(1, ranked).int().argsort(dim=1, descending=True, stable=True)
+        ranked = ranked.gather(1, first)
+    return ranked[:, :width].sort(dim=1).values
+
+
+def narrow(segments: Segments, neurons: Tensor) -> Segments:
+    """Select neurons of every expert: copies, one expert at a time.
+
+    Args:
+        segments: N experts of f neurons.
+        neurons: (N, width) indices of the retained neurons.
+    """
+
+    def chosen(part: Tensor) -> Tensor:
+        made = segments.workspace.empty_like(part[:, : neurons.shape[1]])
+        for kept, own, index in zip(made, part, neurons.to(part.device), strict=True):
+            kept.copy_(own[index])
+        return made
+
+    parts = {name: chosen(getattr(segments, name)) for name in ("up", "down")}
+    gate = None if segments.gate is None else chosen(segments.gate)
+    return segments._replace(gate=gate, **parts)

@@ -1,0 +1,1 @@
+"""Run a layer of the original model and record what its compression needs: routing, outputs, statistics."""

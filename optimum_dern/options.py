@@ -125,8 +125,8 @@ class DernOptions:
     )
     method: str = _option(
         "dern",
-        "dern, prune, ream, m_smoe, hc_smoe, mergemoe or sub_moe drop or merge experts; heapr, camera_p or slim make "
-        "them narrower",
+        "dern, prune, ream, m_smoe, hc_smoe, mergemoe, sub_moe or uncurl drop or merge experts; heapr, camera_p or "
+        "slim make them narrower; cd_moe makes layers dense",
         group="what",
     )
     preset: str = _option(

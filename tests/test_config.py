@@ -182,7 +182,7 @@ OF_DERN = {
 }
 
 
-@pytest.mark.parametrize("method", ["prune", "ream", "m_smoe", "hc_smoe", "mergemoe", "sub_moe"])
+@pytest.mark.parametrize("method", ["prune", "ream", "m_smoe", "hc_smoe", "mergemoe", "sub_moe", "uncurl"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_options_of_another_method(method, preset):
     """What only dern reads is refused where another method would ignore it; its defaults pass, as from a file."""

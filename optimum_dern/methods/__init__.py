@@ -1,6 +1,6 @@
 """Compression methods behind one interface; importing this package registers them."""
 
-from . import dern, hc_smoe, m_smoe, mergemoe, narrow, prune, ream, sub_moe
+from . import cd_moe, dern, merging, narrow, prune
 from .registry import METHODS, Candidate, LayerProblem, Method, get_method, register_method
 
 
@@ -9,14 +9,11 @@ __all__ = [
     "Candidate",
     "LayerProblem",
     "Method",
+    "cd_moe",
     "dern",
     "get_method",
-    "hc_smoe",
-    "m_smoe",
-    "mergemoe",
+    "merging",
     "narrow",
     "prune",
-    "ream",
     "register_method",
-    "sub_moe",
 ]

@@ -16,6 +16,7 @@ from ..core.merging.grouping import Grouping
 
 if TYPE_CHECKING:
     from ..config import DernConfig
+    from ..models.moe.structure import MoELayer
 
 
 __all__ = ["METHODS", "Candidate", "LayerProblem", "Method", "get_method", "merged_candidates", "register_method"]
@@ -59,6 +60,9 @@ class Method(Protocol):
     def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
         """Return candidates by name, the method's own result last; without the guard, the last one is used."""
 
+    def check(self, layers: Sequence["MoELayer"], count: int) -> None:
+        """Refuse MoE layers, or a number of retained experts, that cannot work: ValueError, naming what is allowed."""
+
     def candidates(self, config: "DernConfig") -> tuple[int, int]:
         """Return the most candidates that the method proposes, and their most different sets of retained experts."""
         return 2, 2  # its own result, with its own retained experts, and plain pruning
@@ -69,7 +73,16 @@ class Method(Protocol):
 
 
 METHODS: dict[str, Method] = {}
-ATTRIBUTES = ("needs_tokens", "needs_router_logits", "keeps_experts", "defaults", "options", "candidates", "costs")
+ATTRIBUTES = (
+    "needs_tokens",
+    "needs_router_logits",
+    "keeps_experts",
+    "defaults",
+    "options",
+    "check",
+    "candidates",
+    "costs",
+)
 
 
 def register_method(name: str) -> Callable[[type], type]:

@@ -9,7 +9,7 @@ from optimum_dern import DernConfig
 from optimum_dern.methods import get_method
 
 
-MERGING = ["ream", "m_smoe", "hc_smoe", "mergemoe", "sub_moe"]
+MERGING = ["ream", "m_smoe", "hc_smoe", "mergemoe", "sub_moe", "uncurl"]
 TRAITS = ["mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "nemotron_h"]  # plain, groups, biases, input, no gate
 
 
@@ -17,7 +17,7 @@ TRAITS = ["mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "nemotron_h"]  # p
 @pytest.mark.parametrize("family", TRAITS)
 def test_families(method, family, monkeypatch):
     """The merged layer is written as proposed, with the router entries of its representatives, and runs."""
-    if family == "nemotron_h" and method in ("ream", "m_smoe"):
+    if family == "nemotron_h" and method in ("ream", "m_smoe", "uncurl"):
         with pytest.raises(ValueError, match="reads 32 inputs, and its experts read 24; choose hc_smoe"):
             compress(families.make_model(family), method=method, preset="paper")
         return

@@ -1,4 +1,4 @@
-"""REAM, M-SMoE, HC-SMoE, MergeMoE and Sub-MoE on one layer: slow references, copies of experts, several processes."""
+"""REAM, M-SMoE, HC-SMoE, MergeMoE, Sub-MoE and UNCURL on one layer: slow references, copies, several processes."""
 
 from itertools import pairwise
 from threading import Barrier, Thread
@@ -18,8 +18,8 @@ from optimum_dern.methods import LayerProblem, get_method
 
 
 KINDS = ["gated", "plain", "biased"]
-MERGING = ["ream", "m_smoe", "hc_smoe", "mergemoe", "sub_moe"]
-ALIGNING = ["ream", "m_smoe"]
+MERGING = ["ream", "m_smoe", "hc_smoe", "mergemoe", "sub_moe", "uncurl"]
+ALIGNING = ["ream", "m_smoe", "uncurl"]
 EXPERTS, KEPT = 6, 3
 
 

@@ -117,6 +117,6 @@ def _agreement(choice: RouterChoice, logits: Tensor, index: Tensor, reduce: Redu
 
 def _unknown(reason: str) -> UnknownRouter:
     return UnknownRouter(
-        "selection='greedy' tries the layer without experts, and so has to know how its router works, but it follows "
-        f"no known rule: {reason}; choose another selection, such as 'reap' or 'hope'"
+        "selection='greedy' and method='cd_moe' compute what a router gives to other experts, but this one follows no "
+        f"known rule: {reason}; choose another selection, such as 'reap' or 'hope', or method"
     )

@@ -64,6 +64,7 @@ def check_request(config: DernConfig, model: Any, layers: list[MoELayer]) -> int
         check_narrowing(config, layers)
         width_settings(model, layers, width)
     count = resolve_count(layers[0], config.sparsity, config.num_experts, config.experts_multiple_of)
+    get_method(config.method).check(layers, count)
     check_protection(layers_by_position(model, layers), config.protect_experts or {}, count)
     return count
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..core.layer.cost import Cost, LayerShape
-from ..core.layer.segments import Segments
-from ..core.merging.all_experts import sample_cost, sample_tokens, sampled_tokens
-from ..core.merging.averaging import average_groups, average_groups_cost, fit_group_outputs, fit_group_outputs_cost
-from ..core.merging.grouping import join_nearest
-from .registry import Candidate, LayerProblem, merged_candidates, register_method
+from ...core.layer.cost import Cost, LayerShape
+from ...core.layer.segments import Segments
+from ...core.merging.all_experts import sample_cost, sample_tokens, sampled_tokens
+from ...core.merging.averaging import average_groups, average_groups_cost, fit_group_outputs, fit_group_outputs_cost
+from ...core.merging.grouping import join_nearest
+from ..registry import Candidate, LayerProblem, merged_candidates, register_method
 
 
 if TYPE_CHECKING:
-    from ..config import DernConfig
+    from ...config import DernConfig
 
 
 MAX_ELEMENTS = 1 << 24  # weights converted at once

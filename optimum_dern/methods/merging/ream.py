@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..core.layer.cost import Cost, LayerShape
-from ..core.layer.observation import ObservedLayer
-from ..core.merging.alignment import match_neurons, unit_distances, weight_cosines
-from ..core.merging.all_experts import (
+from ...core.layer.cost import Cost, LayerShape
+from ...core.layer.observation import ObservedLayer
+from ...core.merging.alignment import match_neurons, unit_distances, weight_cosines
+from ...core.merging.all_experts import (
     activation_cosines,
     activation_cosines_cost,
     logit_cosines,
@@ -28,13 +28,13 @@ from ..core.merging.all_experts import (
     sample_cost,
     sample_tokens,
 )
-from ..core.merging.averaging import average_groups, average_groups_cost
-from ..core.merging.grouping import absorb_nearest
-from .registry import Candidate, LayerProblem, merged_candidates, register_method
+from ...core.merging.averaging import average_groups, average_groups_cost
+from ...core.merging.grouping import absorb_nearest
+from ..registry import Candidate, LayerProblem, merged_candidates, register_method
 
 
 if TYPE_CHECKING:
-    from ..config import DernConfig
+    from ...config import DernConfig
 
 
 FULL_GROUPS = 8  # a full group holds one in so many experts: 16 of 128 in the paper

@@ -10,15 +10,15 @@ average of the W_i.  So no decomposition is computed here; a test carries one ou
 
 from typing import TYPE_CHECKING
 
-from ..core.layer.cost import Cost, LayerShape
-from ..core.merging.all_experts import mean_outputs, mean_outputs_cost, sample_cost, sample_tokens
-from ..core.merging.averaging import average_groups, average_groups_cost
-from ..core.merging.grouping import cluster_by_cosine
-from .registry import Candidate, LayerProblem, merged_candidates, register_method
+from ...core.layer.cost import Cost, LayerShape
+from ...core.merging.all_experts import mean_outputs, mean_outputs_cost, sample_cost, sample_tokens
+from ...core.merging.averaging import average_groups, average_groups_cost
+from ...core.merging.grouping import cluster_by_cosine
+from ..registry import Candidate, LayerProblem, merged_candidates, register_method
 
 
 if TYPE_CHECKING:
-    from ..config import DernConfig
+    from ...config import DernConfig
 
 
 @register_method("sub_moe")

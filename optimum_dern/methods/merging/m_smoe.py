@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..core.layer.cost import Cost, LayerShape
-from ..core.merging.alignment import match_neurons, weight_products
-from ..core.merging.all_experts import logit_cosines, router_logits, sample_cost, sample_tokens, sampled_tokens
-from ..core.merging.averaging import average_groups, average_groups_cost
-from ..core.merging.grouping import join_nearest
-from .registry import Candidate, LayerProblem, merged_candidates, register_method
+from ...core.layer.cost import Cost, LayerShape
+from ...core.merging.alignment import match_neurons, weight_products
+from ...core.merging.all_experts import logit_cosines, router_logits, sample_cost, sample_tokens, sampled_tokens
+from ...core.merging.averaging import average_groups, average_groups_cost
+from ...core.merging.grouping import join_nearest
+from ..registry import Candidate, LayerProblem, merged_candidates, register_method
 
 
 if TYPE_CHECKING:
-    from ..config import DernConfig
+    from ...config import DernConfig
 
 
 @register_method("m_smoe")

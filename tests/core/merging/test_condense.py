@@ -1,0 +1,65 @@
+"""The greedy search of condensed layers, against its definition in loops."""
+
+import math
+
+import pytest
+import torch
+from observed import observe
+from reference import reference_expert_output
+from samples import KINDS, assert_near, make_routing, make_segments, scalar_activation
+from scipy.spatial.distance import jensenshannon
+
+from optimum_dern.core.merging.condense import condense_experts, jensen_shannon, mean_weights
+
+
+def softmax(values):
+    powers = [math.exp(value - max(values)) for value in values]
+    return [power / sum(powers) for power in powers]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_loops(kind):
+    segments, routing = make_segments(kind), make_routing(tokens=20, unused=(4,))
+    held_out = torch.arange(20) % 5 == 4
+    layer = observe(segments, routing, held_out=held_out)
+    weights = [[] for _ in range(6)]
+    for index, weight in zip(routing.index.tolist(), routing.weight.tolist(), strict=True):
+        for expert, g in zip(index, weight, strict=True):
+            weights[expert].append(g)
+    means = [sum(values) / max(1, len(values)) for values in weights]
+    assert_near(mean_weights(layer), means)
+    outputs = [
+        [
+            reference_expert_output(
+                *segments[:3], e, x, scalar_activation(segments), segments.output_bias, segments.biased
+            )
+            for x in routing.hidden
+        ]
+        for e in range(6)
+    ]
+    chosen = []
+    for _ in range(3):
+        found = {}
+        for expert in (e for e in range(6) if e not in chosen):
+            found[expert] = 0.0
+            for token in (t for t in range(20) if not held_out[t]):
+                sums = [sum(means[e] * outputs[e][token][k] for e in (*chosen, expert)) for k in range(3)]
+                found[expert] += jensenshannon(softmax(layer.target[token].tolist()), softmax(sums)) ** 2
+        chosen.append(min(found, key=found.get))
+    assert condense_experts(layer, 3) == chosen
+
+
+def test_jensen_shannon_against_scipy():
+    first, second = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = [jensenshannon(a, b) ** 2 for a, b in zip(first.softmax(1), second.softmax(1), strict=True)]
+    assert_near(jensen_shannon(first, second), torch.tensor(expected), 1e-5)
+    assert_near(jensen_shannon(first, first), torch.zeros(7), 1e-6)
+
+
+def test_many_tokens_are_sampled(monkeypatch):
+    from optimum_dern.core.merging import condense
+
+    layer = observe(make_segments(), make_routing(tokens=50))
+    monkeypatch.setattr(condense, "TOKENS", 10)
+    assert condense._sampled(layer).tolist() == list(range(0, 50, 5))
+    assert len(set(condense_experts(layer, 2))) == 2

@@ -57,7 +57,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "tiny_moe"
 CRITERIA = ("random", "router", "frequency", "ean", "reap", "man", "msan", "hope", "easy_ep", "aimer", "greedy")
 NARROWING = ("camera_p", "heapr", "slim")
-MERGING = ("ream", "m_smoe", "hc_smoe", "mergemoe", "sub_moe")
+MERGING = ("ream", "m_smoe", "hc_smoe", "mergemoe", "sub_moe", "uncurl")
 METHODS = {
     **{f"prune, {name}": {"method": "prune", "selection": name} for name in CRITERIA},
     "dern": {"method": "dern"},

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from .compressor import DernCompressor
     from .config import DernConfig
     from .integration.transformers import DernModelForCausalLM, patch_transformers, unpatch_transformers
+    from .patterns.load import load_for
     from .results.report import CompressionReport
+    from .search.active import active_experts
+    from .search.driver import expert_search
 
 _LOCATIONS = {
     "CompressionReport": ".results.report",
@@ -22,7 +25,10 @@ _LOCATIONS = {
     "DernConfig": ".config",
     "DernModelForCausalLM": ".integration.transformers",
     "HubPushError": ".checkpoint.hub.errors",
+    "active_experts": ".search.active",
+    "expert_search": ".search.driver",
     "load_compressed_model": ".checkpoint.output.loading",
+    "load_for": ".patterns.load",
     "patch_transformers": ".integration.transformers",
     "unpatch_transformers": ".integration.transformers",
 }
@@ -33,7 +39,10 @@ __all__ = [
     "DernModelForCausalLM",
     "HubPushError",
     "__version__",
+    "active_experts",
+    "expert_search",
     "load_compressed_model",
+    "load_for",
     "patch_transformers",
     "unpatch_transformers",
 ]

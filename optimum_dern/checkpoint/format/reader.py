@@ -98,6 +98,30 @@ class CheckpointReader:
         """Return a tensor that is read when it is used."""
         return LazyTensor(self.infos[name], lambda empty: self.read(name, empty), plain=name not in self._packed)
 
+    def part(self, name: str, index: Tensor, dim: int = 0) -> LazyTensor:
+        """Return entries (N,) of a tensor along a dimension, read when used: alone if they lie behind one another.
+
+        Args:
+            name: of the tensor.
+            index: of the entries, in the order wanted.
+            dim: the dimension.
+        """
+        info = self.infos[name]
+        shape = (*info.shape[:dim], len(index), *info.shape[dim + 1 :])
+        apart = dim == 0 and name not in self._packed and info.dtype in DTYPES
+
+        def read(empty: Empty) -> Tensor:
+            if not apart:
+                return self.read(name, empty).index_select(dim, index)
+            size = info.size // info.shape[0]
+            rows = [
+                info._replace(shape=info.shape[1:], start=info.start + row * size, size=size) for row in index.tolist()
+            ]
+            self.bytes_read += size * len(rows)
+            return torch.stack([read_tensor(row, self._file(info.path), empty) for row in rows])
+
+        return LazyTensor(info._replace(shape=shape), read, plain=apart)
+
     def read(self, name: str, empty: Empty = torch.empty) -> Tensor:
         """Read a tensor, and dequantise it where it is quantised.
 

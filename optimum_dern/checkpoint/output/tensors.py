@@ -21,7 +21,7 @@ from .plan import OutputPlan, layer_parameters
 from .shards import ShardWriter
 
 
-__all__ = ["CheckpointOutput", "copy_rest", "copy_when_read_"]
+__all__ = ["CheckpointOutput", "copy_rest", "copy_when_read_", "shrink_"]
 
 
 class CheckpointOutput:
@@ -65,7 +65,7 @@ class CheckpointOutput:
         tensors = {n: tensor for n, tensor in self.loader.tensors(position).items() if n not in replaced}
         tensors |= {name: self.writer.lazy(name) for name in self.plan.rewritten[layer.name]}
         with original_kept(layer):
-            _shrink_(layer, self.num_experts, self.width)
+            shrink_(layer, self.num_experts, self.width)
             with self.loader.loaded(position, tensors):
                 yield
 
@@ -157,7 +157,7 @@ def copy_rest(reader: CheckpointReader, outputs: Sequence[CheckpointOutput]) -> 
         output.save()
 
 
-def _shrink_(layer: MoELayer, num_experts: int, width: int) -> None:
+def shrink_(layer: MoELayer, num_experts: int, width: int) -> None:
     """Give a layer without weights the shapes that it has with N experts of a width."""
     weights, first = read_layer(layer), torch.arange(num_experts)
     routing = retained_routing(layer, weights, first)

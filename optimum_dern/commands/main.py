@@ -11,14 +11,14 @@ from ..errors import describe_error, is_deliberate
 from ..machine.threads import choose_threads
 from ..paths import check_utf8
 from . import compress, patterns, sample
-from .look import compare, evaluate, inspect, report
+from .look import attribute, compare, evaluate, inspect, report
 
 
 __all__ = ["COMMANDS", "WANTS", "add_command", "fail", "main", "run_safely"]
 
 WANTS: dict[str, dict[str, ModuleType]] = {  # what people want, and the commands that do it, as `--help` lists them
     "make smaller": {"compress": compress, "sample": sample},
-    "look": {"inspect": inspect, "report": report},
+    "look": {"inspect": inspect, "attribute": attribute, "report": report},
     "measure": {"evaluate": evaluate, "compare": compare},
     "load": {"patterns": patterns},
 }

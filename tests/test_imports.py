@@ -16,7 +16,8 @@ ORDER = """
     machine results models.moe models data data.made methods option_checks options config reporting
     checkpoint.format checkpoint.source checkpoint.hub checkpoint.output
     engine.measure engine.layer engine.walk engine.cost engine.run compressor
-    evaluation.loss evaluation.agreement evaluation.tasks evaluation.compare integration search patterns attribution
+    evaluation.loss evaluation.agreement evaluation.tasks evaluation.compare integration
+    search patterns attribution model_merging
     commands.shared commands.look commands __main__
 """.split()
 MOST = 10  # modules in a room

@@ -10,7 +10,7 @@ from .. import versions
 from ..errors import describe_error, is_deliberate
 from ..machine.threads import choose_threads
 from ..paths import check_utf8
-from . import compress, patterns, sample
+from . import compress, merge, patterns, sample
 from .look import attribute, compare, evaluate, inspect, report
 
 
@@ -21,6 +21,7 @@ WANTS: dict[str, dict[str, ModuleType]] = {  # what people want, and the command
     "look": {"inspect": inspect, "attribute": attribute, "report": report},
     "measure": {"evaluate": evaluate, "compare": compare},
     "load": {"patterns": patterns},
+    "merge": {"merge": merge},
 }
 COMMANDS: dict[str, ModuleType] = {name: module for group in WANTS.values() for name, module in group.items()}
 WIDTH = 12  # of the column of names in `--help`

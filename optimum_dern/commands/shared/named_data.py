@@ -9,17 +9,20 @@ from .arguments import check_numbers
 __all__ = ["add_data_arguments", "load_named_batches", "named_data"]
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, option: str = "--data", samples: int = 128) -> None:
+def add_data_arguments(
+    parser: argparse.ArgumentParser, option: str = "--data", samples: int = 128, required: bool = True
+) -> None:
     """Add an option for data by name, and how much of it is read.
 
     Args:
         parser: of the command.
         option: its name.
         samples: default number of sequences of each name.
+        required: whether the option must be given.
     """
     group = parser.add_argument_group("data", "anything that compress --dataset takes, each under a name")
     group.add_argument(
-        option, dest="data", nargs="+", action="extend", required=True, metavar="NAME=DATA", help="text by name"
+        option, dest="data", nargs="+", action="extend", required=required, metavar="NAME=DATA", help="text by name"
     )
     group.add_argument("--num-samples", type=int, default=samples, metavar="N", help="of each (default: %(default)s)")
     group.add_argument(
@@ -51,18 +54,22 @@ def named_data(args: argparse.Namespace) -> dict[str, str]:
     return found
 
 
-def load_named_batches(args: argparse.Namespace, config: Any, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
+def load_named_batches(
+    args: argparse.Namespace, config: Any, tokenizer: Any, batch_size: int | None = None
+) -> dict[str, list[dict[str, Any]]]:
     """Load the token batches of every name, sequences no longer than the model is made for.
 
     Args:
         args: with the options that `add_data_arguments` adds.
         config: of the model.
         tokenizer: its own.
+        batch_size: sequences a batch; by default as many of like lengths as keep a processor busy.
     """
     from ...data.batches import load_batches
     from ...models.context_length import bounded_length
 
     drawn = {"num_samples": args.num_samples, "seed": args.seed, "text_column": args.text_column}
+    drawn["batch_size"] = batch_size
     length = bounded_length(config, args.sequence_length)
     return {
         name: load_batches(source, tokenizer, sequence_length=length, **drawn)

@@ -1,0 +1,65 @@
+"""Rules that merge one tensor of several fine-tuned models, from the base's and their differences from it.
+
+task arithmetic   base + strength sum_k tau_k                                                (arXiv 2212.04089)
+TIES              of every tau_k only the largest entries; per entry the sign of the larger total; the mean of
+                  those that have this sign, times the strength                               (arXiv 2306.01708)
+DARE              entries of tau_k dropped at random, the others divided by the share kept; then task arithmetic
+                                                                                              (arXiv 2311.03099)
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+__all__ = ["dare", "task_arithmetic", "ties"]
+
+
+def task_arithmetic(base: Tensor, differences: Sequence[Tensor], strength: float) -> Tensor:
+    """Add all differences, times a strength."""
+    return base + strength * torch.stack(list(differences)).sum(0)
+
+
+def ties(base: Tensor, differences: Sequence[Tensor], strength: float, density: float) -> Tensor:
+    """Trim the differences, elect a sign for every entry, and add the mean of those that agree with it.
+
+    Args:
+        base: any shape.
+        differences: of each model, of this shape.
+        strength: factor of the result.
+        density: share of the entries of a difference that stay, those of largest magnitude.
+    """
+    trimmed = torch.stack([_largest(difference, density) for difference in differences])  # (K, ...)
+    sign = trimmed.sum(0).sign()
+    agree = (trimmed.sign() == sign) & (trimmed != 0)
+    mean = (trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)
+    return base + strength * mean
+
+
+def dare(
+    base: Tensor, differences: Sequence[Tensor], strength: float, density: float, generator: torch.Generator
+) -> Tensor:
+    """Keep a random share of the entries of every difference, scaled so that the expected value stays, and add them.
+
+    Args:
+        base: any shape.
+        differences: of each model, of this shape.
+        strength: factor of the result.
+        density: share of the entries that stay.
+        generator: draws them, on the CPU.
+    """
+    kept = []
+    for difference in differences:
+        mask = torch.rand(difference.shape, generator=generator) < density
+        kept.append(difference * mask.to(difference.device) / density)
+    return task_arithmetic(base, kept, strength)
+
+
+def _largest(difference: Tensor, density: float) -> Tensor:
+    """Set all but the entries of largest magnitude to zero."""
+    count = max(1, round(density * difference.numel()))
+    kept = difference.flatten().abs().topk(count).indices
+    result = torch.zeros_like(difference).flatten()
+    result[kept] = difference.flatten()[kept]
+    return result.view_as(difference)

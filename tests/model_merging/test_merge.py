@@ -1,0 +1,206 @@
+"""Merged checkpoints: learned coefficients, their limits, what is refused, and the command."""
+
+import json
+
+import pytest
+import torch
+from tiny import make_model, same_state, state_of, tiny_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from optimum_dern.commands.main import main
+from optimum_dern.model_merging import LearnedSettings, learn_coefficients, merge_checkpoints
+from optimum_dern.model_merging.coefficients import Coefficients, chunks_by_importance
+
+
+def dense():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def changed(model, seed, size=0.02):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="module", params=["mixtral", "dense"])
+def folders(request, tmp_path_factory):
+    """A base and two models that were made from it; the dense one's head is tied."""
+    root, make = tmp_path_factory.mktemp("merge"), dense if request.param == "dense" else lambda: make_model("mixtral")
+    for name, model in (("base", make()), ("one", changed(make(), 1)), ("two", changed(make(), 2))):
+        model.save_pretrained(root / name)
+        tiny_tokenizer().save_pretrained(root / name)
+    return root
+
+
+def texts(count=2, rows=2):
+    generator = torch.Generator().manual_seed(5)
+    ids = [torch.randint(200, (1, 12), generator=generator) for _ in range(count * rows)]
+    batches = [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids]
+    return [batches[i * rows : (i + 1) * rows] for i in range(count)]
+
+
+def parts(folders):
+    """The base, its weights, and what the others add to them."""
+    base, *others = (AutoModelForCausalLM.from_pretrained(folders / name) for name in ("base", "one", "two"))
+    own = {name: p.detach() for name, p in base.named_parameters()}
+    state = [dict(other.named_parameters()) for other in others]
+    return base, own, {name: torch.stack([s[name].detach() - own[name] for s in state]) for name in own}
+
+
+def test_merged_weights_and_their_limits(folders):
+    """base + sum sigmoid(c) tau, part by part; at factors of 1 and 0 it is one of the models."""
+    _, own, differences = parts(folders)
+    found = Coefficients(differences, 0.1, dict.fromkeys(list(own)[:5], 3))
+    for raw in found.parameters():
+        torch.nn.init.normal_(raw, generator=torch.Generator().manual_seed(raw.numel()))
+    with torch.no_grad():
+        for name, merged in found.merged(own).items():
+            factor, expected = found.raw[name].sigmoid(), own[name].flatten().clone()
+            size = -(-expected.numel() // factor.shape[1])
+            for i in range(expected.numel()):
+                if i % 7 == 0:  # every entry would take long
+                    for k in range(2):
+                        expected[i] += factor[k, i // size] * differences[name][k].flatten()[i]
+                    assert merged.flatten()[i] == pytest.approx(expected[i].item(), abs=1e-6)
+        for raw in found.parameters():
+            raw[0], raw[1] = 200.0, -200.0
+        one = dict(AutoModelForCausalLM.from_pretrained(folders / "one").named_parameters())
+        for name, merged in found.merged(own).items():
+            torch.testing.assert_close(merged, one[name], rtol=0, atol=1e-6)
+
+
+def test_learning_moves_towards_the_teachers(folders):
+    """With text of the first model alone standing for both, its coefficients grow; the base stays as it is."""
+    base, own, differences = parts(folders)
+    differences = {name: torch.stack([tau[0], -tau[0]]) for name, tau in differences.items()}
+    before = state_of(base)
+    (text, _) = texts(rows=4)
+    settings = LearnedSettings(epochs=6, accumulate=1, regulariser=0.0)
+    found = learn_coefficients(base, {n: t[:1] for n, t in differences.items()}, [text], settings)
+    assert found.factors().mean() > 0.3
+    assert same_state(state_of(base), before)
+    assert all(p.grad is None for p in base.parameters())
+
+
+def test_gradients_of_coefficients(folders):
+    """By autograd, against finite differences of the whole loss."""
+    from optimum_dern.model_merging.learned import _matching_loss, _run
+
+    base, own, differences = parts(folders)
+    base, own = base.double().eval(), {name: p.double() for name, p in own.items()}
+    if hasattr(base, "set_experts_implementation"):
+        base.set_experts_implementation("eager")
+    found = Coefficients({name: tau.double() for name, tau in differences.items()}, 0.2)
+    name = next(name for name in own if "down_proj" in name)
+    (batch, *_), _ = texts()
+
+    def loss():
+        with torch.no_grad():
+            teacher = _run(base, {n: own[n] + differences[n][1].double() for n in own}, batch)
+        return _matching_loss(_run(base, found.merged(own), batch), teacher, batch["attention_mask"], 1.0)
+
+    found.raw = {n: raw.detach().double().requires_grad_() for n, raw in found.raw.items()}
+    (gradient,) = torch.autograd.grad(loss(), found.raw[name])
+    step = 1e-2  # some of a model is computed in float32
+    with torch.no_grad():
+        for k in range(2):
+            found.raw[name][k, 0] += step
+            up = loss()
+            found.raw[name][k, 0] -= 2 * step
+            down = loss()
+            found.raw[name][k, 0] += step
+            assert gradient[k, 0].item() == pytest.approx(((up - down) / (2 * step)).item(), rel=1e-2, abs=1e-9)
+
+
+def test_important_layers_have_more_coefficients():
+    differences = {"a": torch.ones(2, 6), "b": 5 * torch.ones(2, 2, 3), "c": torch.ones(2, 2)}
+    found = chunks_by_importance(Coefficients(differences), [["a"], ["b"]], 4)
+    assert found == {"b": 3}  # six entries in four parts are three of two
+
+
+@pytest.mark.parametrize("method", ["learned", "task_arithmetic", "ties", "dare"])
+def test_a_plain_checkpoint(folders, tmp_path, method):
+    """Loads plainly, is reproducible, and lies between its parents."""
+    options = {"texts": texts(), "settings": LearnedSettings(chunks=2)} if method == "learned" else {}
+    models = []
+    for name in ("first", "again"):
+        facts = merge_checkpoints(
+            folders / "base", [folders / "one", folders / "two"], tmp_path / name, method=method, **options
+        )
+        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / name))
+    assert same_state(*map(state_of, models))
+    assert not same_state(state_of(models[0]), state_of(AutoModelForCausalLM.from_pretrained(folders / "base")))
+    assert (tmp_path / "first" / "tokenizer.json").is_file() and facts["method"] == method
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "first"]
+    if method == "learned":
+        assert len(facts["factors"]) == 2 and all(0 < factor < 1 for factor in facts["factors"])
+
+
+def test_rules_take_their_options(folders, tmp_path):
+    """Strength 0 is the base; all of one difference alone is that model."""
+    pair = [folders / "one", folders / "base"]
+    merge_checkpoints(folders / "base", pair, tmp_path / "none", method="task_arithmetic", strength=0.0)
+    merge_checkpoints(folders / "base", pair, tmp_path / "all", method="task_arithmetic", strength=1.0)
+    found, expected = (
+        [AutoModelForCausalLM.from_pretrained(folder) for folder in pair]
+        for pair in ((tmp_path / "none", tmp_path / "all"), (folders / "base", folders / "one"))
+    )
+    for one, other in zip(found, expected, strict=True):
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"method": "slerp"}, ValueError, "must be one of learned, task_arithmetic, ties, dare"),
+        ({"checkpoints": ["one"]}, ValueError, "1 checkpoint to merge"),
+        ({"output": "one"}, FileExistsError, "exists"),
+        ({"method": "learned"}, ValueError, "a text for each of the 2"),
+        ({"method": "learned", "texts": [[], []], "strength": 1.0}, ValueError, "no effect with method='learned'"),
+        ({"texts": [[], []]}, ValueError, "no effect with method='ties'"),
+        ({"density": 0.0}, ValueError, "a share above 0"),
+        ({"method": "task_arithmetic", "density": 0.5}, ValueError, "of ties and dare alone"),
+    ],
+)
+def test_refused(folders, tmp_path, options, error, message):
+    options = {"checkpoints": ["one", "two"], "output": tmp_path / "out", "method": "ties"} | options
+    checkpoints = [folders / name for name in options.pop("checkpoints")]
+    output = folders / options.pop("output")
+    with pytest.raises(error, match=message):
+        merge_checkpoints(folders / "base", checkpoints, output, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_models_are_refused(folders, tmp_path):
+    make_model("qwen3_moe").save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="other was not fine-tuned from .*base: .* is "):
+        merge_checkpoints(folders / "base", [folders / "one", tmp_path / "other"], tmp_path / "out", method="ties")
+
+
+@pytest.mark.parametrize("wrong", [{"initial": 1.0}, {"epochs": 0}, {"rate": 0.0}])
+def test_settings(wrong):
+    with pytest.raises(ValueError, match="coefficient is above 0|at least 1"):
+        LearnedSettings(**wrong)
+
+
+def test_the_command(folders, tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"text of {name} " * 60)
+    data = ["--data", *(f"{name}={tmp_path / f'{name}.txt'}" for name in ("two", "one"))]  # in any order
+    models = [str(folders / name) for name in ("base", "one", "two")]
+    main(["merge", *models, str(tmp_path / "out"), *data, "--num-samples", "2", "--sequence-length", "32", "--json"])
+    assert len(json.loads(capsys.readouterr().out)["factors"]) == 2
+    for options, message in (
+        ([], "needs --data NAME=DATA for each"),
+        ([*data[:2]], "1 texts for 2 checkpoints"),
+        ([*data, "--method", "ties"], "of --method learned alone"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["merge", *models, str(tmp_path / "other"), *options])
+        assert message in capsys.readouterr().err

@@ -182,8 +182,11 @@ def _print_results(reports: dict[Path, Any], args: argparse.Namespace) -> None:
 
 
 def _print_result(folder: Path, report: Any) -> None:
+    from ..engine.run.serving import advise_serving
+
     rows = [
         ("experts per layer", f"{report.before.experts}", f"{report.after.experts}", ""),
+        ("neurons per expert", f"{report.before.width}", f"{report.after.width}", ""),
         _size_row("parameters", report.before.parameters, report.after.parameters),
         _size_row("active per token", report.before.active_parameters, report.after.active_parameters),
         _size_row("bytes", report.before.bytes, report.after.bytes),
@@ -197,6 +200,9 @@ def _print_result(folder: Path, report: Any) -> None:
     winners = [layer.winner for layer in report.layers]
     counts = ", ".join(f"{winners.count(name)} x {name}" for name in dict.fromkeys(winners))
     print(f"layers: {counts or 'unchanged'}; {report.seconds:.1f} s; saved to {folder}")
+    narrower = report.after.width if report.after.width != report.before.width else None
+    if advice := advise_serving(report.model_type, report.after.experts, width=narrower):
+        print(advice)
 
 
 def _size_row(name: str, before: int, after: int) -> tuple[str, str, str, str]:

@@ -89,6 +89,7 @@ def _evaluation_results(report: CompressionReport) -> list[Any]:
 def _size_rows(report: CompressionReport) -> list[dict[str, str]]:
     names = {
         "experts": "routed experts per layer",
+        **({"width": "neurons per expert"} if report.after.width != report.before.width else {}),
         "parameters": "parameters",
         "active_parameters": "active parameters per token",
         "bytes": "bytes",

@@ -18,20 +18,26 @@ SHARES = {
 
 
 def title(report: CompressionReport) -> str:
-    """Make the title of a compressed model from the name of its source and the number of experts it keeps."""
+    """Make the title of a compressed model from the name of its source, and what its layers keep."""
     name = report.source.rstrip("/").split("/")[-1] if report.source else report.model_type
-    return f"{name}, {report.after.experts} of {report.before.experts} experts"
+    parts = [f"{report.after.experts} of {report.before.experts} experts"]
+    if report.after.width != report.before.width:
+        parts.append(f"{report.after.width} of {report.before.width} neurons")
+    return ", ".join([name, *parts])
 
 
 def verdict(report: CompressionReport) -> str:
     """Summarise a compression: how many experts are kept, how much smaller the model is, and how its loss changed."""
     before, after = report.before, report.after
-    if after.experts == before.experts:
+    if (after.experts, after.width) == (before.experts, before.width):
         return f"Nothing was compressed: every layer keeps its {before.experts} routed experts."
     share = SHARES.get(Fraction(after.experts, before.experts))
     kept = f"{after.experts} of its {before.experts} routed experts"
     kept = f"{share} of its routed experts ({after.experts} of {before.experts})" if share else kept
-    gain = f"Each layer keeps {kept}, which leaves {100 * report.ratio:.0f} % of the bytes."
+    if after.experts == before.experts:
+        kept = f"all of its {before.experts} routed experts"
+    narrower = f" with {after.width} of their {before.width} neurons" if after.width != before.width else ""
+    gain = f"Each layer keeps {kept}{narrower}, which leaves {100 * report.ratio:.0f} % of the bytes."
     gain += f" It was trained after the compression: {report.training}." if report.training else ""
     losses = mean_losses(report)
     if losses is None:

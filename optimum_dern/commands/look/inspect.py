@@ -37,8 +37,10 @@ def run(args: argparse.Namespace) -> None:
     from ...checkpoint.source.find import find_checkpoint
     from ...engine.cost.duration import measure_rate, predict_seconds
     from ...engine.cost.memory import plan_memory
+    from ...engine.layer.narrowing import find_width
     from ...engine.run.checks import check_names, check_request, needs_data, with_dataset
     from ...engine.run.model_batches import sequences_in_all, with_text_it_can_write
+    from ...engine.run.serving import advise_serving
     from ...engine.run.whole_model import check_fits
     from ...machine.torch_state import default_device
     from ...models.context_length import bounded_length
@@ -50,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
     model = find_checkpoint(args.model, args.revision, **options).skeleton
     layers = find_moe_layers(model)
     count = check_request(config, model, layers)
-    before, after = measure_model(model, layers), predict_size(model, layers, count)
+    before = measure_model(model, layers)
+    after = predict_size(model, layers, count, find_width(layers[0], config))
     bound, device = parse_bytes(args.max_memory) if args.max_memory else None, default_device()
     config = with_text_it_can_write(config, model, lambda: check_fits(model, device, bound))
     sequences = 0  # where compress runs no text through the model
@@ -64,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
         "model_type": model.config.model_type,
         "moe_layers": [layer.name for layer in layers],
         "experts": [before.experts, after.experts],
+        "width": [before.width, after.width],
         "experts_per_token": layers[0].top_k,
         "router_groups": layers[0].num_groups,
         "selection": config.selection,
@@ -80,11 +84,16 @@ def run(args: argparse.Namespace) -> None:
         "experts_in_file": memory.experts_in_file,
         "disk_bytes": after.bytes + memory.disk,
         "seconds": predict_seconds(layers, tokens, config, count, rate),
+        "advice": advise_serving(
+            model.config.model_type, count, layers[0].num_groups, after.width if after.width != before.width else None
+        ),
     }
     if args.json:
         print(json.dumps(facts))
         return
     _print_facts(facts)
+    if facts["advice"]:
+        print(facts["advice"])
     _print_protection(config.protect_experts)
 
 
@@ -93,7 +102,7 @@ def _print_facts(facts: dict) -> None:
     print(f"{facts['model']} ({facts['model_type']}): {len(names)} MoE layers, {names[0]} to {names[-1]}")
     groups = f" in {facts['router_groups']} groups" if facts["router_groups"] > 1 else ""
     print(f"{facts['experts_per_token']} of {facts['experts'][0]} experts{groups} per token\n")
-    rows = [("experts per layer", *map(str, facts["experts"]))]
+    rows = [("experts per layer", *map(str, facts["experts"])), ("neurons per expert", *map(str, facts["width"]))]
     for name in ("parameters", "active_parameters", "bytes"):
         rows.append((name.replace("_", " "), *(f"{value:,}" for value in facts[name])))
     print_table(("", "original", "compressed"), rows)

@@ -40,6 +40,7 @@ function gain() {
     `${arrow("bytes", bytes)}, an ordinary checkpoint that needs no further code.`,
     [
       ["Experts a layer", arrow("experts", count)],
+      ...(after.width === before.width ? [] : [["Neurons an expert", arrow("width", count)]]),
       ["Parameters", arrow("parameters", short)],
       ["Active for a token", arrow("active_parameters", short)],
     ],

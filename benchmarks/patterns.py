@@ -127,11 +127,9 @@ def markdown(results: dict[str, Any]) -> str:
             lines.append(f"| {name} | {'the task' if kind == 'own' else 'all text'} | {cells[0]} | {cells[1]} |")
     for name, result in results.items():
         whole, part = result["loading"].values()
-        lines.append(
-            f"\n{name}: {part['read'] / whole['read']:.0%} of the bytes, "
-            f"{part['seconds'] / whole['seconds']:.2f} of the seconds, {part['memory'] / whole['memory']:.2f} of the memory; {result['matched']:.1%} of "
-            f"{result['prompts']} windows find their task"
-        )
+        shares = [part[key] / whole[key] for key in ("read", "seconds", "memory")]
+        cost = "{:.0%} of the bytes, {:.2f} of the seconds, {:.2f} of the memory".format(*shares)
+        lines.append(f"\n{name}: {cost}; {result['matched']:.1%} of {result['prompts']} windows find their task")
     return "\n".join(lines)
 
 

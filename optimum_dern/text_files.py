@@ -1,4 +1,4 @@
-"""Atomic replacement of text files: readers see either the old content or the new one."""
+"""Atomic replacement of text files, where readers see either the old content or the new one, and reading of JSON."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-__all__ = ["replace_json", "replace_rows", "replace_text"]
+__all__ = ["parse_object", "read_object", "replace_json", "replace_rows", "replace_text"]
 
 
 def replace_text(path: Path, text: str, durable: bool = False) -> None:
@@ -42,3 +42,32 @@ def replace_json(path: Path, value: Any) -> None:
 def replace_rows(path: Path, rows: Iterable[Any]) -> None:
     """Replace a file atomically by JSON lines, one for each row."""
     replace_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of somebody else's, which may hold anything.
+
+    Raises:
+        ValueError: it is no UTF-8 text, no JSON, or no object; the message names the file.
+    """
+    return parse_object(path.read_bytes(), path.name)
+
+
+def parse_object(content: bytes, name: str) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Args:
+        content: UTF-8, with or without a byte order mark.
+        name: of where it comes from, for the error.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
+        reason = "is nested too deeply" if isinstance(error, RecursionError) else f"is not JSON ({error})"
+        raise ValueError(f"{name} {reason}; download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} holds a {type(value).__name__} where a JSON object is needed; download it again")
+    return value

@@ -115,6 +115,10 @@ def parse_json(text: str, path: Path, line: int = 1) -> Any:
     except json.JSONDecodeError as error:
         place = f"{path}, line {line + error.lineno - 1}"
         raise ValueError(f"{place} is not JSON ({error.msg}, column {error.colno}); mend the line") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}, line {line} is JSON that is nested too deeply; mend the line") from error
+    except ValueError as error:  # a number of more digits than Python converts
+        raise ValueError(f"{path}, line {line} cannot be read ({error}); mend the line") from error
 
 
 def read_rows(path: Path) -> Any:
@@ -156,6 +160,8 @@ def _json_rows(text: str, path: Path) -> list:
         if error.msg == "Extra data":  # a whole value, and something behind it
             return _json_lines(text, path)
         rows = parse_json(text, path)  # fails, naming the line
+    except (RecursionError, ValueError):
+        rows = parse_json(text, path)
     return _checked_list(rows, path)
 
 

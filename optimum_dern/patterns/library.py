@@ -1,6 +1,5 @@
 """`PatternLibrary`: a folder with the expert scores of some tasks for one model."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..text_files import replace_json
+from ..text_files import read_object, replace_json
 
 
 __all__ = ["PatternLibrary"]
@@ -54,7 +53,7 @@ class PatternLibrary:
                 f"{folder} holds no library of patterns; make one with optimum-dern patterns build"
             )
         try:
-            facts = json.loads((folder / FACTS).read_text("utf-8"))
+            facts = read_object(folder / FACTS)
             found = facts.pop("format")
             if found == FORMAT:
                 library = cls(**facts, scores=load_file(folder / SCORES))

@@ -1,6 +1,5 @@
 """Reader of a checkpoint's safetensors files: names, dtypes and shapes from the headers, values tensor by tensor."""
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.layer.workspace import Empty
+from ...text_files import read_object
 from .quantisation import check_quantisation, find_packed, without_quantisation
 from .tensor_file import DTYPES, TensorInfo, read_header, read_tensor
 from .weight_files import weight_files
@@ -72,7 +72,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = json.loads((folder / "config.json").read_text("utf-8"))
+        self.config = read_object(folder / "config.json")
         self.stored = stored_tensors(folder)
         self.infos, self._packed = self.stored, {}
         if quantisation := check_quantisation(self.config):

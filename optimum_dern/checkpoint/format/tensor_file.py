@@ -5,15 +5,18 @@ are all in memory at once.  The format is simple: eight bytes with the header's 
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...core.layer.workspace import Empty
+from ...text_files import parse_object
 
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "write_bytes",
 ]
 
+LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 PIECE = 1 << 22  # elements that `equal_values` compares at a time
 
 DTYPES = {
@@ -60,22 +64,36 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Read the header of a safetensors file: its tensors by name.
 
     Raises:
-        ValueError: the file is not safetensors, or is shorter than its header says.
+        ValueError: the file is not safetensors, is shorter than its header says, or its header contradicts itself.
     """
     length = path.stat().st_size
     with path.open("rb") as file:
         offset = 8 + int.from_bytes(file.read(8), "little")
-        if not 8 < offset <= length:
+        if not 8 < offset <= min(length, LONGEST_HEADER):
             raise ValueError(f"{path.name} is not a safetensors file")
-        header = json.loads(file.read(offset - 8))
+        header = parse_object(file.read(offset - 8), f"the header of {path.name}")
     header.pop("__metadata__", None)
-    infos = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        infos[name] = TensorInfo(path, entry["dtype"], tuple(entry["shape"]), offset + start, end - start)
+    infos = {name: _described(path, offset, name, entry) for name, entry in header.items()}
     if any(info.start + info.size > length for info in infos.values()):
         raise ValueError(f"{path.name} is {length} bytes long, shorter than its header says; download it again")
+    places = sorted((info.start, info.start + info.size, name) for name, info in infos.items())
+    for (_, end, first), (start, _, second) in pairwise(places):
+        if start < end:
+            raise ValueError(f"{path.name} has {first} and {second} in the same place; download it again")
     return infos
+
+
+def _described(path: Path, offset: int, name: str, entry: Any) -> TensorInfo:
+    """Read one entry of a header that begins at an offset's end; refuses one that makes no sense."""
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+        size = math.prod(shape) * DTYPES[dtype].itemsize if numbers and dtype in DTYPES else end - start
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path.name} does not describe {name}: {str(entry)[:80]}; download it again") from error
+    if not numbers or not isinstance(dtype, str) or end - start != size:
+        raise ValueError(f"{path.name} contradicts itself about {name}: {str(entry)[:80]}; download it again")
+    return TensorInfo(path, dtype, shape, offset + start, end - start)
 
 
 def read_tensor(info: TensorInfo, file: int, empty: Empty = torch.empty) -> Tensor:

@@ -4,11 +4,10 @@ A folder can have several sets of weights: a single file beside the index and th
 that no index names, variants.  All code that reads, counts or downloads weights finds them with this module.
 """
 
-import json
 from collections.abc import Collection, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from ...text_files import replace_json
+from ...text_files import read_object, replace_json
 
 
 __all__ = [
@@ -37,8 +36,8 @@ def entry_names(folder: Path) -> tuple[str, ...]:
         folder: with a config.json, which may name another file.
     """
     config = folder / "config.json"
-    named = json.loads(config.read_text("utf-8")).get("transformers_weights") if config.is_file() else None
-    return (named,) if named else (SINGLE_NAME, INDEX_NAME)
+    named = read_object(config).get("transformers_weights") if config.is_file() else None
+    return (_inside(named, config.name),) if named else (SINGLE_NAME, INDEX_NAME)
 
 
 def weight_names(folder: Path) -> list[str]:
@@ -48,7 +47,24 @@ def weight_names(folder: Path) -> list[str]:
         return []
     if not entry.endswith(".json"):
         return [entry]
-    return sorted(set(json.loads((folder / entry).read_text("utf-8"))["weight_map"].values()))
+    files = read_object(folder / entry).get("weight_map")
+    if not isinstance(files, dict):
+        raise ValueError(f"{entry} has no weight_map from tensors to files; download it again")
+    return sorted({_inside(name, entry) for name in files.values()})
+
+
+def _inside(name: object, source: str) -> str:
+    """Return the name of a weight file, which must be in the checkpoint's folder.
+
+    Raises:
+        ValueError: it is no name, or leads elsewhere.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"{source} names {name!r} as a weight file; download it again")
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+        raise ValueError(f"{source} names the weight file {name!r}, which is outside of the checkpoint's folder")
+    return name
 
 
 def has_weights(folder: Path) -> bool:
@@ -122,7 +138,7 @@ def check_whole_model(model: str | Path, folder: Path) -> None:
     path = folder / ADAPTER_NAME
     if not path.is_file():
         return
-    base = json.loads(path.read_text("utf-8")).get("base_model_name_or_path") or "its base"
+    base = read_object(path).get("base_model_name_or_path") or "its base"
     raise FileNotFoundError(
         f"{model} is an adapter of {base} without the weights of a whole model; merge it into its base first, and "
         f"give the new folder: AutoPeftModelForCausalLM.from_pretrained({str(model)!r}).merge_and_unload()"

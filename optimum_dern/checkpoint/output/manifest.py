@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...text_files import replace_text
+from ...text_files import read_object, replace_text
 
 
 __all__ = ["Manifest", "only_process"]
@@ -36,7 +36,7 @@ class Manifest:
         # Converted to JSON and back, so that it compares equal to a fingerprint read from the file.
         self.state: dict[str, Any] = {"fingerprint": json.loads(json.dumps(fingerprint)), "layers": {}, "tensors": {}}
         if self.path.exists():
-            earlier = json.loads(self.path.read_text("utf-8"))
+            earlier = _read(self.path)
             _check_same(earlier["fingerprint"], self.state["fingerprint"])
             self.state = earlier
 
@@ -86,6 +86,18 @@ def only_process(folder: Path) -> Iterator[None]:
                 f"another process is compressing into {folder.parent}; wait for it, or give another output folder"
             ) from None
         yield
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a manifest, of which all parts must be there."""
+    try:
+        found = read_object(path)
+        if all(isinstance(found.get(part), dict) for part in ("fingerprint", "layers", "tensors")):
+            list(map(int, found["layers"]))  # positions
+            return found
+        raise ValueError("a part of it is missing")
+    except ValueError as error:
+        raise ValueError(f"{path} is broken ({error}); restart the run (restart=True, --restart)") from error
 
 
 def _check_same(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:

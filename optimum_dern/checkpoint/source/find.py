@@ -1,6 +1,5 @@
 """Find a source checkpoint, and refuse one that cannot be compressed before its weights are downloaded."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from ...models.loading import parse_dtype
 from ...models.skeleton import build_skeleton
+from ...text_files import read_object
 from ..format.conversion import NameMap
 from ..format.precision import loading_dtype
 from ..format.quantisation import check_quantisation
@@ -81,7 +81,7 @@ def find_checkpoint(
     """
     folder, commit = resolve_checkpoint(model, revision, token, **download)
     reader = CheckpointReader(folder) if (commit is None if need_weights else has_weights(folder)) else None
-    quantised = check_quantisation(json.loads((folder / "config.json").read_text("utf-8"))) is not None
+    quantised = check_quantisation(read_object(folder / "config.json")) is not None
 
     def stored_dtype() -> torch.dtype | None:
         headers = reader or (CheckpointReader(folder) if has_weights(folder) else None)

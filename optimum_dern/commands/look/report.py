@@ -57,5 +57,5 @@ def _load(path: Path):
         raise FileNotFoundError(f"there is no {file}; give the folder of a checkpoint that optimum-dern compressed")
     try:
         return CompressionReport.load(file), file.parent
-    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a report that this release can read ({error!r})") from error

@@ -125,8 +125,8 @@ class DernOptions:
     )
     method: str = _option(
         "dern",
-        "dern, prune, ream, m_smoe, hc_smoe, mergemoe, sub_moe or uncurl drop or merge experts; heapr, camera_p or "
-        "slim make them narrower; cd_moe makes layers dense",
+        "dern, prune, mone, ream, m_smoe, hc_smoe, mergemoe, sub_moe or uncurl drop or merge experts; heapr, camera_p "
+        "or slim make them narrower; cd_moe makes layers dense",
         group="what",
     )
     preset: str = _option(
@@ -137,8 +137,8 @@ class DernOptions:
     )
     selection: str | None = _option(
         None,
-        "criterion that selects the retained experts: router, frequency, ean, reap, man, msan, hope, easy_ep, aimer, "
-        "greedy or random (default: the method's own)",
+        "criterion that selects the retained experts: router, frequency, ean, reap, man, msan, mone, hope, easy_ep, "
+        "aimer, greedy or random (default: the method's own)",
         group="what",
     )
     importance: str | None = _option(

@@ -1,6 +1,6 @@
 """Compression methods behind one interface; importing this package registers them."""
 
-from . import cd_moe, dern, merging, narrow, prune
+from . import cd_moe, dern, merging, mone, narrow, prune
 from .registry import METHODS, Candidate, LayerProblem, Method, get_method, register_method
 
 
@@ -13,6 +13,7 @@ __all__ = [
     "dern",
     "get_method",
     "merging",
+    "mone",
     "narrow",
     "prune",
     "register_method",

@@ -234,7 +234,7 @@ def test_a_router_with_a_bias_is_refitted():
     before = [layer.router_bias.tensor.clone() for layer in layers]
     report = compress(model, guard=False, neuron_refit=False, router_refit=True, method="prune").report
     for layer, found, bias in zip(report.layers, layers, before, strict=True):
-        assert layer.winner == "pruned+refit+router"
+        assert layer.winner == "pruned+refit+bias+router"
         assert torch.equal(found.router_bias.tensor, bias[layer.retained])
 
 

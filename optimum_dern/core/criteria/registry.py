@@ -43,6 +43,7 @@ CRITERIA = {
     "reap": Criterion("statistics", saliency.reap),
     "man": Criterion("statistics", saliency.man),
     "msan": Criterion("statistics", saliency.msan),
+    "mone": Criterion("statistics", saliency.mone),
     "hope": Criterion("statistics", hope, chooses_set=True),
     "easy_ep": Criterion("residual", saliency.easy_ep, cost=saliency.easy_ep_cost),
     "aimer": Criterion("weights", saliency.aimer),

@@ -16,7 +16,7 @@ from ..layer.segments import Segments
 from ..layer.statistics import ExpertStatistics
 
 
-__all__ = ["aimer", "ean", "easy_ep", "frequency", "man", "msan", "random", "reap", "router"]
+__all__ = ["aimer", "ean", "easy_ep", "frequency", "man", "mone", "msan", "random", "reap", "router"]
 
 
 def router(statistics: ExpertStatistics) -> Tensor:
@@ -47,6 +47,17 @@ def man(statistics: ExpertStatistics) -> Tensor:
 def msan(statistics: ExpertStatistics) -> Tensor:
     """Mean squared activation norm, mean over X_i of |e|^2 (MSAN, arXiv 2606.15716)."""
     return _per_routed_token(statistics.output_norm_squared, statistics)
+
+
+def mone(statistics: ExpertStatistics) -> Tensor:
+    """Fluctuation of the output times mean gate weight, |sqrt Var e| x sum g / T (MoNE, arXiv 2507.00390).
+
+    The variance is over the tokens routed to the expert, component by component, so that its root's norm squared is
+    mean |e|^2 - |mean e|^2.
+    """
+    count = statistics.count.clamp(min=1)
+    spread = statistics.output_norm_squared / count - (statistics.output_sum / count.unsqueeze(1)).square().sum(1)
+    return spread.clamp(min=0).sqrt() * router(statistics)
 
 
 def aimer(segments: Segments) -> Tensor:

@@ -27,6 +27,7 @@ class LayerShape(NamedTuple):
     max_elements: int = MAX_ELEMENTS  # of the workspace
     chunk_tokens: int = CHUNK_TOKENS
     kept_width: int | None = None  # neurons of a retained expert; None for all
+    biased: bool = False  # experts have output biases
 
     @property
     def number(self) -> int:

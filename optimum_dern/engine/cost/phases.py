@@ -62,6 +62,7 @@ def layer_shape(
         itemsize=down.element_size(),
         max_elements=max_elements,
         kept_width=width if width != layer.width else None,
+        biased=layout.biased,
     )
 
 

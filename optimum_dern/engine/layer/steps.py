@@ -12,6 +12,7 @@ from ...config import DernConfig
 from ...core.layer.cost import Cost, LayerShape
 from ...core.refits.down_projections import refit_down, refit_down_cost
 from ...core.refits.neurons import count_passes, descend_neurons, descend_neurons_cost
+from ...core.refits.output_bias import fit_output_biases, fit_output_biases_cost
 from ...core.refits.output_scale import fit_scales, fit_scales_cost, scale_outputs
 from ...core.refits.router import refit_router, refit_router_cost
 from ...core.router.choice import UnknownRouter
@@ -24,6 +25,7 @@ from .variant import Variant
 __all__ = [
     "RIDGE",
     "RIDGES",
+    "BiasRefit",
     "DownRefit",
     "NeuronRefit",
     "RouterRefit",
@@ -66,6 +68,22 @@ class Scale:
 
     def costs(self, shape: LayerShape) -> list[Cost]:
         return [fit_scales_cost(shape)]
+
+
+@dataclass(frozen=True)
+class BiasRefit:
+    """Step that refits the experts' output biases in closed form; it makes nothing where there are none."""
+
+    sampled = True
+
+    def __call__(self, variant: Variant, objective: Objective) -> Iterator[Variant]:
+        if variant.candidate.segments.output_bias is not None:
+            data = objective.data(variant.routing, objective.sampled)
+            segments = fit_output_biases(variant.candidate.segments, *data, objective.reduce)
+            yield variant.after("bias", segments)
+
+    def costs(self, shape: LayerShape) -> list[Cost]:
+        return [fit_output_biases_cost(shape)] if shape.biased else []
 
 
 @dataclass(frozen=True)
@@ -174,6 +192,8 @@ def further_steps(config: DernConfig) -> Iterator[Step]:
     """Yield the steps that follow for the best candidate, in order; none where refits are disabled."""
     if config.refit and not first_steps(config):
         yield _down_refit(config)
+    if config.refit:
+        yield BiasRefit()
     if config.refit and config.router_refit:
         yield RouterRefit(_down_refit(config), config.refit_ridge or RIDGE)
     if config.refit and config.neuron_refit:

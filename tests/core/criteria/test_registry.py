@@ -33,7 +33,7 @@ def test_every_criterion_is_there():
     assert by_need == {
         "nothing": ["random"],
         "weights": ["aimer"],
-        "statistics": ["ean", "frequency", "hope", "man", "msan", "reap", "router"],
+        "statistics": ["ean", "frequency", "hope", "man", "mone", "msan", "reap", "router"],
         "tokens": ["greedy"],
         "residual": ["easy_ep"],
     }

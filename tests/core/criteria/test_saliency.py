@@ -5,8 +5,23 @@ from dataclasses import replace
 import pytest
 import torch
 from observed import observe
-from reference import reference_aimer, reference_easy_ep, reference_saliency, reference_statistics
-from samples import KINDS, activation, assert_near, in_chunks, make_routing, make_segments, reference_arguments
+from reference import (
+    reference_aimer,
+    reference_easy_ep,
+    reference_expert_output,
+    reference_saliency,
+    reference_statistics,
+)
+from samples import (
+    KINDS,
+    activation,
+    assert_near,
+    in_chunks,
+    make_routing,
+    make_segments,
+    reference_arguments,
+    scalar_activation,
+)
 
 from optimum_dern.core.criteria import saliency
 from optimum_dern.core.layer.statistics import ExpertStatistics, measure_experts
@@ -60,6 +75,36 @@ def test_scores_by_hand():
     }
     for criterion, scores in expected.items():
         assert_near(score(criterion, statistics), scores, 1e-15)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mone_against_loops(kind):
+    """The norm of the standard deviations of an expert's outputs, component by component, times its mean weight."""
+    segments, routing = make_segments(kind), make_routing(unused=[2])
+    found = saliency.mone(measure_experts(segments, routing, activation)[0])
+    for expert in range(6):
+        own = [(t, s) for t in range(12) for s in range(2) if routing.index[t, s] == expert]
+        outputs = torch.stack(
+            [
+                torch.tensor(
+                    reference_expert_output(
+                        *segments[:3],
+                        expert,
+                        routing.hidden[t],
+                        scalar_activation(segments),
+                        segments.output_bias,
+                        segments.biased,
+                    ),
+                    dtype=torch.float64,
+                )
+                for t, _ in own
+            ]
+            or [torch.zeros(3, dtype=torch.float64)]
+        )
+        deviation = outputs.var(0, correction=0).sqrt().norm()
+        weight = sum(routing.weight[t, s].item() for t, s in own) / 12
+        assert_near(found[expert], deviation * weight, 1e-8)
+    assert found[2] == 0
 
 
 @pytest.mark.parametrize("criterion", NAMES)

@@ -29,7 +29,7 @@ from safetensors.torch import save
 from optimum_dern.checkpoint.format.reader import stored_tensors
 from optimum_dern.checkpoint.format.tensor_file import read_header
 from optimum_dern.checkpoint.output.manifest import Manifest
-from optimum_dern.commands.look.report import _load as load_report
+from optimum_dern.commands.look import report
 from optimum_dern.data.files import read_rows, read_text
 from optimum_dern.errors import is_deliberate
 from optimum_dern.patterns.library import PatternLibrary
@@ -52,7 +52,7 @@ def index() -> bytes:
     return json.dumps({"metadata": {"total_size": 52}, "weight_map": files}).encode()
 
 
-def report() -> bytes:
+def made_report() -> bytes:
     shares = {"load": [0.5, 0.5], "saliency": [1.0, 2.0], "retained": [1], "errors": {"pruned": 0.1}}
     rest = {"winner": "pruned", "moved_share": None, "similarity_quantiles": None, "seconds": 0.1}
     layer = LayerReport(name="model.layers.0.mlp", layer=0, tokens=9, held_out_tokens=1, **shares, **rest)
@@ -91,7 +91,7 @@ READERS: dict[str, tuple[str, Callable[[], bytes], Callable[[Path], Any]]] = {  
         lambda: b'{"transformers_weights": "a.safetensors", "num_experts": 8}',
         read_config,
     ),
-    "report": ("dern_report.json", report, load_report),
+    "report": ("dern_report.json", made_report, report._load),
     "manifest": (
         "manifest.json",
         lambda: b'{"fingerprint": {"a": 1}, "layers": {"0": null}, "tensors": {"x": "y"}}',

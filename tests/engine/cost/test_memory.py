@@ -17,8 +17,9 @@ from optimum_dern.models.skeleton import build_skeleton
 from optimum_dern.options import PRESETS
 
 
+RUNNING = [method for method in METHODS if method != "mone"]  # which needs output biases
 MEASURED = {  # every method and preset, and what takes memory besides
-    **{f"{method}, {preset}": {"method": method, "preset": preset} for method in METHODS for preset in PRESETS},
+    **{f"{method}, {preset}": {"method": method, "preset": preset} for method in RUNNING for preset in PRESETS},
     "greedy": {"method": "prune", "preset": "paper", "selection": "greedy"},
     "residual": {"method": "prune", "preset": "paper", "selection": "easy_ep"},
     "no neurons": {"neuron_refit": False},
@@ -53,9 +54,10 @@ def test_the_predicted_peak_is_the_measured_one(name, large_layer, tmp_path):
     """From disk to disk, tensors alive at the worst moment: within 15 %."""
     generator = torch.Generator().manual_seed(0)
     rows = [{"input_ids": torch.randint(0, 128, (64,), generator=generator)} for _ in range(4)]
-    config = DernConfig(num_experts=16, dataset=rows, **MEASURED[name])  # all in one pass
+    count = 2 if name.startswith("cd_moe") else 16
+    config = DernConfig(num_experts=count, dataset=rows, **MEASURED[name])  # all in one pass
     skeleton = build_skeleton(large_layer)
-    predicted = plan_memory(skeleton, find_moe_layers(skeleton), 4 * 64, config, 16)
+    predicted = plan_memory(skeleton, find_moe_layers(skeleton), 4 * 64, config, count)
     with LiveBytes() as live:
         DernCompressor(config).compress_checkpoint(large_layer, tmp_path / "out", device="cpu")
     assert 0.85 < (predicted.peak - predicted.interpreter) / live.peak < 1.15

@@ -23,9 +23,19 @@ pytestmark = [
     ),
 ]
 HERE = Path(__file__).parent
-OWN = [name for name, method in METHODS.items() if type(method).__module__.startswith("optimum_dern.")]  # no test's
+# Needs output biases; need gradients through subclasses of tensors, which the pretended ones are not made for.
+NOT_HERE = ("mone", "heapr", "slim")
+OWN = [  # no test's
+    name
+    for name, method in METHODS.items()
+    if type(method).__module__.startswith("optimum_dern.") and name not in NOT_HERE
+]
 SHORT, SPLIT = {"model": {"num_hidden_layers": 2}}, {"place": None}
+NEEDED = {"cd_moe": {"num_experts": 2}}  # as many as a token uses
+PAPER = {"preset": "paper", **SHORT}
 MANY = {"num_experts": 8, "model": {"num_experts": 16, "num_hidden_layers": 4}}
+
+
 RUNS = {  # name: family and options; from disk also the plan of what is in files, as a bound on memory demands it
     "recommended": ("qwen3_moe", {}),
     "recommended, 16 experts": ("qwen3_moe", MANY),
@@ -35,7 +45,7 @@ RUNS = {  # name: family and options; from disk also the plan of what is in file
     "fast": ("mixtral", {"preset": "fast"}),
     "paper": ("mixtral", {"preset": "paper"}),
     "paper, two devices": ("qwen3_moe", {"preset": "paper", **SPLIT}),
-    **{f"method {name}": ("mixtral", {"method": name, "preset": "paper", **SHORT}) for name in OWN},
+    **{f"method {name}": ("mixtral", {**PAPER, "method": name, **NEEDED.get(name, {})}) for name in OWN},
     **{f"selection {name}": ("qwen3_moe", {"preset": "fast", "selection": name, **SHORT}) for name in CRITERIA},
     "disk": ("qwen3_moe", {"neuron_refit": False, "plan": 0}),
     "disk, hidden states in files": ("qwen3_moe", {"preset": "fast", "plan": 1}),

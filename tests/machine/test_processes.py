@@ -310,7 +310,7 @@ MISTAKES = {
 }
 
 
-DIFFERS = '{"fingerprint": {"seed": 1}, "layers": {"0": {}}}'  # a manifest
+DIFFERS = '{"fingerprint": {"seed": 1}, "layers": {"0": {}}, "tensors": {}}'  # a manifest
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

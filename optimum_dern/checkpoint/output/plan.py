@@ -100,9 +100,15 @@ def layer_parameters(layer: MoELayer, num_experts: int, width: int | None = None
 
 
 def _shape(stored: Sequence[int], before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:
-    """Return a stored tensor's shape, from those that transformers would save before and after the compression."""
-    turned = tuple(stored) != tuple(before)  # fused experts, stored transposed
-    return (*after[:-2], after[-1], after[-2]) if turned else tuple(after)
+    """Return a stored tensor's shape, from those that transformers would save before and after the compression.
+
+    Fused experts may be stored transposed, and transformers' own turns of them depend on the shapes.
+    """
+    if len(stored) < 3:
+        return tuple(after)
+    turned = (after[0], after[2], after[1])
+    alike = [shape for shape in (tuple(after), turned) if shape[1] == stored[1] or shape[2] == stored[2]]
+    return next((shape for shape in alike if shape[1:] == tuple(stored[1:])), alike[0])
 
 
 def _check_stored(reader: CheckpointReader, name: str, tensor: Tensor, layer: MoELayer) -> None:

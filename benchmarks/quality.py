@@ -13,8 +13,9 @@ tokens: the method's own result or plain pruning, unfitted, scaled, or refitted 
 the same with the router's refit. `recommended` is this package's default without text of the model's own. "same
 keep-set" prunes exactly the experts that `recommended` of that seed dropped. `camera_p`, `heapr` and `slim` make all
 experts narrower by the same fraction of their bytes; `cd_moe` is measured only at the sparsity that keeps as many
-experts as a token uses. Results are merged into the output file: a later run with the same settings adds draws,
-sparsities or variants. `benchmarks/quality_table.py` makes tables and the plot from it.
+experts as a token uses, `mone` only on models whose experts have output biases. Results are merged into the output
+file: a later run with the same settings adds draws, sparsities or variants. `benchmarks/quality_table.py` makes tables
+and the plot from it.
 
 All results of a draw are in memory together, beside the full model and a copy of it.  `--at-once` makes several passes
 with fewer results each: on a CPU the figures are bitwise equal.
@@ -50,19 +51,32 @@ from optimum_dern.evaluation.agreement.measure import agreement
 from optimum_dern.evaluation.loss.perplexity import evaluate_texts
 from optimum_dern.evaluation.tasks.accuracy import TaskResult, evaluate_tasks
 from optimum_dern.evaluation.tasks.load import load_tasks
-from optimum_dern.models.moe.structure import find_moe_layers
+from optimum_dern.models.moe.structure import MoELayer, find_moe_layers
 from optimum_dern.models.size import measure_model
 
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "tiny_moe"
-CRITERIA = ("random", "router", "frequency", "ean", "reap", "man", "msan", "hope", "easy_ep", "aimer", "greedy")
-NARROWING, CONDENSING = ("camera_p", "heapr", "slim"), "cd_moe"
+CRITERIA = (
+    "random",
+    "router",
+    "frequency",
+    "ean",
+    "reap",
+    "man",
+    "msan",
+    "mone",
+    "hope",
+    "easy_ep",
+    "aimer",
+    "greedy",
+)
+NARROWING = ("camera_p", "heapr", "slim")
 MERGING = ("ream", "m_smoe", "hc_smoe", "mergemoe", "sub_moe", "uncurl")
 METHODS = {
     **{f"prune, {name}": {"method": "prune", "selection": name} for name in CRITERIA},
     "dern": {"method": "dern"},
-    **{name: {"method": name} for name in (*MERGING, *NARROWING, CONDENSING)},
+    **{name: {"method": name} for name in (*MERGING, *NARROWING, "cd_moe", "mone")},
 }
 VARIANTS = {
     "published": {"preset": "paper"},
@@ -152,7 +166,7 @@ def configs_of(args: argparse.Namespace, data: Mapping[str, Any], full: Any) -> 
         (method, variant, sparsity)
         for sparsity in args.sparsity
         for method in args.methods
-        if method != RECOMMENDED and (method != CONDENSING or sparsity == 1 - layer.top_k / layer.num_experts)
+        if method != RECOMMENDED and fits(method, sparsity, layer)
         for variant in args.variants
         if variant == "published" or (data["seed"] < args.refit_seeds and sparsity in args.refit_sparsity)
     ]
@@ -160,6 +174,12 @@ def configs_of(args: argparse.Namespace, data: Mapping[str, Any], full: Any) -> 
     if RECOMMENDED in args.methods:
         configs |= {(RECOMMENDED, "", s): DernConfig(sparsity=s, self_share=0.0, **data) for s in args.sparsity}
     return configs
+
+
+def fits(method: str, sparsity: float, layer: MoELayer) -> bool:
+    """Whether a method works on layers like this one at a sparsity."""
+    condensed = sparsity == 1 - layer.top_k / layer.num_experts
+    return {"cd_moe": condensed, "mone": layer.layout.biased}.get(method, True)
 
 
 def amount(method: str, sparsity: float) -> dict[str, float]:

@@ -70,14 +70,17 @@ def dense_form(
     config, kinds = layers[min(layers)].config, which_dense(layers[min(layers)].config, positions)
     if kinds is None:
         raise ValueError(f"the config of {config.model_type} cannot say that layers {sorted(positions)} are dense")
-    reason = ""
+    before, reason = (
+        build_like(model, deepcopy(model.config)),
+        "",
+    )  # a built model may be tied otherwise than a loaded one
     for settings in ({**kinds, "intermediate_size": width}, kinds):
         whole, part = deepcopy((model.config, config))  # together, so that one stays inside the other
         for key, value in settings.items():
             setattr(part, key, value)
         found = build_like(model, whole)
         networks = {p: found.get_submodule(layers[p].name) for p in positions}
-        reason = _hindrance(model, found, [layers[p].name for p in positions], networks, width)
+        reason = _hindrance(before, found, [layers[p].name for p in positions], networks, width)
         if not reason:
             return settings, networks
     raise ValueError(f"layers {sorted(positions)} cannot become dense ones of {width} neurons: {reason}")
@@ -87,18 +90,19 @@ def _hindrance(
     model: nn.Module, found: nn.Module, names: list[str], networks: Mapping[int, nn.Module], width: int
 ) -> str:
     """Return why a model built from a changed config cannot hold the dense layers; nothing if it can."""
-    for network in networks.values():
-        shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-        if sorted(shapes) != sorted(PROJECTIONS):
-            return f"dense layers of this family have {', '.join(shapes)} instead of gate, up and down projections"
-        if shapes["gate_proj.weight"][0] < width:
-            return (
-                f"other dense layers of this model have {shapes['gate_proj.weight'][0]} neurons, and its config has "
-                "one width for all; keep fewer experts"
-            )
+    shapes = [{name: tuple(part.shape) for name, part in network.named_parameters()} for network in networks.values()]
+    for own in shapes:
+        if sorted(own) != sorted(PROJECTIONS):
+            return f"dense layers of this family have {', '.join(own)} instead of gate, up and down projections"
     before, after = _others(model, names), _others(found, names)
-    wrong = [name for name in before | after if before.get(name) != after.get(name)]
-    return f"{wrong[0]} would have another shape" if wrong else ""
+    if wrong := [name for name in before | after if before.get(name) != after.get(name)]:
+        return f"{wrong[0]} would have another shape"
+    if (there := min(own["gate_proj.weight"][0] for own in shapes)) < width:
+        return (
+            f"other dense layers of this model have {there} neurons, and its config has one width for all; keep fewer "
+            "experts"
+        )
+    return ""
 
 
 def _others(model: nn.Module, names: list[str]) -> dict[str, tuple[int, ...]]:

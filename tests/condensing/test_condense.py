@@ -71,9 +71,10 @@ def test_plain_transformers_loads_it(family, tmp_path):
     assert all(layer.num_experts == 4 for layer in find_moe_layers(model))
 
 
-def test_all_layers(tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_layers(tmp_path, tied):
     """A model without any experts left is an ordinary one, too."""
-    model = make_model("qwen3_moe")
+    model = tiny.make_model("qwen3_moe", tie_word_embeddings=tied)
     found = condense_layers(model, BATCHES, 2, 3)
     assert sorted(layer.layer for layer in found) == [0, 1] and not find_moe_layers(model)
     assert model.config.mlp_only_layers == [0, 1] and model.config.intermediate_size == 3 * WIDTH

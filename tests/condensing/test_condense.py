@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from families import FAMILIES as ALL
 from families import make_model
 from scipy.spatial.distance import jensenshannon
 from tiny import TOP_K, WIDTH, padded_batch, same_state, state_of
@@ -10,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from optimum_dern import DernCompressor
 from optimum_dern.condensing import condense_layers
+from optimum_dern.condensing.dense_form import possible_layers
 from optimum_dern.condensing.layer_search import replaced_blocks, search_layers
-from optimum_dern.models.moe.structure import find_moe_layers
+from optimum_dern.models.moe.structure import find_moe_layers, layers_by_position
 
 
 BATCHES = [padded_batch([20, 24], "left"), padded_batch([18, 9], "right", seed=5)]
@@ -187,3 +189,23 @@ def test_blocks_that_scale_their_shared_experts():
     with pytest.raises(ValueError, match="does not add the output of its shared experts as it is"):
         condense_layers(model, BATCHES, 1, 2)
     assert same_state(before, state_of(model)) and model.config.first_k_dense_replace == 1
+
+
+ANY = """qwen3_moe qwen3_vl_moe qwen3_omni_moe_thinker mellum mimo_v2_flash deepseek_v32 deepseek_ocr2 glm4_moe_lite
+    glm_moe_dsa glm5_next kimi_linear exaone_moe hy_v3 hy_v4 laguna step3p7""".split()
+FIRST = "deepseek_v2 deepseek_v3 kimi_k25 dots1 glm4_moe glm4v_moe mistral4 ernie4_5_moe afmoe".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ALL)
+def test_every_family(family):
+    """Condensed as the documentation lists them, or refused; never anything else."""
+    model = make_model(family)
+    if family not in ANY + FIRST:
+        with pytest.raises(ValueError, match=r"cannot (say|become|be compressed)"):
+            condense_layers(model, BATCHES, 1, 1)
+        return
+    at = layers_by_position(model, find_moe_layers(model))
+    assert possible_layers(at) == (sorted(at) if family in ANY else [min(at)])
+    (found,) = condense_layers(model, BATCHES, 1, 1)
+    assert found.layer not in layers_by_position(model, find_moe_layers(model))

@@ -62,7 +62,7 @@ tuned = AutoModelForCausalLM.from_pretrained("build/condensed", dtype=torch.floa
 losses["fine-tuned"] = evaluate_loss(tuned, held_out)
 
 for layer in condensed:
-    print(f"layer {layer.layer}: experts {layer.experts}, divergence {layer.divergence:.5f}, error {layer.error:.3f}")
+    print(f"layer {layer.layer}: divergence {layer.divergence:.5f}, error {layer.error:.3f}, experts {layer.experts}")
 print(f"{tuned.num_parameters() / size:.2f} of the parameters")
 print(f"\n{'nats per token on held-out text':32} {'loss':>8} {'perplexity':>10}")
 for name, result in losses.items():

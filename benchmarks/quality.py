@@ -12,8 +12,10 @@ of the retained experts' down projections; `guard`, in every layer the candidate
 tokens: the method's own result or plain pruning, unfitted, scaled, or refitted with one of three ridges; `router`,
 the same with the router's refit. `recommended` is this package's default without text of the model's own. "same
 keep-set" prunes exactly the experts that `recommended` of that seed dropped. `camera_p`, `heapr` and `slim` make all
-experts narrower by the same fraction of their bytes. Results are merged into the output file: a later run with the
-same settings adds draws, sparsities or variants. `benchmarks/quality_table.py` makes tables and the plot from it.
+experts narrower by the same fraction of their bytes; `cd_moe` is measured only at the sparsity that keeps as many
+experts as a token uses, `mone` only on models whose experts have output biases. Results are merged into the output
+file: a later run with the same settings adds draws, sparsities or variants. `benchmarks/quality_table.py` makes tables
+and the plot from it.
 
 All results of a draw are in memory together, beside the full model and a copy of it.  `--at-once` makes several passes
 with fewer results each: on a CPU the figures are bitwise equal.
@@ -49,19 +51,32 @@ from optimum_dern.evaluation.agreement.measure import agreement
 from optimum_dern.evaluation.loss.perplexity import evaluate_texts
 from optimum_dern.evaluation.tasks.accuracy import TaskResult, evaluate_tasks
 from optimum_dern.evaluation.tasks.load import load_tasks
-from optimum_dern.models.moe.structure import find_moe_layers
+from optimum_dern.models.moe.structure import MoELayer, find_moe_layers
 from optimum_dern.models.size import measure_model
 
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "tiny_moe"
-CRITERIA = ("random", "router", "frequency", "ean", "reap", "man", "msan", "hope", "easy_ep", "aimer", "greedy")
+CRITERIA = (
+    "random",
+    "router",
+    "frequency",
+    "ean",
+    "reap",
+    "man",
+    "msan",
+    "mone",
+    "hope",
+    "easy_ep",
+    "aimer",
+    "greedy",
+)
 NARROWING = ("camera_p", "heapr", "slim")
 MERGING = ("ream", "m_smoe", "hc_smoe", "mergemoe", "sub_moe", "uncurl")
 METHODS = {
     **{f"prune, {name}": {"method": "prune", "selection": name} for name in CRITERIA},
     "dern": {"method": "dern"},
-    **{name: {"method": name} for name in (*MERGING, *NARROWING)},
+    **{name: {"method": name} for name in (*MERGING, *NARROWING, "cd_moe", "mone")},
 }
 VARIANTS = {
     "published": {"preset": "paper"},
@@ -134,7 +149,7 @@ def measure(subject: Subject, args: argparse.Namespace, seed: int) -> list[dict[
     data |= {name: getattr(args, name) for name in names}
     subject = subject if seed < args.task_seeds else replace(subject, tasks=[])
     batches = load_batches(tokenizer=subject.tokenizer, **data)
-    rows, retained = measure_configs(subject, batches, configs_of(args, data), args.at_once)
+    rows, retained = measure_configs(subject, batches, configs_of(args, data, subject.model), args.at_once)
     prune = {"method": "prune", "preset": "paper", **data}
     configs = {
         (SAME_KEEP_SET, "", s): DernConfig(sparsity=s, protect_experts=retained[m, v, s], **prune)
@@ -144,13 +159,14 @@ def measure(subject: Subject, args: argparse.Namespace, seed: int) -> list[dict[
     return rows + measure_configs(subject, batches, configs, args.at_once)[0]
 
 
-def configs_of(args: argparse.Namespace, data: Mapping[str, Any]) -> dict[Name, DernConfig]:
+def configs_of(args: argparse.Namespace, data: Mapping[str, Any], full: Any) -> dict[Name, DernConfig]:
     """Make the configs of all methods, variants and sparsities for one calibration draw, except the same keep-set."""
+    layer = find_moe_layers(full)[0]
     names = [
         (method, variant, sparsity)
         for sparsity in args.sparsity
         for method in args.methods
-        if method != RECOMMENDED
+        if method != RECOMMENDED and fits(method, sparsity, layer)
         for variant in args.variants
         if variant == "published" or (data["seed"] < args.refit_seeds and sparsity in args.refit_sparsity)
     ]
@@ -158,6 +174,12 @@ def configs_of(args: argparse.Namespace, data: Mapping[str, Any]) -> dict[Name, 
     if RECOMMENDED in args.methods:
         configs |= {(RECOMMENDED, "", s): DernConfig(sparsity=s, self_share=0.0, **data) for s in args.sparsity}
     return configs
+
+
+def fits(method: str, sparsity: float, layer: MoELayer) -> bool:
+    """Whether a method works on layers like this one at a sparsity."""
+    condensed = sparsity == 1 - layer.top_k / layer.num_experts
+    return {"cd_moe": condensed, "mone": layer.layout.biased}.get(method, True)
 
 
 def amount(method: str, sparsity: float) -> dict[str, float]:

@@ -85,3 +85,18 @@ def test_heal_with_lora(run_example, tmp_path):
     texts = load_texts(EVALUATION, AutoTokenizer.from_pretrained(folder), 256)
     loss = evaluate_loss(model, [batch for batches in texts.values() for batch in batches[:6]])
     assert loss.loss == pytest.approx(healed, abs=2e-4)
+
+
+@pytest.mark.slow
+def test_finetune_condensed(run_example, tmp_path):
+    """Half of the layers become dense; training them takes a part of the loss back, in a plain checkpoint."""
+    from transformers import AutoConfig
+
+    text = run_example("finetune_condensed.py")
+    table = table_of(text)
+    original, condensed, tuned = (table[name][0] for name in ("original", "condensed", "fine-tuned"))
+    assert original < condensed < original + 0.4
+    assert tuned < condensed - 0.01
+    assert "0.62 of the parameters" in text
+    config = AutoConfig.from_pretrained(tmp_path / "build" / "condensed")
+    assert len(config.mlp_only_layers) == 2 and config.intermediate_size == 256

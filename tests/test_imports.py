@@ -17,7 +17,7 @@ ORDER = """
     checkpoint.format checkpoint.source checkpoint.hub checkpoint.output
     engine.measure engine.layer engine.walk engine.cost engine.run compressor
     evaluation.loss evaluation.agreement evaluation.tasks evaluation.compare integration
-    search patterns attribution model_merging
+    search patterns attribution model_merging condensing
     commands.shared commands.look commands __main__
 """.split()
 MOST = 10  # modules in a room

@@ -6,8 +6,8 @@ A plain checkpoint can hold this where as many experts stay as a token uses: wit
 are chosen, each with the same weight u, and w_i / u goes into their down projections.  So the layers are dense in all
 but name, and no code has to know.
 
-The paper compares outputs with the shared experts', and condenses only some layers, with a search for them; here all
-layers are condensed, since a config has one number of experts, and the routed output is compared.
+The paper condenses only some layers, with a search for them, which is `condensing.condense_layers`; here all layers
+are condensed, since a config has one number of experts.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 class CdMoe:
     """The CD-MoE method, with shared and routed experts in every layer; proposes only the condensed layer."""
 
+    needs_beside = True
     defaults = {"selection": "frequency"}
     options = ()
 
@@ -52,13 +53,15 @@ class CdMoe:
         return 1, 1
 
     def costs(self, shape: LayerShape, config: "DernConfig") -> list[Cost]:
-        return [condense_experts_cost(shape)]
+        found = condense_experts_cost(shape)
+        beside = shape.number * shape.tokens * shape.outputs
+        return [found._replace(held=found.held + beside)]
 
     def compress_layer(self, problem: LayerProblem, config: "DernConfig") -> dict[str, Candidate]:
         layer = problem.layer
         if layer.routing.weighs_input:
             raise ValueError("method='cd_moe' needs gate weights that scale outputs; these scale the experts' inputs")
-        chosen = torch.tensor(sorted(condense_experts(layer, len(problem.retained))))
+        chosen = torch.tensor(sorted(condense_experts(layer, len(problem.retained), problem.protected)))
         factors = mean_weights(layer)[chosen] / _given_weights(layer, chosen)
         segments = layer.segments.select(chosen)
         scaled = {"down": segments.down * factors.view(-1, 1, 1).to(segments.down)}

@@ -53,6 +53,7 @@ class Method(Protocol):
 
     needs_tokens: bool = True  # False if it needs only statistics and weights
     needs_router_logits: bool = False  # True if it needs a router matrix with the experts' inputs
+    needs_beside: bool = False  # True if it needs what the block adds to the routed output, of its shared experts
     defaults: Mapping[str, object] = {}  # options of the config that its paper fixes; the user's values win
     keeps_experts: bool = False  # True if its candidates' experts are retained ones, which can be made narrower
     options: Sequence[str] | None = None  # config fields that only it reads, refused with other methods; None: any
@@ -76,6 +77,7 @@ METHODS: dict[str, Method] = {}
 ATTRIBUTES = (
     "needs_tokens",
     "needs_router_logits",
+    "needs_beside",
     "keeps_experts",
     "defaults",
     "options",

@@ -114,3 +114,13 @@ def test_split_text_and_bfloat16(measure, folder):
     assert result["rows"][0]["loss"].keys() == {"words"}
     expected = {"calibration": "DATA/text/*/train.txt", "evaluation": "DATA/text/*/test.txt", "dtype": "bfloat16"}
     assert {name: result["settings"][name] for name in expected} == expected
+
+
+def test_methods_that_fit_some_models(measure):
+    """Condensed layers are measured where as many experts stay as a token uses; MoNE where experts have biases."""
+    result, _ = measure("--methods", "cd_moe", "mone", "uncurl", "--sparsity", "0.5", "0.75", output="some.json")
+    assert {(row["method"], row["sparsity"]) for row in result["rows"]} == {
+        ("uncurl", 0.5),
+        ("uncurl", 0.75),
+        ("cd_moe", 0.75),
+    }

@@ -30,4 +30,5 @@ class ObservedLayer:
     num_groups: int = 1  # of a group-limited router
     topk_group: int = 1  # how many of these groups a token may use
     residual: Tensor | None = None  # (T, o) the residual stream before the experts, if requested
+    beside: Tensor | None = None  # (T, o) what the block adds to the routed output (shared experts), if requested
     order: Tensor | None = None  # (T,) number of each token among those of all processes, where there are several

@@ -1,14 +1,16 @@
 """Greedy search of the few experts whose fixed sum is closest to a layer's output (CD-MoE, arXiv 2412.00069).
 
 A token's routed output F(x) is replaced by the same sum for all tokens, sum over S of w_i e_i(x), with w_i the mean
-gate weight of the tokens routed to expert i.  S grows by the expert that makes
+gate weight of the tokens routed to expert i.  With s(x) what the block adds beside, its shared experts' output, S
+grows by the expert that makes
 
-    mean over tokens of JS( softmax F(x) || softmax sum_S w_i e_i(x) ),     the softmax over the hidden dimension
+    mean over tokens of JS( softmax(s(x) + F(x)) || softmax(s(x) + sum_S w_i e_i(x)) )
 
-least; JS is the Jensen-Shannon divergence.
+least, the softmax over the hidden dimension; JS is the Jensen-Shannon divergence.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,12 +26,14 @@ __all__ = ["condense_experts", "condense_experts_cost", "jensen_shannon", "mean_
 TOKENS = 2048  # on which experts are compared, of each process
 
 
-def condense_experts(layer: ObservedLayer, count: int) -> list[int]:
+def condense_experts(layer: ObservedLayer, count: int, protected: Sequence[int] = ()) -> list[int]:
     """Search the experts whose fixed weighted sum is closest to the layer's output.
 
     Args:
-        layer: with E experts, whose gate weights scale outputs.
+        layer: with E experts, whose gate weights scale outputs; the whole block's outputs are compared where it has
+            what they get `beside`.
         count: how many.
+        protected: experts that are chosen first, in any case.
 
     Returns:
         Their indices, in the order in which they were chosen.
@@ -37,10 +41,13 @@ def condense_experts(layer: ObservedLayer, count: int) -> list[int]:
     tokens = _sampled(layer)
     hidden, target = layer.routing.hidden[tokens].to(layer.segments.compute_dtype), layer.target[tokens]
     weights, total = mean_weights(layer), torch.zeros_like(target, dtype=layer.segments.compute_dtype)
+    if layer.beside is not None:
+        total = layer.beside[tokens].to(total)
+        target = target + total
     chosen: list[int] = []
-    for _ in range(count):
+    for forced in (*protected, *[None] * (count - len(protected))):
         found = torch.full_like(weights, torch.inf)
-        for expert in (e for e in range(len(weights)) if e not in chosen):
+        for expert in (e for e in range(len(weights)) if e not in chosen and forced in (None, e)):
             sums = total + weights[expert].to(total) * _output(layer, expert, hidden)
             found[expert] = jensen_shannon(target, sums).sum(dtype=torch.float64)
         best = int(layer.reduce(found).argmin())  # of equals the first

@@ -15,6 +15,7 @@ from ...core.pictures.similarity_map import similarity_map
 from ...methods import Candidate, LayerProblem, get_method
 from ...models.moe.view import release_experts_
 from ...results.report import LayerReport
+from ..measure.beside import output_beside
 from ..measure.measured import MeasuredLayer
 from .guard import choose_variant
 from .narrowing import find_width, narrow_candidates
@@ -45,6 +46,8 @@ def compress_layer_(
     layer, statistics, seed = measured.layer, measured.statistics, config.seed + measured.position
     held_out = measured.labels.held_out & config.guard  # without a guard nothing is judged
     observed = measured.observe(held_out)
+    if get_method(config.method).needs_beside:
+        observed = replace(observed, beside=output_beside(measured))
     places = find_places(measured, config, num_experts, earlier)
     scores, retained = select(config.selection, observed, places, seed)
     retained = retained.to(measured.routing.index.device)

@@ -18,11 +18,14 @@ def softmax(values):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_against_loops(kind):
+@pytest.mark.parametrize(("shared", "protected"), [(False, ()), (True, ()), (True, (5,))])
+def test_against_loops(kind, shared, protected):
     segments, routing = make_segments(kind), make_routing(tokens=20, unused=(4,))
     segments.down.mul_(0.05)  # else the softmax is 1 for one number, and experts are equally good
     held_out = torch.arange(20) % 5 == 4
-    layer = observe(segments, routing, held_out=held_out)
+    beside = torch.randn(20, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) if shared else None
+    layer = observe(segments, routing, held_out=held_out, beside=beside)
+    beside = torch.zeros(20, 3) if beside is None else beside
     weights = [[] for _ in range(6)]
     for index, weight in zip(routing.index.tolist(), routing.weight.tolist(), strict=True):
         for expert, g in zip(index, weight, strict=True):
@@ -38,16 +41,17 @@ def test_against_loops(kind):
         ]
         for e in range(6)
     ]
-    chosen = []
-    for _ in range(3):
+    chosen = list(protected)
+    while len(chosen) < 3:
         found = {}
         for expert in (e for e in range(6) if e not in chosen):
             found[expert] = 0.0
             for token in (t for t in range(20) if not held_out[t]):
                 sums = [sum(means[e] * outputs[e][token][k] for e in (*chosen, expert)) for k in range(3)]
-                found[expert] += jensenshannon(softmax(layer.target[token].tolist()), softmax(sums)) ** 2
+                given = [(part + beside[token]).tolist() for part in (layer.target[token], torch.tensor(sums))]
+                found[expert] += jensenshannon(*map(softmax, given)) ** 2
         chosen.append(min(found, key=found.get))
-    assert condense_experts(layer, 3) == chosen
+    assert condense_experts(layer, 3, protected) == chosen
 
 
 def test_jensen_shannon_against_scipy():

@@ -139,15 +139,14 @@ def _compress(args: argparse.Namespace) -> tuple[dict[Path, Any], dict[str, list
 
 
 def _load_texts(args: argparse.Namespace) -> dict[str, list[dict]]:
-    from transformers import AutoConfig
-
     from ..checkpoint.source.provenance import load_tokenizer
     from ..checkpoint.source.resolve import check_checkpoint
     from ..evaluation.loss.perplexity import evaluation_length, load_texts
+    from ..models.loading import load_config
 
     check_checkpoint(args.model, args.revision)
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    length = evaluation_length(AutoConfig.from_pretrained(args.model, **source), args.evaluation_length)
+    length = evaluation_length(load_config(args.model, **source), args.evaluation_length)
     return load_texts(args.evaluate, load_tokenizer(args.model, **source), length)
 
 

@@ -80,11 +80,10 @@ def _texts_in_order(args: argparse.Namespace) -> list[list[dict]] | None:
         raise ValueError(f"{len(names)} texts for {len(folders)} checkpoints; give one for each")
     order = folders if names.keys() == set(folders) else list(names)
 
-    from transformers import AutoConfig
-
     from ..checkpoint.source.provenance import load_tokenizer
+    from ..models.loading import load_config
 
     source = {"trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(args.base, **source)
+    config = load_config(args.base, **source)
     texts = load_named_batches(args, config, load_tokenizer(args.base, **source), batch_size=1)
     return [texts[name] for name in order]

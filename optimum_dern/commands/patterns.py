@@ -64,14 +64,13 @@ def _build(args: argparse.Namespace) -> None:
     if (args.library / "library.json").exists() and not args.overwrite:
         raise ValueError(f"{args.library} holds a library; give another folder, or --overwrite to replace it")
 
-    from transformers import AutoConfig
-
     from ..checkpoint.source.provenance import load_tokenizer
+    from ..models.loading import load_config
     from ..patterns.build import build_patterns
 
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.model, **source)
-    tasks = load_named_batches(args, AutoConfig.from_pretrained(args.model, **source), tokenizer)
+    tasks = load_named_batches(args, load_config(args.model, **source), tokenizer)
     library = build_patterns(args.model, tasks, top=args.top, confidence=args.confidence, device=args.device, **source)
     library.save(args.library)
     _show(library, args)

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 
-__all__ = ["Reading", "Sample", "added_bos", "check_masks", "checked_mask", "sequences", "to_tokens", "windows"]
+__all__ = [
+    "Reading",
+    "Sample",
+    "added_bos",
+    "check_masks",
+    "checked_ids",
+    "checked_mask",
+    "sequences",
+    "to_tokens",
+    "windows",
+]
 
 DOCUMENTS = 64  # tokenized at once
 
@@ -71,15 +81,17 @@ def to_tokens(row: Any, reading: Reading) -> tuple[Tensor, Tensor]:
         Token ids and mask, each (S,) int64 on the CPU with S <= `reading.length`.
 
     Raises:
-        ValueError: text without a tokenizer, or a mask that is none.
+        ValueError: text without a tokenizer, text that is not Unicode, or ids or a mask that are none.
     """
     if isinstance(row, str):
         tokenizer = reading.text_tokenizer("text")
+        if reason := _unencodable(row):
+            raise ValueError(f"a text is not Unicode, and no tokenizer reads it: {reason}; mend it, or leave it out")
         written = reading.bos is not None and row.startswith(tokenizer.bos_token)
         special = {"add_special_tokens": False} if written else {}  # as after a chat template: they are there
         row = tokenizer(row, truncation=True, max_length=reading.length, **special)
     row = row if isinstance(row, Mapping) or hasattr(row, "data") and hasattr(row, "keys") else {"input_ids": row}
-    ids = torch.as_tensor(row["input_ids"]).cpu().flatten().long()
+    ids = checked_ids(row["input_ids"])
     mask = row["attention_mask"] if "attention_mask" in row else torch.ones_like(ids)
     return ids[: reading.length], checked_mask(mask, ids)[: reading.length].long()
 
@@ -90,8 +102,11 @@ def sequences(row: Any) -> Iterator[Any]:
     if not _is_batch(tokens["input_ids"]):
         yield row
         return
-    ids = [torch.as_tensor(sequence).cpu().flatten() for sequence in tokens["input_ids"]]
-    for sequence, mask in zip(ids, tokens.get("attention_mask", map(torch.ones_like, ids)), strict=True):
+    ids = [checked_ids(sequence) for sequence in tokens["input_ids"]]
+    masks = tokens.get("attention_mask", list(map(torch.ones_like, ids)))
+    if not hasattr(masks, "__len__") or len(masks) != len(ids):
+        raise ValueError(f"a batch of {len(ids)} rows of input_ids has another number of rows of attention_mask")
+    for sequence, mask in zip(ids, masks, strict=True):
         mask = checked_mask(mask, sequence)
         real = mask.nonzero().flatten().tolist()
         if real:
@@ -164,6 +179,40 @@ def check_masks(batches: Sequence[Mapping[str, Tensor]]) -> None:
             checked_mask(batch["attention_mask"], batch["input_ids"])
 
 
+def checked_ids(ids: Any) -> Tensor:
+    """Convert token ids to a vector.
+
+    Args:
+        ids: as a list, array or tensor of whole numbers.
+
+    Returns:
+        (S,) int64 on the CPU.
+
+    Raises:
+        ValueError: they are something else, such as fractions, which would be cut off.
+    """
+    found = _as_tensor(ids, "input_ids")
+    if found.numel() and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
+        raise ValueError(f"input_ids hold {str(found.dtype).removeprefix('torch.')} numbers; give whole numbers")
+    return found.flatten().long()
+
+
+def _as_tensor(values: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(values).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:  # no numbers, rows of several lengths, a number too large
+        raise ValueError(f"{name} hold {values!r:.80}, which are no numbers ({error}); give whole numbers") from error
+
+
+def _unencodable(text: str) -> str:
+    """Return why a text has no UTF-8 form; "" where it has one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return str(error)
+    return ""
+
+
 def checked_mask(mask: Any, ids: Tensor) -> Tensor:
     """Convert an attention mask to a vector of zeros and ones, one entry per token.
 
@@ -177,7 +226,7 @@ def checked_mask(mask: Any, ids: Tensor) -> Tensor:
     Raises:
         ValueError: another shape, or other numbers, such as indices of samples packed into one row.
     """
-    mask = torch.as_tensor(mask).cpu()
+    mask = _as_tensor(mask, "attention_mask")
     if mask.numel() != ids.numel():
         raise ValueError(
             f"an attention_mask of shape {tuple(mask.shape)} stands beside {ids.numel()} tokens; give one number a "

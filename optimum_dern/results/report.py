@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..text_files import replace_text
+from ..errors import explained
+from ..text_files import read_object, replace_text
 from .estimate import json_error
 
 
@@ -144,8 +145,13 @@ class CompressionReport:
 
     @classmethod
     def load(cls, path: str | Path) -> "CompressionReport":
-        """Load a report written by `save`."""
-        return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
+        """Load a report written by `save`.
+
+        Raises:
+            ValueError: the file holds no report that this release reads.
+        """
+        with explained(f"{path} is not a report that this release can read", "write it again, or download it again"):
+            return cls.from_dict(read_object(Path(path)))
 
 
 def _without_folders(values: dict[str, Any]) -> dict[str, Any]:

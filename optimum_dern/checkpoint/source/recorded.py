@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...core.layer.statistics import ExpertStatistics
+from ...text_files import parse_object
 from ..format.reader import CheckpointReader
 from ..format.tensor_file import TensorInfo, create_file, dtype_name, read_header, read_tensor, write_bytes
 from ..format.weight_files import SINGLE_NAME, write_index
@@ -77,10 +78,12 @@ class RecordedStatistics:
             raise FileNotFoundError(f"there is no statistics file {str(path)!r}; give a {STATISTICS_NAME}")
         try:
             with safe_open(self.path, "pt") as file:
-                self.description: dict[str, Any] = json.loads((file.metadata() or {})[KEY])
+                self.description = parse_object((file.metadata() or {})[KEY].encode(), f"the metadata of {self.path}")
+            self.places = read_header(self.path)
+            if not all(isinstance(self.description[part], dict) for part in ("options", "calibration")):
+                raise ValueError("its metadata names neither options nor calibration data")
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is not a {STATISTICS_NAME} ({error!r})") from error
-        self.places = read_header(self.path)
+            raise ValueError(f"{path} is not a {STATISTICS_NAME} ({error!r}); record it again") from error
 
     def read(self, position: int) -> ExpertStatistics:
         """Read the statistics of one layer."""

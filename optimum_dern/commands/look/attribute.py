@@ -41,15 +41,14 @@ def run(args: argparse.Namespace) -> None:
     names = named_data(args)
     _check(args, names)
 
-    from transformers import AutoConfig
-
     from ...attribution.masking import mask_checkpoint
     from ...attribution.measure import attribute_experts
     from ...checkpoint.source.provenance import load_tokenizer
+    from ...models.loading import load_config
 
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.model, **source)
-    texts = load_named_batches(args, AutoConfig.from_pretrained(args.model, **source), tokenizer)
+    texts = load_named_batches(args, load_config(args.model, **source), tokenizer)
     found = attribute_experts(args.model, texts, tokenizer, args.device, **source)
     files = found.save(args.output)
     if args.mask_domain is not None:

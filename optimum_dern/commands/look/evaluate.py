@@ -119,15 +119,14 @@ def _check(args: argparse.Namespace) -> None:
 
 def _load_texts(args: argparse.Namespace) -> tuple[Any, dict[str, list[dict]], int]:
     """Load the model's tokenizer and the batches by name of the text; returns them and the sequence length."""
-    from transformers import AutoConfig
-
     from ...checkpoint.source.provenance import load_tokenizer
     from ...evaluation.loss.perplexity import evaluation_length, load_texts
+    from ...models.loading import load_config
 
     source = _source(args)
     own_code = {"trust_remote_code": args.trust_remote_code}
     original, options = (args.against, own_code) if args.against else (args.model, source)
-    length = evaluation_length(AutoConfig.from_pretrained(original, **options), args.sequence_length)
+    length = evaluation_length(load_config(original, **options), args.sequence_length)
     tokenizer = load_tokenizer(args.model, **source)
     texts: dict[str, list[dict]] = {}
     for data in args.data:

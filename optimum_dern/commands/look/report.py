@@ -55,7 +55,4 @@ def _load(path: Path):
     file = path / REPORT_NAME if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}; give the folder of a checkpoint that optimum-dern compressed")
-    try:
-        return CompressionReport.load(file), file.parent
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not a report that this release can read ({error!r})") from error
+    return CompressionReport.load(file), file.parent

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .shared.arguments import check_model_name
+from .shared.arguments import check_model_name, check_numbers
 from .shared.named_data import add_data_arguments, load_named_batches, named_data
 
 
@@ -42,8 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merge, write, and print what was learned."""
+    from ..machine.torch_state import check_device
+
     for model in (args.base, *args.checkpoints):
         check_model_name(model)
+    check_device(args.device)
+    check_numbers(args, "seed", "epochs", "chunks")
     learned = {
         name: getattr(args, name) for name in ("initial", "epochs", "chunks") if getattr(args, name) is not None
     }

@@ -45,10 +45,18 @@ def load_samples(
         mix, the source as it is named there; of a folder, the file; of data in memory, its description.
 
     Raises:
-        ValueError: data of an unsupported form.
+        ValueError: data of an unsupported form, or a number out of range.
         FileNotFoundError: a path that does not exist.
         ConnectionError: a dataset on the Hub, which cannot be reached.
     """
+    for name, value, least in (
+        ("num_samples", num_samples, 1),
+        ("sequence_length", sequence_length, 1),
+        ("seed", seed, 0),
+    ):
+        if type(value) is not int or value < least or (name == "seed" and value >= 2**32):
+            allowed = "from 0 to 2**32 - 1" if name == "seed" else "of at least 1"
+            raise ValueError(f"{name}={value!r}, but it must be a whole number {allowed}")
     return _load(dataset, num_samples, Reading(tokenizer, sequence_length, seed, text_column, made or {}))
 
 

@@ -64,7 +64,7 @@ def check_source(name: str | Path) -> Path:
     if str(name) not in NAMED_DATASETS + MADE and not path.exists() and find_repository(name) is None:
         raise FileNotFoundError(
             f"calibration data {str(name)!r} is neither a file, a folder nor one of {NAMED_DATASETS + MADE}, nor a "
-            "Hub dataset of the form owner/name, owner/name:config or owner/name:config:split"
+            "Hub dataset of the form owner/name, owner/name:config or owner/name:config:split; give one of these"
         )
     return path
 

@@ -39,7 +39,7 @@ class LearnedSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.initial < 1:
-            raise ValueError(f"initial={self.initial}, but a coefficient is above 0 and below 1")
+            raise ValueError(f"initial={self.initial}, but a coefficient must be above 0 and below 1")
         if min(self.epochs, self.accumulate, self.chunks) < 1 or min(self.rate, self.clip) <= 0:
             raise ValueError(f"{self}: give epochs, accumulate and chunks of at least 1, rate and clip above 0")
 

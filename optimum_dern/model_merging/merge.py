@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checkpoint.format.reader import stored_tensors
 from ..checkpoint.source.provenance import load_tokenizer
 from ..checkpoint.source.resolve import resolve_checkpoint
-from ..machine.torch_state import plain_torch
+from ..machine.torch_state import check_device, plain_torch
 from ..models.loading import load_model
 from .learned import LearnedSettings, learn_coefficients
 from .rules import dare, task_arithmetic, ties
@@ -63,6 +63,7 @@ def merge_checkpoints(
         FileExistsError: the output exists.
     """
     output = Path(output)
+    check_device(device)
     _check(checkpoints, output, method, texts, settings, strength, density)
     check_alike(base, checkpoints, **source)
     model = load_model(base, device, **source)

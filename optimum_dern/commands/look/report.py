@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> None:
     """Write the page, and print its path."""
     if args.card and args.output:
         raise ValueError("--card writes into the checkpoint, and --output elsewhere; give one of them")
+    if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
+        raise ValueError(f"--output {args.output} must be a file in a folder that exists")
     report, folder = _load(args.checkpoint)
 
     from ...reporting.page import report_page
@@ -38,8 +40,6 @@ def run(args: argparse.Namespace) -> None:
     from ...text_files import replace_text
 
     if args.output:
-        if args.output.is_dir() or not args.output.absolute().parent.is_dir():
-            raise ValueError(f"--output {args.output} must be a file in a folder that exists")
         replace_text(args.output, report_page(report))
         print(args.output)
         return

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..checks.arguments import check_argument, check_number
 from ..results.description import describe_dataset
 from .files import data_files, file_type, read_rows, read_text
 from .mix import Part, mix_samples, read_mapping
@@ -49,14 +50,10 @@ def load_samples(
         FileNotFoundError: a path that does not exist.
         ConnectionError: a dataset on the Hub, which cannot be reached.
     """
-    for name, value, least in (
-        ("num_samples", num_samples, 1),
-        ("sequence_length", sequence_length, 1),
-        ("seed", seed, 0),
-    ):
-        if type(value) is not int or value < least or (name == "seed" and value >= 2**32):
-            allowed = "from 0 to 2**32 - 1" if name == "seed" else "of at least 1"
-            raise ValueError(f"{name}={value!r}, but it must be a whole number {allowed}")
+    check_number("num_samples", num_samples, 1)
+    check_number("sequence_length", sequence_length, 1)
+    check_number("seed", seed, 0, most=2**32 - 1)
+    check_argument("text_column", text_column, str, "the name of a column")
     return _load(dataset, num_samples, Reading(tokenizer, sequence_length, seed, text_column, made or {}))
 
 

@@ -60,6 +60,8 @@ def check_source(name: str | Path) -> Path:
         ValueError: its name is not UTF-8.
     """
     check_utf8(name)
+    if not str(name).strip():
+        raise ValueError("the name of the data is empty; give a file, a folder or a dataset, or leave it out")
     path = Path(name).expanduser()
     if str(name) not in NAMED_DATASETS + MADE and not path.exists() and find_repository(name) is None:
         raise FileNotFoundError(

@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks.batches import checked_ids, checked_mask
+
 
 __all__ = [
     "Reading",
     "Sample",
     "added_bos",
-    "check_masks",
-    "checked_ids",
-    "checked_mask",
     "sequences",
     "to_tokens",
     "windows",
@@ -60,6 +59,8 @@ class Reading:
         """
         if self.tokenizer is None:
             raise ValueError(f"calibration data {str(source)!r} is text: give a tokenizer, or token ids instead")
+        if not callable(self.tokenizer):
+            raise TypeError(f"tokenizer={self.tokenizer!r:.80} is none; give one of transformers")
         return self.tokenizer
 
 
@@ -172,38 +173,6 @@ def _cut(stream: list[int], length: int, bos: int | None) -> Iterator[list[int]]
         position += step
 
 
-def check_masks(batches: Sequence[Mapping[str, Tensor]]) -> None:
-    """Check the attention masks of batches made by the caller, as in `checked_mask`."""
-    for batch in batches:
-        if "attention_mask" in batch:
-            checked_mask(batch["attention_mask"], batch["input_ids"])
-
-
-def checked_ids(ids: Any) -> Tensor:
-    """Convert token ids to a vector.
-
-    Args:
-        ids: as a list, array or tensor of whole numbers.
-
-    Returns:
-        (S,) int64 on the CPU.
-
-    Raises:
-        ValueError: they are something else, such as fractions, which would be cut off.
-    """
-    found = _as_tensor(ids, "input_ids")
-    if found.numel() and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
-        raise ValueError(f"input_ids hold {str(found.dtype).removeprefix('torch.')} numbers; give whole numbers")
-    return found.flatten().long()
-
-
-def _as_tensor(values: Any, name: str) -> Tensor:
-    try:
-        return torch.as_tensor(values).cpu()
-    except (TypeError, ValueError, RuntimeError) as error:  # no numbers, rows of several lengths, a number too large
-        raise ValueError(f"{name} hold {values!r:.80}, which are no numbers ({error}); give whole numbers") from error
-
-
 def _unencodable(text: str) -> str:
     """Return why a text has no UTF-8 form; "" where it has one."""
     try:
@@ -211,32 +180,3 @@ def _unencodable(text: str) -> str:
     except UnicodeEncodeError as error:
         return str(error)
     return ""
-
-
-def checked_mask(mask: Any, ids: Tensor) -> Tensor:
-    """Convert an attention mask to a vector of zeros and ones, one entry per token.
-
-    Args:
-        mask: as a list, array or tensor.
-        ids: the S token ids that it belongs to.
-
-    Returns:
-        (S,) of zeros and ones on the CPU, 1 for real tokens.
-
-    Raises:
-        ValueError: another shape, or other numbers, such as indices of samples packed into one row.
-    """
-    mask = _as_tensor(mask, "attention_mask")
-    if mask.numel() != ids.numel():
-        raise ValueError(
-            f"an attention_mask of shape {tuple(mask.shape)} stands beside {ids.numel()} tokens; give one number a "
-            "token, 1 for a real one and 0 for padding"
-        )
-    mask = mask.flatten()
-    others = mask[(mask != 0) & (mask != 1)]
-    if len(others):
-        raise ValueError(
-            f"an attention_mask holds {others[0].item()}, but it must hold 1 for real tokens and 0 for padding; where "
-            "its numbers tell packed samples apart, give each sample as a row of its own"
-        )
-    return mask

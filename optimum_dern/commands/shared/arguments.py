@@ -74,7 +74,9 @@ def check_numbers(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name)
         least, most = (0, SEEDS - 1) if name == "seed" else (1, LARGEST)
         if value is not None and not least <= value <= most:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; give a whole number from {least} to {most:,}")
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {value}; give a whole number of at least {least}, at most {most:,}"
+            )
 
 
 def check_revision(args: argparse.Namespace, *names: str) -> None:

@@ -16,6 +16,7 @@ from ...checkpoint.output.publishing import OWN_TEXT_NAME
 from ...checkpoint.output.shards import parse_bytes
 from ...checkpoint.source.find import Source, find_checkpoint
 from ...checkpoint.source.recorded import RecordedStatistics, identify_model
+from ...checks.arguments import check_argument
 from ...config import DernConfig
 from ...machine.processes import Processes
 from ...models.loading import parse_dtype
@@ -66,6 +67,7 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
         FileNotFoundError: weights are missing, or stored only as pickle files.
         RuntimeError: another run is using the output folder.
     """
+    check_argument("output", request.output, str | Path, "a folder")
     check_utf8(request.model, request.output, request.statistics, request.tokenizer)
     shard_size = parse_bytes(request.max_shard_size) if request.max_shard_size else None
     bound = parse_bytes(request.max_memory) if request.max_memory else None

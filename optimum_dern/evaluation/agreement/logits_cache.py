@@ -24,9 +24,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ...checks.batches import check_batches
 from ...errors import explained
 from ...text_files import read_object
-from ..loss.logits import batch_logits
+from ..loss.logits import batch_logits, rows_of
 
 
 __all__ = ["CACHE_NAME", "INPUTS", "LogitsCache", "cache_logits", "check_folder", "predicted_positions"]
@@ -121,6 +122,8 @@ def cache_logits(
     if not texts:
         raise ValueError("there is no text to predict; give at least one")
     check_folder(folder, overwrite)
+    for batches in texts.values():
+        check_batches(batches, rows_of(model), masked=True)
     work = folder.with_name(f"{folder.name}.partial")
     if work.exists():
         shutil.rmtree(work)

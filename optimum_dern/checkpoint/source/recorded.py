@@ -27,6 +27,7 @@ __all__ = ["STATISTICS_NAME", "RecordedStatistics", "StatisticsWriter", "identif
 
 STATISTICS_NAME, KEY = "dern_statistics.safetensors", "dern_statistics"
 FIELDS = [field.name for field in fields(ExpertStatistics)]
+PAIRS = ("coactivation", "together")  # fields with an entry for every pair of experts
 SAMPLE = 64  # bytes of every tensor (of every expert in a fused tensor) that `identify_model` hashes
 
 
@@ -111,6 +112,17 @@ class RecordedStatistics:
         missing = [name for name in names if name not in self.places]
         if missing:
             raise ValueError(f"{self.path} was written by another release: it has no {missing[0]}; record it again")
+        for position in positions:
+            self._check_shapes(position)
+
+    def _check_shapes(self, position: int) -> None:
+        """Refuse a layer's tensors that are not those of one number of experts."""
+        forms = {name: self.places[f"{position}.{name}"].shape for name in FIELDS}
+        experts = (forms["count"] or (0,))[0]
+        for name, shape in forms.items():
+            wanted = () if name == "tokens" else (experts, experts) if name in PAIRS else (experts,)
+            if (shape[:1] if name == "output_sum" else shape) != wanted:
+                raise ValueError(f"{self.path} has {position}.{name} with the shape {shape}; record it again")
 
 
 def identify_model(reader: CheckpointReader, dtype: str | None) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from ...errors import explained
+
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "run"]
 
@@ -39,11 +41,15 @@ def run(args: argparse.Namespace) -> None:
     from ...reporting.presentation import write_presentation
     from ...text_files import replace_text
 
+    with explained(f"the report of {args.checkpoint} cannot be shown", "compress the checkpoint again"):
+        page = report_page(report)
     if args.output:
-        replace_text(args.output, report_page(report))
+        replace_text(args.output, page)
         print(args.output)
         return
-    for file in write_presentation(report, folder, keep_card=not args.card, draw=True):
+    with explained(f"the report of {args.checkpoint} cannot be shown", "compress the checkpoint again"):
+        files = write_presentation(report, folder, keep_card=not args.card, draw=True)
+    for file in files:
         print(file)
 
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import explained
 from ..text_files import read_object, replace_text
 from .estimate import json_error
 
@@ -150,8 +149,10 @@ class CompressionReport:
         Raises:
             ValueError: the file holds no report that this release reads.
         """
-        with explained(f"{path} is not a report that this release can read", "write it again, or download it again"):
+        try:
             return cls.from_dict(read_object(Path(path)))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a report that this release can read ({error!r})") from error
 
 
 def _without_folders(values: dict[str, Any]) -> dict[str, Any]:

@@ -128,3 +128,24 @@ def test_criteria(criterion, case):
             compressed(case, method="prune", preset="fast", selection=criterion)
         return
     check(*compressed(case, method="prune", preset="fast", selection=criterion))
+
+
+TOLERANCE = 1e-5  # of a tensor's largest entry: sums of other orders, nothing else
+
+
+@pytest.mark.parametrize(
+    "fields", [*({"method": m} for m in METHODS if m != "mone"), *({"preset": p} for p in PRESETS)], ids=str
+)
+def test_threads(fields):
+    """One thread or two: the same experts and candidates, and weights that differ by rounding only."""
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(compressed("plain", **{"preset": "fast"} | fields))
+    finally:
+        torch.set_num_threads(before)
+    (one, first), (other, second) = ((state_of(model), report.layers) for model, report in found)
+    assert [(layer.retained, layer.winner) for layer in first] == [(layer.retained, layer.winner) for layer in second]
+    for name, tensor in one.items():
+        assert (tensor - other[name]).abs().max() <= TOLERANCE * tensor.abs().max()

@@ -1,10 +1,12 @@
 """`DernCompressor`: the main class; compresses a model with calibration text and reports what it did."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .checks.arguments import check_argument
+from .checks.batches import check_batches
 from .config import DernConfig
 from .machine.torch_state import check_device, devices_of, plain_torch
 from .options import without_retired
@@ -28,6 +30,8 @@ class DernCompressor:
     def __init__(self, config: DernConfig | None = None, **fields: Any) -> None:
         if config is not None and fields:
             raise ValueError(f"give either a DernConfig or its fields, not both (got {', '.join(sorted(fields))})")
+        if config is not None:
+            check_argument("config", config, DernConfig, "a DernConfig")
         self.config = config if config is not None else DernConfig(**fields)
         self.report: CompressionReport | None = None
 
@@ -59,15 +63,14 @@ class DernCompressor:
             ValueError: a model, device, count or dataset that cannot work, or a model with adapters.
             TypeError: a path or Hub id instead of a model.
         """
-        if isinstance(model, str | Path):
+        if not hasattr(model, "named_modules"):
             raise TypeError(
-                f"compress_model takes a loaded model, not {str(model)!r}; compress_checkpoint(MODEL, OUTPUT) takes a "
-                "folder or Hub id, or load it with AutoModelForCausalLM.from_pretrained first"
+                f"compress_model takes a loaded model, not {str(model)!r:.80}; compress_checkpoint(MODEL, OUTPUT) "
+                "takes a folder or Hub id, or load it with AutoModelForCausalLM.from_pretrained first"
             )
         from .checkpoint.output.publishing import keep_publishable_
         from .checkpoint.source.orientation import keep_orientation_
         from .checkpoint.source.provenance import model_source, source_config
-        from .data.batches import check_masks
         from .engine.run.checks import with_dataset
         from .engine.run.in_memory import compress_in_memory_
         from .engine.run.model_batches import with_text_it_can_write
@@ -89,7 +92,8 @@ class DernCompressor:
         if batches is None:
             config = with_text_it_can_write(with_dataset(config), model)
             batches = _load_batches(config, model, tokenizer, trust_remote_code, own)
-        check_masks(batches)
+        if batches != []:  # as of a config that needs no data
+            check_batches(batches, model.get_input_embeddings().weight.shape[0])
         reports = []
         if num_experts < before.experts or self.config.narrows:
             reports = compress_in_memory_(model, layers, batches, config, num_experts)
@@ -333,6 +337,7 @@ class DernCompressor:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DernCompressor":
         """Create a compressor from a dictionary made by `to_dict`."""
+        check_argument("the config", values, Mapping, "a dict of DernConfig fields")
         return cls(**{name: value for name, value in without_retired(values).items() if name != "meta"})
 
     def _require_report(self) -> CompressionReport:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .checks.arguments import check_argument
 from .options import DernOptions
 
 
@@ -22,6 +23,12 @@ class DernConfig(DernOptions, QuantizationConfigMixin):
         ValueError: a value outside its range; the message names the legal ones.
         TypeError: an unknown field.
     """
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Create a config from a dictionary made by `to_dict`, as transformers does."""
+        check_argument("the config", config_dict, Mapping, "a dict of DernConfig fields")
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-able values; an in-memory dataset is replaced by its description."""

@@ -117,8 +117,8 @@ def retained_as_reported(path: Path) -> dict[int, list[int]]:
     """
     try:
         layers = json.loads(path.read_text("utf-8"))["layers"]
-        return {layer["layer"]: layer["retained"] for layer in layers}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return checked_protection({layer["layer"]: layer["retained"] for layer in layers})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"protect_experts={str(path)!r} is not a dern_report.json ({error!r}); it must {PROTECTION}"
         ) from error

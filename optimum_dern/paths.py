@@ -25,6 +25,8 @@ def check_utf8(*values: Any) -> None:
 
 
 def _check(name: str) -> None:
+    if "\0" in name:
+        raise ValueError(f"{ascii(name)} holds a null character, which no name or path has; leave it out")
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:

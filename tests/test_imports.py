@@ -11,7 +11,7 @@ import optimum_dern
 ROOT = Path(optimum_dern.__file__).parent
 # From the bottom up: a room may import from itself and from those before it, wherever the import stands.
 ORDER = """
-    versions errors paths text_files installation
+    versions errors paths text_files installation checks
     core.layer core.neurons core.router core.criteria core.pictures core.dern core.refits core.merging
     machine results models.moe models data data.made methods option_checks options config reporting
     checkpoint.format checkpoint.source checkpoint.hub checkpoint.output

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..checkpoint.format.conversion import NameMap
 from ..checkpoint.source.find import find_checkpoint
 from ..checkpoint.source.loader import PartLoader
+from ..checks.arguments import check_argument
+from ..checks.batches import check_batches
 from ..core.layer.mixture import Routing
 from ..data.labels import real_tokens
 from ..engine.walk.visit import visit_layers
@@ -50,11 +52,16 @@ def attribute_experts(
     Raises:
         ValueError: no domain, or a model that has no MoE layers.
     """
+    check_argument("texts", texts, Mapping, "a dict of token batches by domain")
+    if tokenizer is not None and not hasattr(tokenizer, "decode"):
+        raise TypeError(f"tokenizer={tokenizer!r:.80} is none; give one of transformers, or leave it out")
     if not texts:
         raise ValueError("there is no domain; give at least one, with its text")
     found = find_checkpoint(model, **source)
     layers = find_moe_layers(found.skeleton)
     check_model(found.skeleton, layers)
+    for batches in texts.values():
+        check_batches(batches, found.skeleton.get_input_embeddings().weight.shape[0], masked=True)
     reader = found.open_weights()
     loader = PartLoader(
         found.skeleton, layers, reader, NameMap(found.skeleton, list(reader.infos)), default_device(device)

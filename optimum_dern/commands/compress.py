@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.output.folder import check_output
-from .shared.arguments import add_config_arguments, add_model_arguments, check_model_name, config_from_arguments
+from .shared.arguments import (
+    add_config_arguments,
+    add_model_arguments,
+    check_model_name,
+    check_revision,
+    check_sources,
+    config_from_arguments,
+)
 from .shared.tables import print_table
 
 
@@ -106,8 +113,9 @@ def _compress(args: argparse.Namespace) -> tuple[dict[Path, Any], dict[str, list
     """Check the arguments and compress; returns the reports by folder, and the texts to evaluate on."""
     config = config_from_arguments(args)
     check_model_name(args.model)
+    check_revision(args, args.model)
     check_output(Path(args.model).expanduser(), args.output, args.overwrite)
-    _check_sources(config.dataset, args.evaluate)
+    check_sources(config.dataset, args.evaluate)
     if args.evaluation_length is not None and not args.evaluate:
         raise ValueError(
             "--evaluation-length is of the text of --evaluate: give --evaluate TEXT, too, or leave it out"
@@ -139,15 +147,14 @@ def _compress(args: argparse.Namespace) -> tuple[dict[Path, Any], dict[str, list
 
 
 def _load_texts(args: argparse.Namespace) -> dict[str, list[dict]]:
-    from transformers import AutoConfig
-
     from ..checkpoint.source.provenance import load_tokenizer
     from ..checkpoint.source.resolve import check_checkpoint
     from ..evaluation.loss.perplexity import evaluation_length, load_texts
+    from ..models.loading import load_config
 
     check_checkpoint(args.model, args.revision)
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    length = evaluation_length(AutoConfig.from_pretrained(args.model, **source), args.evaluation_length)
+    length = evaluation_length(load_config(args.model, **source), args.evaluation_length)
     return load_texts(args.evaluate, load_tokenizer(args.model, **source), length)
 
 
@@ -161,15 +168,6 @@ def _evaluate(reports: dict[Path, Any], args: argparse.Namespace, texts: dict[st
     for folder, report in reports.items():
         report.add_evaluation(before, evaluate_checkpoint(folder, texts, device, **own_code))
         write_report(folder, report)
-
-
-def _check_sources(*sources: Any) -> None:
-    """Refuse missing text files before a model is loaded."""
-    from ..data.batches import check_source
-
-    for source in sources:
-        for name in [] if source is None else source if isinstance(source, dict) else [source]:
-            check_source(name)
 
 
 def _print_results(reports: dict[Path, Any], args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Entry point of `optimum-dern`: parses the command line, runs a command, and prints errors on one line."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -47,7 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
     for name, module in COMMANDS.items():
         add_command(commands.add_parser(name, prog=f"{parser.prog} {name}"), module)
-    args = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if empty := next((i for i, text in enumerate(given) if not text or re.fullmatch("--[a-z-]+=", text)), None):
+        parser.error(
+            f"the value of {given[empty].rstrip('=') or given[empty - 1]} is empty; give one, or leave it out"
+        )
+    args = parser.parse_args(given)
     run_safely(COMMANDS[args.command].run, args)
 
 

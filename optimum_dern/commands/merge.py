@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .shared.arguments import check_model_name
+from .shared.arguments import check_model_name, check_numbers
 from .shared.named_data import add_data_arguments, load_named_batches, named_data
 
 
@@ -42,8 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merge, write, and print what was learned."""
+    from ..machine.torch_state import check_device
+
     for model in (args.base, *args.checkpoints):
         check_model_name(model)
+    check_device(args.device)
+    check_numbers(args, "seed", "epochs", "chunks")
     learned = {
         name: getattr(args, name) for name in ("initial", "epochs", "chunks") if getattr(args, name) is not None
     }
@@ -80,11 +84,10 @@ def _texts_in_order(args: argparse.Namespace) -> list[list[dict]] | None:
         raise ValueError(f"{len(names)} texts for {len(folders)} checkpoints; give one for each")
     order = folders if names.keys() == set(folders) else list(names)
 
-    from transformers import AutoConfig
-
     from ..checkpoint.source.provenance import load_tokenizer
+    from ..models.loading import load_config
 
     source = {"trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(args.base, **source)
+    config = load_config(args.base, **source)
     texts = load_named_batches(args, config, load_tokenizer(args.base, **source), batch_size=1)
     return [texts[name] for name in order]

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .shared.arguments import check_model_name
+from .shared.arguments import check_model_name, check_revision
 from .shared.named_data import add_data_arguments, load_named_batches, named_data
 from .shared.tables import print_table
 
@@ -59,19 +59,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _build(args: argparse.Namespace) -> None:
-    check_model_name(args.model)
+    _check_model(args)
     named_data(args)
     if (args.library / "library.json").exists() and not args.overwrite:
         raise ValueError(f"{args.library} holds a library; give another folder, or --overwrite to replace it")
 
-    from transformers import AutoConfig
-
     from ..checkpoint.source.provenance import load_tokenizer
+    from ..models.loading import load_config
     from ..patterns.build import build_patterns
 
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.model, **source)
-    tasks = load_named_batches(args, AutoConfig.from_pretrained(args.model, **source), tokenizer)
+    tasks = load_named_batches(args, load_config(args.model, **source), tokenizer)
     library = build_patterns(args.model, tasks, top=args.top, confidence=args.confidence, device=args.device, **source)
     library.save(args.library)
     _show(library, args)
@@ -94,8 +93,16 @@ def _show(library, args: argparse.Namespace) -> None:
     print_table(("task", "tokens"), [(name, f"{facts['tokens']:,}") for name, facts in library.tasks.items()])
 
 
-def _match(args: argparse.Namespace) -> None:
+def _check_model(args: argparse.Namespace) -> None:
+    from ..machine.torch_state import check_device
+
     check_model_name(args.model)
+    check_revision(args, args.model)
+    check_device(args.device)
+
+
+def _match(args: argparse.Namespace) -> None:
+    _check_model(args)
     from ..checkpoint.source.provenance import load_tokenizer
     from ..checkpoint.source.recorded import identify_model
     from ..patterns.build import open_source

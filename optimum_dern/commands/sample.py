@@ -5,11 +5,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .shared.arguments import add_model_arguments, check_model_name, check_numbers, check_output_file
+from .shared.arguments import (
+    add_model_arguments,
+    check_model_name,
+    check_numbers,
+    check_output_file,
+    check_revision,
+)
 
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "run"]
 
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate, over several devices
 HELP = "Let a model write calibration text into a file."
 DESCRIPTION = (
     "Sample text from a model, as compress does by itself where the model fits in memory, and write it as JSON lines\n"
@@ -65,8 +72,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from ..machine.torch_state import check_device
+
     check_model_name(args.model)
-    check_numbers(args, "num_samples", "sequence_length")
+    check_revision(args, args.model)
+    check_numbers(args, "num_samples", "sequence_length", "seed")
+    if args.device_map not in MAPS:
+        check_device(args.device_map)
     check_output_file(args.output)
     if args.output.suffix != ".jsonl":
         raise ValueError(f"OUTPUT is {args.output}, but the rows are JSON lines: give a name that ends with .jsonl")

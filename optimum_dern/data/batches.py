@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
+from ..checks.arguments import check_number
 from ..machine.torch_state import plain_torch
 from ..results.description import describe_dataset
 from .labels import POSITION, SOURCE, model_inputs
@@ -30,14 +31,12 @@ from .mix import read_mapping
 from .named import preserved_random_state
 from .samples import Sample, load_samples
 from .sources import NAMED_DATASETS, check_source, holds_text, is_endless
-from .tokens import check_masks
 
 
 __all__ = [
     "NAMED_DATASETS",
     "Sample",
     "by_length",
-    "check_masks",
     "check_source",
     "holds_text",
     "is_endless",
@@ -88,6 +87,9 @@ def load_batches(
         ImportError: a package that reads this form is missing.
         ConnectionError: a dataset on the Hub, which cannot be reached.
     """
+    check_number("batch_tokens", batch_tokens, 1)
+    if batch_size is not None:
+        check_number("batch_size", batch_size, 1)
     samples = load_samples(dataset, tokenizer, num_samples, sequence_length, seed, text_column)
     if not samples:
         raise ValueError(

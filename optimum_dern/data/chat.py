@@ -57,7 +57,7 @@ def row_content(row: Mapping[str, Any], column: str) -> Any:
     if column in row:
         return None
     forms = f", or give {FORMS}" if column == "text" else ""
-    raise ValueError(f"a row has no column {column!r}, only {sorted(row)}; name it with text_column{forms}")
+    raise ValueError(f"a row has no column {column!r}, only {sorted(map(str, row))}; name it with text_column{forms}")
 
 
 def holds_messages(value: Any) -> bool:
@@ -70,6 +70,9 @@ def holds_messages(value: Any) -> bool:
 def as_chat(value: Any, column: str) -> Chat | None:
     """Read a list of messages in either form; None if nothing is said in them."""
     if isinstance(value, Mapping):  # how `datasets` gives a `Sequence` of structs
+        columns = list(value.values())
+        if not all(isinstance(part, list | tuple) and len(part) == len(columns[0]) for part in columns):
+            raise ValueError(f"column {column!r} holds {value!r:.80}; give a list of messages")
         value = [dict(zip(value, message, strict=True)) for message in zip(*value.values(), strict=True)]
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(f"column {column!r} holds a {type(value).__name__}; give a list of messages")
@@ -79,7 +82,7 @@ def as_chat(value: Any, column: str) -> Chat | None:
 
 
 def _message(message: Any, column: str) -> dict[str, Any]:
-    found = sorted(message) if isinstance(message, Mapping) else type(message).__name__
+    found = sorted(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
     values = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
     if "from" in values and "role" not in values:
         values = {"role": values["from"], "content": values.get("value", "")}
@@ -102,7 +105,10 @@ def _prompt_and_completion(prompt: Any, completion: Any) -> Chat | None:
     return Chat(messages, "prompt") if messages else None
 
 
-def _instruction(instruction: str, more: str | None, output: str) -> Chat | None:
+def _instruction(instruction: Any, more: Any, output: Any) -> Chat | None:
+    for name, value in (("instruction", instruction), ("input", more), ("output", output)):
+        if not isinstance(value, str | None):
+            raise ValueError(f"column {name!r} holds a {type(value).__name__}; give text")
     question = "\n\n".join(part for part in (instruction, more) if not is_blank(part))
     return _turns(question, output, "instruction", plain="\n\n".join(filter(None, (question, output))))
 
@@ -141,7 +147,7 @@ def render(chat: Chat, tokenizer: Any) -> str:
 
     try:
         return tokenizer.apply_chat_template(chat.messages, tokenize=False)
-    except TemplateError as error:
+    except (TemplateError, AttributeError, LookupError, TypeError, ValueError) as error:  # contents of another type
         folded = _without_system(chat.messages)
         if folded is None:
             raise ValueError(

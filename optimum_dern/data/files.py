@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import explained
 from ..paths import check_utf8
 
 
@@ -136,11 +137,14 @@ def read_rows(path: Path) -> Any:
         import pyarrow.parquet
         from datasets import Dataset
 
-        return Dataset(pyarrow.parquet.read_table(path))  # unlike `from_parquet`, without a copy in the disk's cache
+        with explained(f"{path} is no Parquet file", "write it again"):
+            # Unlike `from_parquet`, without a copy in the disk's cache.
+            return Dataset(pyarrow.parquet.read_table(path))
     if kind == ".pt":
         import torch
 
-        rows = torch.load(path, weights_only=True, map_location="cpu")
+        with explained(f"{path} holds no tensors", "write a list of token rows by torch.save; code in it never runs"):
+            rows = torch.load(path, weights_only=True, map_location="cpu")
         return list(rows) if isinstance(rows, torch.Tensor) and rows.dim() == 2 else _checked_list(rows, path)
     raise ValueError(
         f"cannot read calibration data from {path.name!r}; give one of {', '.join(FILE_TYPES)}, or a folder"

@@ -57,7 +57,8 @@ def _drawn(dataset: Any, count: int, reading: Reading) -> tuple[list, Counter]:
 
 def _usable_rows(dataset: Any, column: str, seen: Counter) -> Iterator[Any]:
     """Yield the rows of a dataset as texts, chats or token sequences, and count them and the empty ones."""
-    if isinstance(dataset, bytes) or not hasattr(dataset, "__iter__"):
+    several = hasattr(dataset, "__iter__") and getattr(dataset, "ndim", 1) > 0
+    if isinstance(dataset, bytes | type) or not several:
         raise ValueError(
             f"calibration data of type {type(dataset).__name__} is not supported; give a list of str, a list of token "
             f"dicts, a datasets.Dataset, a path ({', '.join(FILE_TYPES)}), a Hub dataset (owner/name) or the name of "

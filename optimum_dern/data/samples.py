@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..checks.arguments import check_argument, check_number
 from ..results.description import describe_dataset
 from .files import data_files, file_type, read_rows, read_text
 from .mix import Part, mix_samples, read_mapping
@@ -45,10 +46,14 @@ def load_samples(
         mix, the source as it is named there; of a folder, the file; of data in memory, its description.
 
     Raises:
-        ValueError: data of an unsupported form.
+        ValueError: data of an unsupported form, or a number out of range.
         FileNotFoundError: a path that does not exist.
         ConnectionError: a dataset on the Hub, which cannot be reached.
     """
+    check_number("num_samples", num_samples, 1)
+    check_number("sequence_length", sequence_length, 1)
+    check_number("seed", seed, 0, most=2**32 - 1)
+    check_argument("text_column", text_column, str, "the name of a column")
     return _load(dataset, num_samples, Reading(tokenizer, sequence_length, seed, text_column, made or {}))
 
 

@@ -60,11 +60,13 @@ def check_source(name: str | Path) -> Path:
         ValueError: its name is not UTF-8.
     """
     check_utf8(name)
+    if not str(name).strip():
+        raise ValueError("the name of the data is empty; give a file, a folder or a dataset, or leave it out")
     path = Path(name).expanduser()
     if str(name) not in NAMED_DATASETS + MADE and not path.exists() and find_repository(name) is None:
         raise FileNotFoundError(
             f"calibration data {str(name)!r} is neither a file, a folder nor one of {NAMED_DATASETS + MADE}, nor a "
-            "Hub dataset of the form owner/name, owner/name:config or owner/name:config:split"
+            "Hub dataset of the form owner/name, owner/name:config or owner/name:config:split; give one of these"
         )
     return path
 

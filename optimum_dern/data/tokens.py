@@ -13,8 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks.batches import checked_ids, checked_mask
 
-__all__ = ["Reading", "Sample", "added_bos", "check_masks", "checked_mask", "sequences", "to_tokens", "windows"]
+
+__all__ = [
+    "Reading",
+    "Sample",
+    "added_bos",
+    "sequences",
+    "to_tokens",
+    "windows",
+]
 
 DOCUMENTS = 64  # tokenized at once
 
@@ -50,6 +59,8 @@ class Reading:
         """
         if self.tokenizer is None:
             raise ValueError(f"calibration data {str(source)!r} is text: give a tokenizer, or token ids instead")
+        if not callable(self.tokenizer):
+            raise TypeError(f"tokenizer={self.tokenizer!r:.80} is none; give one of transformers")
         return self.tokenizer
 
 
@@ -71,15 +82,17 @@ def to_tokens(row: Any, reading: Reading) -> tuple[Tensor, Tensor]:
         Token ids and mask, each (S,) int64 on the CPU with S <= `reading.length`.
 
     Raises:
-        ValueError: text without a tokenizer, or a mask that is none.
+        ValueError: text without a tokenizer, text that is not Unicode, or ids or a mask that are none.
     """
     if isinstance(row, str):
         tokenizer = reading.text_tokenizer("text")
+        if reason := _unencodable(row):
+            raise ValueError(f"a text is not Unicode, and no tokenizer reads it: {reason}; mend it, or leave it out")
         written = reading.bos is not None and row.startswith(tokenizer.bos_token)
         special = {"add_special_tokens": False} if written else {}  # as after a chat template: they are there
         row = tokenizer(row, truncation=True, max_length=reading.length, **special)
     row = row if isinstance(row, Mapping) or hasattr(row, "data") and hasattr(row, "keys") else {"input_ids": row}
-    ids = torch.as_tensor(row["input_ids"]).cpu().flatten().long()
+    ids = checked_ids(row["input_ids"])
     mask = row["attention_mask"] if "attention_mask" in row else torch.ones_like(ids)
     return ids[: reading.length], checked_mask(mask, ids)[: reading.length].long()
 
@@ -90,8 +103,11 @@ def sequences(row: Any) -> Iterator[Any]:
     if not _is_batch(tokens["input_ids"]):
         yield row
         return
-    ids = [torch.as_tensor(sequence).cpu().flatten() for sequence in tokens["input_ids"]]
-    for sequence, mask in zip(ids, tokens.get("attention_mask", map(torch.ones_like, ids)), strict=True):
+    ids = [checked_ids(sequence) for sequence in tokens["input_ids"]]
+    masks = tokens.get("attention_mask", list(map(torch.ones_like, ids)))
+    if not hasattr(masks, "__len__") or len(masks) != len(ids):
+        raise ValueError(f"a batch of {len(ids)} rows of input_ids has another number of rows of attention_mask")
+    for sequence, mask in zip(ids, masks, strict=True):
         mask = checked_mask(mask, sequence)
         real = mask.nonzero().flatten().tolist()
         if real:
@@ -157,37 +173,10 @@ def _cut(stream: list[int], length: int, bos: int | None) -> Iterator[list[int]]
         position += step
 
 
-def check_masks(batches: Sequence[Mapping[str, Tensor]]) -> None:
-    """Check the attention masks of batches made by the caller, as in `checked_mask`."""
-    for batch in batches:
-        if "attention_mask" in batch:
-            checked_mask(batch["attention_mask"], batch["input_ids"])
-
-
-def checked_mask(mask: Any, ids: Tensor) -> Tensor:
-    """Convert an attention mask to a vector of zeros and ones, one entry per token.
-
-    Args:
-        mask: as a list, array or tensor.
-        ids: the S token ids that it belongs to.
-
-    Returns:
-        (S,) of zeros and ones on the CPU, 1 for real tokens.
-
-    Raises:
-        ValueError: another shape, or other numbers, such as indices of samples packed into one row.
-    """
-    mask = torch.as_tensor(mask).cpu()
-    if mask.numel() != ids.numel():
-        raise ValueError(
-            f"an attention_mask of shape {tuple(mask.shape)} stands beside {ids.numel()} tokens; give one number a "
-            "token, 1 for a real one and 0 for padding"
-        )
-    mask = mask.flatten()
-    others = mask[(mask != 0) & (mask != 1)]
-    if len(others):
-        raise ValueError(
-            f"an attention_mask holds {others[0].item()}, but it must hold 1 for real tokens and 0 for padding; where "
-            "its numbers tell packed samples apart, give each sample as a row of its own"
-        )
-    return mask
+def _unencodable(text: str) -> str:
+    """Return why a text has no UTF-8 form; "" where it has one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return str(error)
+    return ""

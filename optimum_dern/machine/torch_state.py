@@ -48,7 +48,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def default_device(device: str | None = None) -> torch.device:
-    """The device to compute on: the one that is named, else a GPU where there is one, else the CPU."""
+    """The device to compute on: the one that is named, else a GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no device of that name.
+    """
+    check_device(device)
     there = (kind for kind in GPUS if getattr(torch, kind).is_available())
     return torch.device(device or next(there, "cpu"))
 

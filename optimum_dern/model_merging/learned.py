@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, mse_loss
 
+from ..checks.batches import check_batches
 from ..evaluation.agreement.logits_cache import predicted_positions
 from ..machine.progress import progress_bar
 from ..machine.torch_state import evaluation_mode
@@ -39,7 +40,7 @@ class LearnedSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.initial < 1:
-            raise ValueError(f"initial={self.initial}, but a coefficient is above 0 and below 1")
+            raise ValueError(f"initial={self.initial}, but a coefficient must be above 0 and below 1")
         if min(self.epochs, self.accumulate, self.chunks) < 1 or min(self.rate, self.clip) <= 0:
             raise ValueError(f"{self}: give epochs, accumulate and chunks of at least 1, rate and clip above 0")
 
@@ -62,6 +63,8 @@ def learn_coefficients(
         The coefficients, with `merged` for the weights.
     """
     settings = settings or LearnedSettings()
+    for batches in texts:
+        check_batches(batches, model.get_input_embeddings().weight.shape[0])
     coefficients = Coefficients(differences, settings.initial)
     with evaluation_mode(model):
         _learn(model, coefficients, texts, settings)

@@ -11,8 +11,10 @@ from torch import Tensor
 from ..checkpoint.format.reader import stored_tensors
 from ..checkpoint.source.provenance import load_tokenizer
 from ..checkpoint.source.resolve import resolve_checkpoint
-from ..machine.torch_state import plain_torch
+from ..checks.arguments import check_argument, check_number
+from ..machine.torch_state import check_device, plain_torch
 from ..models.loading import load_model
+from ..paths import check_utf8
 from .learned import LearnedSettings, learn_coefficients
 from .rules import dare, task_arithmetic, ties
 
@@ -62,7 +64,11 @@ def merge_checkpoints(
         ValueError: an unknown method, options of another one, or checkpoints that differ in their tensors.
         FileExistsError: the output exists.
     """
+    check_argument("output", output, str | Path, "a new folder")
+    check_utf8(output)
     output = Path(output)
+    check_device(device)
+    check_number("seed", seed, 0)
     _check(checkpoints, output, method, texts, settings, strength, density)
     check_alike(base, checkpoints, **source)
     model = load_model(base, device, **source)
@@ -111,6 +117,10 @@ def check_alike(base: str | Path, checkpoints: Sequence[str | Path], **source: A
 def _check(checkpoints, output, method, texts, settings, strength, density) -> None:
     if method not in METHODS:
         raise ValueError(f"method={method!r}, but it must be one of {', '.join(METHODS)}")
+    check_argument("checkpoints", checkpoints, list | tuple, "a list of folders or Hub ids")
+    for name, value in (("strength", strength), ("density", density)):
+        if value is not None:
+            check_number(name, value, whole=False)
     if len(checkpoints) < 2:
         raise ValueError(f"{len(checkpoints)} checkpoint to merge; give at least two")
     if output.exists():

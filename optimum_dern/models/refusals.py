@@ -205,6 +205,7 @@ def _least_count(layer: MoELayer) -> int:
 
 
 def _check_layer(layer: MoELayer, hidden_size: int) -> None:
+    _check_sizes(layer)
     _check_router(layer)
     if layer.num_experts == hidden_size:
         raise ValueError(
@@ -215,6 +216,26 @@ def _check_layer(layer: MoELayer, hidden_size: int) -> None:
         raise ValueError(f"{layer.name} normalises each expert's output; experts are then not sums of neurons")
     if getattr(layer.experts, "_is_expert_parallel", False):
         raise ValueError(f"{layer.name} is expert-parallel; load the model without expert parallelism")
+
+
+def _check_sizes(layer: MoELayer) -> None:
+    sizes = {
+        "experts a token": (layer.top_k, layer.num_experts),
+        "groups": (layer.num_groups, layer.num_experts),
+        "groups a token": (layer.topk_group, layer.num_groups),
+        "neurons an expert": (layer.width, layer.width),
+    }
+    for name, (found, most) in sizes.items():
+        if not isinstance(found, int) or not 1 <= found <= most:
+            allowed = f"from 1 to {most}" if most > 1 else "at least 1"
+            raise ValueError(
+                f"{layer.name} has {found!r} {name} by its config, and it must be {allowed}; mend the config"
+            )
+    if layer.num_experts % layer.num_groups:
+        raise ValueError(
+            f"{layer.name} has {layer.num_experts} experts in {layer.num_groups} groups by its config, which cannot "
+            "be of equal size; mend the config"
+        )
 
 
 def _check_router(layer: MoELayer) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..errors import explained
+from .loading import load_config, named_class
 from .refusals import check_config
 
 
@@ -38,19 +40,20 @@ def build_skeleton(
         The model, without any storage.
 
     Raises:
-        ValueError: a family that cannot be compressed.
+        ValueError: a family that cannot be compressed, or a config that no model can be built from.
     """
     import transformers
     from accelerate import init_empty_weights
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(folder, **options)
+    config = load_config(folder, **options)
     check_config(config)
     for part in (config, config.get_text_config()) if dequantised else ():
         vars(part).pop("quantization_config", None)
     dtype = dtype or config.dtype or (stored_dtype and stored_dtype()) or config.get_text_config().dtype
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    with init_empty_weights(include_buffers=False), LargeOnMeta():
+    architecture = named_class(config)
+    failed = f"transformers cannot build the model that {folder}/config.json describes"
+    with explained(failed, "mend it, or download it again"), init_empty_weights(include_buffers=False), LargeOnMeta():
         if architecture is not None and config.model_type == architecture.config_class.model_type:
             skeleton = architecture._from_config(config, dtype=dtype)
         else:

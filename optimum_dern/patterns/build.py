@@ -12,6 +12,8 @@ from ..checkpoint.format.conversion import NameMap
 from ..checkpoint.source.find import Source, find_checkpoint
 from ..checkpoint.source.loader import PartLoader
 from ..checkpoint.source.recorded import identify_model
+from ..checks.arguments import check_argument, check_number
+from ..checks.batches import check_batches
 from ..core.layer.mixture import Routing
 from ..data.labels import real_tokens
 from ..engine.walk.visit import visit_layers
@@ -53,9 +55,15 @@ def build_patterns(
     Raises:
         ValueError: no task, a model without router logits, or numbers out of range.
     """
+    check_argument("tasks", tasks, Mapping, "a dict of token batches by name")
+    check_number("top", top, 1)
+    if confidence is not None:
+        check_number("confidence", confidence, whole=False)
     found = open_source(model, **source)
     layers = find_moe_layers(found.skeleton)
     _check(layers, tasks, top, confidence)
+    for batches in tasks.values():
+        check_batches(batches, found.skeleton.get_input_embeddings().weight.shape[0], masked=True)
     settings = {"top": top, "confidence": confidence}
     sums, tokens = _run(found, tasks, settings, device)
     return PatternLibrary(

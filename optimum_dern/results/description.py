@@ -47,7 +47,8 @@ def describe_dataset(dataset: Any) -> str:
     if isinstance(dataset, Mapping):
         return " + ".join(f"{weight:g} x {describe_dataset(part)}" for part, weight in dataset.items())
     kind = type(dataset[0]).__name__ if isinstance(dataset, Sequence) and len(dataset) else "row"
-    size = len(dataset) if hasattr(dataset, "__len__") else "unknown number"
+    sized = hasattr(dataset, "__len__") and not isinstance(dataset, type) and getattr(dataset, "ndim", 1) > 0
+    size = len(dataset) if sized else "unknown number"
     return f"{size} {kind}s in memory ({type(dataset).__name__})"
 
 

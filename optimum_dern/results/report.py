@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..text_files import replace_text
+from ..text_files import read_object, replace_text
 from .estimate import json_error
 
 
@@ -144,8 +144,15 @@ class CompressionReport:
 
     @classmethod
     def load(cls, path: str | Path) -> "CompressionReport":
-        """Load a report written by `save`."""
-        return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
+        """Load a report written by `save`.
+
+        Raises:
+            ValueError: the file holds no report that this release reads.
+        """
+        try:
+            return cls.from_dict(read_object(Path(path)))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a report that this release can read ({error!r})") from error
 
 
 def _without_folders(values: dict[str, Any]) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def test_other_models_are_refused(folders, tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"initial": 1.0}, {"epochs": 0}, {"rate": 0.0}])
 def test_settings(wrong):
-    with pytest.raises(ValueError, match="coefficient is above 0|at least 1"):
+    with pytest.raises(ValueError, match="coefficient must be above 0|at least 1"):
         LearnedSettings(**wrong)
 
 

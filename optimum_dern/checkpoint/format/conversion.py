@@ -44,6 +44,7 @@ class NameMap:
         parameters = model.state_dict()
         self.target: dict[str, str] = {}  # only tensors that the model has a parameter for
         self.filled: set[str] = set()  # parameters that a tensor is loaded into; one may be split into several
+        self.whole: dict[str, str] = {}  # those of `target` that are a parameter as they are, but for the name
         patterns = {pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns}
         for name in names:
             target, found = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
@@ -51,6 +52,8 @@ class NameMap:
                 target, found = rename_source_key(name, [], [], model.base_model_prefix, parameters)
             if target in parameters:
                 self.target[name] = target
+                if found is None:
+                    self.whole[name] = target
                 self.filled |= {target, *_siblings(target, patterns.get(found, ()))}
         self._used = [entry for entry in mapping if entry.was_used()]
 

@@ -48,6 +48,8 @@ def check_quantisation(config: Mapping[str, Any]) -> dict[str, Any] | None:
     found = next((part[key] for part in parts for key in KEYS if part.get(key)), None)
     if found is None:
         return None
+    if not isinstance(found, Mapping):
+        raise ValueError(f"config.json gives the quantisation {found!r:.80}; it must be an object, or left out")
     bits = [f"{n} bits" for n in (4, 8) if found.get(f"load_in_{n}bit")]
     method = found.get("quant_method") or (f"bitsandbytes, {bits[0]}" if bits else "an unnamed method")
     if method == "mxfp4" and config.get("model_type") != "gpt_oss":
@@ -59,7 +61,8 @@ def check_quantisation(config: Mapping[str, Any]) -> dict[str, Any] | None:
             "unquantised checkpoint that it was made from, then quantise the result"
         )
     block = found.get("weight_block_size")
-    if block is not None and (len(block) != 2 or not all(isinstance(size, int) and size > 0 for size in block)):
+    pair = isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+    if block is not None and not pair:
         raise ValueError(f"config.json gives weight_block_size {block}; it must be two positive numbers, or null")
     return dict(found)
 

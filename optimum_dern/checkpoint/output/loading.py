@@ -1,11 +1,11 @@
 """Load a compressed checkpoint together with its report, so that it can be saved and pushed with it again."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ...models.loading import model_class
 from ...results.report import CompressionReport
+from ...text_files import read_object
 from ..source.provenance import OWN_CODE, locating_options
 from .publishing import REPORT_NAME, keep_publishable_
 
@@ -41,7 +41,7 @@ def load_compressed_model(model: str | Path, revision: str | None = None, token:
                 f"{name} has no {filename}, so it is not a checkpoint of optimum-dern; "
                 "load it with transformers' AutoModelForCausalLM.from_pretrained"
             )
-        files[filename] = json.loads(Path(found).read_text("utf-8"))
+        files[filename] = read_object(Path(found))
     code = {OWN_CODE: kwargs[OWN_CODE]} if OWN_CODE in kwargs else {}
     loaded = model_class(name, **source, **code).from_pretrained(name, **{**kwargs, **source})
     keep_publishable_(loaded, CompressionReport.from_dict(files[REPORT_NAME]), files["config.json"])

@@ -14,7 +14,7 @@ from typing import Any
 from ...text_files import read_object, replace_text
 
 
-__all__ = ["Manifest", "only_process"]
+__all__ = ["Manifest", "only_process", "read_manifest"]
 
 
 class Manifest:
@@ -36,7 +36,7 @@ class Manifest:
         # Converted to JSON and back, so that it compares equal to a fingerprint read from the file.
         self.state: dict[str, Any] = {"fingerprint": json.loads(json.dumps(fingerprint)), "layers": {}, "tensors": {}}
         if self.path.exists():
-            earlier = _read(self.path)
+            earlier = read_manifest(self.path)
             _check_same(earlier["fingerprint"], self.state["fingerprint"])
             self.state = earlier
 
@@ -88,8 +88,12 @@ def only_process(folder: Path) -> Iterator[None]:
         yield
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Read a manifest, of which all parts must be there."""
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a manifest's file: its fingerprint, and the layers and tensors that are finished.
+
+    Raises:
+        ValueError: a part of it is missing or broken.
+    """
     try:
         found = read_object(path)
         if all(isinstance(found.get(part), dict) for part in ("fingerprint", "layers", "tensors")):

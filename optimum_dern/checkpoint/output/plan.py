@@ -66,6 +66,11 @@ def plan_output(
         before = names.original(model, layer_parameters(layer, layer.num_experts))
         for name, tensor in before.items():
             _check_stored(reader, name, tensor, layer)
+        if extra := [name for name in names.sources(f"{layer.experts_name}.") if name not in before]:
+            raise ValueError(
+                f"{extra[0]} is one expert's more than the {layer.num_experts} of {layer.name} that config.json "
+                "describes; download both again"
+            )
         after = names.original(model, layer_parameters(layer, num_experts, width))
         for name, tensor in after.items():
             shapes[name] = _shape(reader.infos[name].shape, before[name].shape, tensor.shape)

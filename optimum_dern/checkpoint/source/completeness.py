@@ -11,12 +11,14 @@ from typing import Any
 from ...models.moe.structure import find_decoder_layers, find_moe_layers
 from ..format.conversion import NameMap
 from ..format.reader import CheckpointReader
+from ..format.tensor_file import DTYPES
 
 
 __all__ = ["check_complete"]
 
 logger = getLogger(__name__)
 
+FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.is_floating_point)
 WRAPPERS = {  # part of a tensor's name -> the wrapper that adds it
     "_orig_mod.": "torch.compile",
     "module.": "DataParallel or DeepSpeed",
@@ -39,8 +41,9 @@ def check_complete(model: Any, reader: CheckpointReader, names: NameMap) -> None
         names: mapping from its tensors to the model's parameters.
 
     Raises:
-        ValueError: weights are missing; the message names them.
+        ValueError: weights are missing, or of another shape or kind; the message names them.
     """
+    _check_forms(model, reader, names)
     missing = _missing(model, names)
     for part in _absent_parts(model, names) if missing else ():
         logger.warning("%s has no weights for %s, which text does not go through", reader.folder, part)
@@ -56,6 +59,23 @@ def check_complete(model: Any, reader: CheckpointReader, names: NameMap) -> None
             f"{reader.folder} has no weights for {missing[0]}{more}, which would be initialised anew: the checkpoint "
             f"is incomplete{_beside(reader)}; download it again, or save its model once more{mend}"
         )
+
+
+def _check_forms(model: Any, reader: CheckpointReader, names: NameMap) -> None:
+    """Refuse tensors whose numbers are no weights, or whose shape is not what the config makes of it."""
+    parameters = model.state_dict()
+    for name, target in names.target.items():
+        info, parameter = reader.infos[name], parameters[target]
+        if parameter.is_floating_point() and info.dtype not in FLOATS:
+            raise ValueError(
+                f"{reader.folder} has {name} as {info.dtype}, and weights are {', '.join(FLOATS)}; where they are "
+                "quantised, compress the checkpoint that they were made from"
+            )
+        if name in names.whole and info.shape != tuple(parameter.shape):
+            raise ValueError(
+                f"{reader.folder} has {name} with the shape {info.shape}, but its config.json describes "
+                f"{tuple(parameter.shape)}; download both again"
+            )
 
 
 def _missing(model: Any, names: NameMap) -> list[str]:

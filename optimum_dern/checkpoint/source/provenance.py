@@ -1,9 +1,11 @@
 """The origin of a loaded model: its name, revision, config file and tokenizer, where they are still available."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ...errors import explained
+from ...text_files import read_object
 
 
 __all__ = [
@@ -77,7 +79,7 @@ def source_file(model: Any, filename: str) -> Path | None:
 def source_config(model: Any) -> dict[str, Any] | None:
     """Read the config.json that a model's config was loaded from; None where no such file is found."""
     path = source_file(model, "config.json")
-    return None if path is None else json.loads(path.read_text("utf-8"))
+    return None if path is None else read_object(path)
 
 
 def source_tokenizer(model: Any, trust_remote_code: bool = False) -> Any:
@@ -100,7 +102,7 @@ def load_tokenizer(
         **location: `LOCATING` arguments of `from_pretrained`.
 
     Raises:
-        ValueError: the tokenizer has code of its own, which is not allowed to run.
+        ValueError: the tokenizer has code of its own, which is not allowed to run, or its files are broken.
     """
     from transformers import AutoTokenizer
 
@@ -110,7 +112,8 @@ def load_tokenizer(
         "(--trust-remote-code), or give a tokenizer that is loaded already, or token ids instead of text"
     )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        with explained(f"the tokenizer of {name} cannot be loaded", "save it once more, or give another one"):
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except ValueError as error:
         if trust_remote_code or "trust_remote_code" not in str(error):
             raise

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...core.layer.statistics import ExpertStatistics
+from ...text_files import parse_object
 from ..format.reader import CheckpointReader
 from ..format.tensor_file import TensorInfo, create_file, dtype_name, read_header, read_tensor, write_bytes
 from ..format.weight_files import SINGLE_NAME, write_index
@@ -26,6 +27,7 @@ __all__ = ["STATISTICS_NAME", "RecordedStatistics", "StatisticsWriter", "identif
 
 STATISTICS_NAME, KEY = "dern_statistics.safetensors", "dern_statistics"
 FIELDS = [field.name for field in fields(ExpertStatistics)]
+PAIRS = ("coactivation", "together")  # fields with an entry for every pair of experts
 SAMPLE = 64  # bytes of every tensor (of every expert in a fused tensor) that `identify_model` hashes
 
 
@@ -77,10 +79,12 @@ class RecordedStatistics:
             raise FileNotFoundError(f"there is no statistics file {str(path)!r}; give a {STATISTICS_NAME}")
         try:
             with safe_open(self.path, "pt") as file:
-                self.description: dict[str, Any] = json.loads((file.metadata() or {})[KEY])
+                self.description = parse_object((file.metadata() or {})[KEY].encode(), f"the metadata of {self.path}")
+            self.places = read_header(self.path)
+            if not all(isinstance(self.description[part], dict) for part in ("options", "calibration")):
+                raise ValueError("its metadata names neither options nor calibration data")
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is not a {STATISTICS_NAME} ({error!r})") from error
-        self.places = read_header(self.path)
+            raise ValueError(f"{path} is not a {STATISTICS_NAME} ({error!r}); record it again") from error
 
     def read(self, position: int) -> ExpertStatistics:
         """Read the statistics of one layer."""
@@ -108,6 +112,17 @@ class RecordedStatistics:
         missing = [name for name in names if name not in self.places]
         if missing:
             raise ValueError(f"{self.path} was written by another release: it has no {missing[0]}; record it again")
+        for position in positions:
+            self._check_shapes(position)
+
+    def _check_shapes(self, position: int) -> None:
+        """Refuse a layer's tensors that are not those of one number of experts."""
+        forms = {name: self.places[f"{position}.{name}"].shape for name in FIELDS}
+        experts = (forms["count"] or (0,))[0]
+        for name, shape in forms.items():
+            wanted = () if name == "tokens" else (experts, experts) if name in PAIRS else (experts,)
+            if (shape[:1] if name == "output_sum" else shape) != wanted:
+                raise ValueError(f"{self.path} has {position}.{name} with the shape {shape}; record it again")
 
 
 def identify_model(reader: CheckpointReader, dtype: str | None) -> dict[str, Any]:

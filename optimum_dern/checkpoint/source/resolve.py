@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...checks.arguments import check_argument
+from ...paths import check_utf8
 from ...results.public_names import is_hub_id
 from ..format.sidecars import FOLDERS
 from ..format.weight_files import ADAPTER_NAME, PICKLED, check_whole_model, entry_names, no_weights, weight_names
@@ -99,6 +101,9 @@ def _find(
     model: str | Path, revision: str | None, token: Any, subfolder: str = "", **download: Any
 ) -> tuple[Path, str | None]:
     """Find a checkpoint's folder, which must have a config.json; a Hub model is downloaded, and has a commit."""
+    check_argument("the model", model, str | Path, "the folder of a checkpoint, or a Hub id (owner/name)")
+    check_argument("subfolder", subfolder, str, "a name, or leave it out")
+    check_utf8(model, subfolder)
     folder, commit = Path(model).expanduser(), None
     if not folder.is_dir():
         if isinstance(model, Path) or folder.is_absolute() or folder.exists() or not is_hub_id(model):

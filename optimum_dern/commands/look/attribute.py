@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..shared.arguments import add_model_arguments, check_model_name
+from ..shared.arguments import add_model_arguments, check_model_name, check_revision
 from ..shared.named_data import add_data_arguments, load_named_batches, named_data
 from ..shared.tables import print_table
 
@@ -37,19 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, write the files, and print the experts that are most a domain's own."""
+    from ...machine.torch_state import check_device
+
     check_model_name(args.model)
+    check_revision(args, args.model)
+    check_device(args.device)
     names = named_data(args)
     _check(args, names)
-
-    from transformers import AutoConfig
 
     from ...attribution.masking import mask_checkpoint
     from ...attribution.measure import attribute_experts
     from ...checkpoint.source.provenance import load_tokenizer
+    from ...models.loading import load_config
 
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.model, **source)
-    texts = load_named_batches(args, AutoConfig.from_pretrained(args.model, **source), tokenizer)
+    texts = load_named_batches(args, load_config(args.model, **source), tokenizer)
     found = attribute_experts(args.model, texts, tokenizer, args.device, **source)
     files = found.save(args.output)
     if args.mask_domain is not None:
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace, names: dict[str, str]) -> None:
     masks = args.mask_experts, args.mask_neurons
     if min(masks) < 0 or (args.mask_domain is None and any(masks)):
-        raise ValueError("--mask-experts and --mask-neurons take numbers above 0, with --mask-domain NAME")
+        raise ValueError("give --mask-experts and --mask-neurons numbers above 0, with --mask-domain NAME")
     if args.mask_domain is not None:
         if args.mask_domain not in names:
             raise ValueError(f"--mask-domain {args.mask_domain!r} is none of the data; give one of {', '.join(names)}")

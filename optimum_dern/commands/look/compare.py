@@ -106,6 +106,8 @@ def _check(args: argparse.Namespace) -> None:
         check_source(args.data)
     elif not args.speed and not args.tasks:
         raise ValueError("there is nothing to compare: give --data TEXT or --tasks, or leave --no-speed out")
+    if args.tasks_folder and not args.tasks:
+        raise ValueError("--tasks-folder is of tasks: give --tasks, too, or leave it out")
     load_tasks(args.tasks, args.tasks_folder, limit=1)
     if args.output is not None and args.output.suffix not in (".md", ".json"):
         raise ValueError(f"--output is {args.output}; give a file that ends in .md or .json")

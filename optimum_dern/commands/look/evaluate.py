@@ -8,7 +8,13 @@ from typing import Any
 
 from ...installation import install_hint
 from ...results.estimate import plus_minus
-from ..shared.arguments import add_model_arguments, check_model_name, check_numbers, check_output_file
+from ..shared.arguments import (
+    add_model_arguments,
+    check_model_name,
+    check_numbers,
+    check_output_file,
+    check_revision,
+)
 from ..shared.tables import print_table
 
 
@@ -92,12 +98,15 @@ def _check(args: argparse.Namespace) -> None:
     check_device(args.device)
     for name in (args.model, *([args.against] if args.against else [])):
         check_model_name(name)
+    check_revision(args, args.model)
     if not args.data and not args.tasks:
         raise ValueError("there is nothing to measure: give --data TEXT, --tasks TASK or both")
     if args.against and not args.data:
         raise ValueError("--against compares predictions on text: give --data, too")
     if args.cache and not args.against:
         raise ValueError("--cache keeps predictions of the model of --against, which is not given")
+    if not args.tasks and (args.tasks_folder or args.lm_eval):
+        raise ValueError("--tasks-folder and --lm-eval are of tasks: give --tasks, too, or leave them out")
     check_numbers(args, "limit", "batch_size", "top_k")
     if args.lm_eval and args.streamed:
         raise ValueError("lm-eval needs the whole model in memory; leave --lm-eval or --streamed out")
@@ -119,15 +128,14 @@ def _check(args: argparse.Namespace) -> None:
 
 def _load_texts(args: argparse.Namespace) -> tuple[Any, dict[str, list[dict]], int]:
     """Load the model's tokenizer and the batches by name of the text; returns them and the sequence length."""
-    from transformers import AutoConfig
-
     from ...checkpoint.source.provenance import load_tokenizer
     from ...evaluation.loss.perplexity import evaluation_length, load_texts
+    from ...models.loading import load_config
 
     source = _source(args)
     own_code = {"trust_remote_code": args.trust_remote_code}
     original, options = (args.against, own_code) if args.against else (args.model, source)
-    length = evaluation_length(AutoConfig.from_pretrained(original, **options), args.sequence_length)
+    length = evaluation_length(load_config(original, **options), args.sequence_length)
     tokenizer = load_tokenizer(args.model, **source)
     texts: dict[str, list[dict]] = {}
     for data in args.data:

@@ -3,7 +3,14 @@
 import argparse
 import json
 
-from ..shared.arguments import add_config_arguments, add_model_arguments, check_model_name, config_from_arguments
+from ..shared.arguments import (
+    add_config_arguments,
+    add_model_arguments,
+    check_model_name,
+    check_revision,
+    check_sources,
+    config_from_arguments,
+)
 from ..shared.tables import print_table
 
 
@@ -32,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
     """Print the MoE layers found, the sizes before and after, and the predicted memory, disk space and time."""
     config = config_from_arguments(args)
     check_model_name(args.model)
+    check_revision(args, args.model)
+    check_sources(config.dataset)
 
     from ...checkpoint.output.shards import parse_bytes
     from ...checkpoint.source.find import find_checkpoint

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from ...errors import explained
+
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "run"]
 
@@ -31,19 +33,23 @@ def run(args: argparse.Namespace) -> None:
     """Write the page, and print its path."""
     if args.card and args.output:
         raise ValueError("--card writes into the checkpoint, and --output elsewhere; give one of them")
+    if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
+        raise ValueError(f"--output {args.output} must be a file in a folder that exists")
     report, folder = _load(args.checkpoint)
 
     from ...reporting.page import report_page
     from ...reporting.presentation import write_presentation
     from ...text_files import replace_text
 
+    with explained(f"the report of {args.checkpoint} cannot be shown", "compress the checkpoint again"):
+        page = report_page(report)
     if args.output:
-        if args.output.is_dir() or not args.output.absolute().parent.is_dir():
-            raise ValueError(f"--output {args.output} must be a file in a folder that exists")
-        replace_text(args.output, report_page(report))
+        replace_text(args.output, page)
         print(args.output)
         return
-    for file in write_presentation(report, folder, keep_card=not args.card, draw=True):
+    with explained(f"the report of {args.checkpoint} cannot be shown", "compress the checkpoint again"):
+        files = write_presentation(report, folder, keep_card=not args.card, draw=True)
+    for file in files:
         print(file)
 
 
@@ -55,7 +61,4 @@ def _load(path: Path):
     file = path / REPORT_NAME if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}; give the folder of a checkpoint that optimum-dern compressed")
-    try:
-        return CompressionReport.load(file), file.parent
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not a report that this release can read ({error!r})") from error
+    return CompressionReport.load(file), file.parent

@@ -20,9 +20,12 @@ __all__ = [
     "check_model_name",
     "check_numbers",
     "check_output_file",
+    "check_revision",
+    "check_sources",
     "config_from_arguments",
 ]
 
+LARGEST, SEEDS = 2**31 - 1, 2**32  # numbers above which torch counts no longer
 NUMBERS = {"sparsity": float, "num_experts": int}
 AMOUNTS = {"sparsity": "X", "num_experts": "N"}
 
@@ -66,11 +69,33 @@ def check_model_name(name: str) -> None:
 
 
 def check_numbers(args: argparse.Namespace, *names: str) -> None:
-    """Raise ValueError for an option that is given and below 1."""
+    """Raise ValueError for an option that is given and out of range; a seed may be 0."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; give a whole number of at least 1")
+        least, most = (0, SEEDS - 1) if name == "seed" else (1, LARGEST)
+        if value is not None and not least <= value <= most:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {value}; give a whole number of at least {least}, at most {most:,}"
+            )
+
+
+def check_revision(args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError for a revision of local folders, which have none."""
+    if args.revision is not None and all(Path(name).expanduser().is_dir() for name in names):
+        raise ValueError(
+            f"--revision {args.revision} has no effect on {', '.join(names)}, a local folder; leave it out, or give a "
+            "Hub id (owner/name)"
+        )
+
+
+def check_sources(*sources: Any) -> None:
+    """Refuse missing text files before a model is loaded."""
+    from ...data.batches import check_source
+
+    for source in sources:
+        for name in [] if source is None else source if isinstance(source, dict) else [source]:
+            if isinstance(name, str | Path):
+                check_source(name)
 
 
 def check_output_file(file: Path | None) -> None:
@@ -100,6 +125,8 @@ def _read_fields(file: Path) -> dict[str, Any]:
     """The fields in a JSON file: its own, or those of the `config` in a dern_config.json or dern_report.json."""
     from ...data.files import parse_json, read_text
 
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no config file {file}; give a JSON file of DernConfig fields")
     values = parse_json(read_text(file), file)
     if isinstance(values, dict) and isinstance(values.get("config"), dict):
         values = values["config"]

@@ -41,7 +41,7 @@ def named_data(args: argparse.Namespace) -> dict[str, str]:
     """
     from ...data.batches import check_source
 
-    check_numbers(args, "num_samples", "sequence_length")
+    check_numbers(args, "num_samples", "sequence_length", "seed")
     found: dict[str, str] = {}
     for entry in args.data:
         name, equals, source = entry.partition("=")

@@ -15,6 +15,7 @@ is updated.  A gradient is divided by the root of its running mean square, which
 of every column (Adafactor, arXiv 1804.04235), and the result goes through momentum.  Steps have one length throughout,
 relative to the size of the weights; the weights handed out are the running mean over the last passes' steps (Polyak
 averaging), which at any time is as good as a descent that has slowed down: so it can be ended after any pass.
+Steps do not depend on the scale of the outputs, so huge ones are divided by a power of two, which changes no digit.
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from ..layer.cost import Cost, LayerShape, experts_operations
 from ..layer.mixture import Activation, Routing, expert_batches, expert_inputs, expert_output
-from ..layer.reduction import Reduce, alone, largest
+from ..layer.reduction import Reduce, alone
 from ..layer.segments import Segments
 from ..layer.traced import TracedActivation
 
@@ -41,6 +42,7 @@ ENOUGH_PER_EXPERT = 128  # tokens of a batch that an expert gets: with fewer, up
 RATE = 0.06  # length of a step, relative to the root mean square of the weights
 MOMENTUM, SMOOTHING = 0.8, 0.95  # decay of the running means of the steps and of the squared gradient
 DAMPING = 0.1  # limits the step of weights whose gradient is small compared with their expert's
+HUGE = 1 << 16  # outputs above it are scaled down: their gradients' squares may be beyond float32
 AVERAGED_PASSES = 1.5  # over which the weights are averaged
 
 
@@ -98,28 +100,44 @@ def descend_neurons(
         the same tensors.
     """
     order = torch.arange(len(target)) if order is None else order.cpu()
-    moving = [_moving(part, segments) for part in segments.parts]
     asked = order.device if reduce is alone else target.device  # only other processes need the numbers on a GPU
     total = int(reduce(torch.tensor(len(target), device=asked)))
     steps = count_steps(total, len(segments.up) // routing.index.shape[1])
-    highest, generator = int(largest(order.to(asked), reduce)), torch.Generator().manual_seed(seed)
-    step = 0
+    highest, peak = _ends(order, target, reduce)
+    scale = torch.where(peak > HUGE, peak.log2().floor().exp2(), torch.ones_like(peak))
+    *others, down = segments.parts
+    moving = [*(_moving(part, segments) for part in others), _moving(down, segments, scale)]
+    bias = segments.output_bias
+    scaled = segments if bias is None else segments._replace(output_bias=bias / scale)
+    step, generator = 0, torch.Generator().manual_seed(seed)
     while True:
         for tokens in _minibatches(order, highest + 1, steps, target.device, generator):
             step += 1
             kept = max(1 / step, 1 / (AVERAGED_PASSES * steps))
-            current = _with_parts(segments, [part.value for part in moving])
-            own = _gradients(current, routing.select(tokens), target[tokens], activation)
+            current = _with_parts(scaled, [part.value for part in moving])
+            own = _gradients(current, routing.select(tokens), target[tokens] / scale, activation)
             for expert, gradients in _reduced(own, segments.workspace.max_elements, reduce):
                 for part, gradient in zip(moving, gradients, strict=True):
                     _move(part, expert, gradient, rate, step)
                     part.average[expert].lerp_(part.value[expert], kept)
+        moving[-1].average.mul_(scale)
         yield _with_parts(segments, [part.average for part in moving])
+        moving[-1].average.div_(scale)
 
 
-def _moving(part: Tensor, segments: Segments) -> Moving:
+def _ends(order: Tensor, target: Tensor, reduce: Reduce) -> tuple[int, Tensor]:
+    """Return the highest number of a token and the largest output () over all processes, by one message."""
+    number = order.max() if len(order) else order.new_zeros(())
+    peak = torch.stack(target.aminmax()).abs().max() if target.numel() else target.new_zeros(())
+    if reduce is alone:
+        return int(number), peak
+    both = reduce(torch.stack([number.to(target.device).double(), peak.double()]), "max")
+    return int(both[0]), both[1].to(peak.dtype)
+
+
+def _moving(part: Tensor, segments: Segments, scale: Tensor | float = 1.0) -> Moving:
     space = segments.workspace
-    value, average = (space.copy(part, segments.compute_dtype) for _ in range(2))
+    value, average = (space.copy(part, segments.compute_dtype).div_(scale) for _ in range(2))
     step = space.empty_like(value).zero_()
     rows, columns = value.new_zeros(*value.shape[:2], 1), value.new_zeros(len(value), 1, value.shape[2])
     size = (torch.stack([expert.square().sum() for expert in value]).sum() / value.numel()).sqrt()

@@ -1,7 +1,6 @@
 """Compress a checkpoint on disk into one or several others, one decoder layer in memory at a time, with resume."""
 
 import copy
-import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from ...checkpoint.format.conversion import NameMap
 from ...checkpoint.format.sidecars import companions, copy_companions, left_out, remove_stale
 from ...checkpoint.output.folder import WORK_NAME, set_card_aside
-from ...checkpoint.output.manifest import Manifest, only_process
+from ...checkpoint.output.manifest import Manifest, only_process, read_manifest
 from ...checkpoint.output.plan import OutputPlan, plan_output
 from ...checkpoint.output.publishing import MANIFEST_NAME, OWN_TEXT_NAME, write_report, write_sidecars
 from ...checkpoint.output.shards import OutputTensor, ShardWriter, plan_shards, publish_shards
@@ -23,6 +22,7 @@ from ...checkpoint.source.loader import PartLoader
 from ...checkpoint.source.recorded import StatisticsWriter, publish_statistics
 from ...config import DernConfig
 from ...data.files import listed
+from ...errors import is_deliberate
 from ...machine.processes import Processes
 from ...machine.scratch import open_workspace
 from ...machine.threads import computing_with, threads_of_run
@@ -166,17 +166,33 @@ def _working_folder(output: Path, processes: Processes) -> Iterator[Path]:
 
 @contextmanager
 def _locked(work: Path) -> Iterator[Path]:
+    made = [folder for folder in (work, work.parent) if not folder.exists()]
     work.mkdir(parents=True, exist_ok=True)
     with only_process(work):
         if not _is_begun(work):
             _empty(work)
-        yield work
+        try:
+            yield work
+        except Exception as error:
+            if is_deliberate(error) and not _is_begun(work):
+                _discard(work, made)
+            raise
         shutil.rmtree(work)
+
+
+def _discard(work: Path, made: Sequence[Path]) -> None:
+    """Remove what a run has left that was refused before its first layer; text that the model wrote is kept."""
+    _empty(work)
+    if not (work / OWN_TEXT_NAME).exists():
+        shutil.rmtree(work)
+        for folder in made[1:]:
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _is_begun(work: Path) -> bool:
     """Whether an earlier run has finished at least one MoE layer; with less, its working folder is discarded."""
-    states = [json.loads(file.read_text("utf-8")) for file in work.rglob("manifest.json")]
+    states = [read_manifest(file) for file in work.rglob("manifest.json")]
     return any(report is not None for state in states for report in state["layers"].values())
 
 

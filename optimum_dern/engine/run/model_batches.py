@@ -123,6 +123,8 @@ def _tokenizer(config: DernConfig, model: Any, tokenizer: Any, trust_remote_code
             tokenizer = source_tokenizer(model, trust_remote_code)
         elif isinstance(tokenizer, str | Path):
             tokenizer = load_tokenizer(tokenizer, None, trust_remote_code)
+        elif not (callable(tokenizer) and hasattr(tokenizer, "all_special_ids")):
+            raise TypeError(f"tokenizer={tokenizer!r:.80} is none; give one of transformers, a folder or a Hub id")
     except (OSError, ValueError) as reason:
         if needed:
             raise

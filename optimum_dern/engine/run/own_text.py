@@ -130,8 +130,11 @@ def _kept_rows(path: Path | None, made: str) -> list[dict[str, Any]]:
     """Read the rows of an earlier run; none where there are none, or those of another model, number or seed."""
     if path is None or not path.exists():
         return []
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return rows if all(row.get("made") == made for row in rows) else []
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except (RecursionError, ValueError):  # then it is written once more
+        return []
+    return rows if all(isinstance(row, dict) and row.get("made") == made for row in rows) else []
 
 
 def _row(ids: Tensor, tokenizer: Any, made: str) -> dict[str, Any]:

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
+from ...checkpoint.format.conversion import NameMap
 from ...checkpoint.format.precision import describe_precision
 from ...checkpoint.format.tensor_file import dtype_name
 from ...checkpoint.output.folder import WORK_NAME, prepare_output
+from ...checkpoint.output.plan import plan_output
 from ...checkpoint.output.publishing import OWN_TEXT_NAME
 from ...checkpoint.output.shards import parse_bytes
 from ...checkpoint.source.find import Source, find_checkpoint
 from ...checkpoint.source.recorded import RecordedStatistics, identify_model
+from ...checks.arguments import check_argument
 from ...config import DernConfig
 from ...machine.processes import Processes
 from ...models.loading import parse_dtype
@@ -21,6 +24,7 @@ from ...models.moe.structure import find_moe_layers, layers_by_position
 from ...paths import check_utf8
 from ...results.description import describe_calibration
 from ..cost.memory import plan_memory
+from ..layer.narrowing import find_width
 from .checkpoint_run import CheckpointTask, result_names
 from .checks import check_names, check_statistics, resolve_counts, with_dataset
 from .model_batches import load_model_batches, with_text_it_can_write, writes_text
@@ -63,6 +67,7 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
         FileNotFoundError: weights are missing, or stored only as pickle files.
         RuntimeError: another run is using the output folder.
     """
+    check_argument("output", request.output, str | Path, "a folder")
     check_utf8(request.model, request.output, request.statistics, request.tokenizer)
     shard_size = parse_bytes(request.max_shard_size) if request.max_shard_size else None
     bound = parse_bytes(request.max_memory) if request.max_memory else None
@@ -79,6 +84,9 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
     skeleton = source.skeleton
     layers = find_moe_layers(skeleton)
     counts = resolve_counts(request.configs, skeleton, layers)
+    if source.reader is not None:  # what cannot be written is refused before anything long
+        stored = NameMap(skeleton, list(source.reader.infos))
+        plan_output(skeleton, layers, source.reader, stored, counts[0], find_width(layers[0], request.configs[0]))
     output, names = Path(request.output), result_names(counts)
     processes.on_main(lambda: prepare_output(source.folder, output, request.restart, request.overwrite, names))
     configs = request.configs if recorded is not None else [with_dataset(config) for config in request.configs]

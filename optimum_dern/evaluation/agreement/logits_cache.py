@@ -24,7 +24,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..loss.logits import batch_logits
+from ...checks.batches import check_batches
+from ...errors import explained
+from ...text_files import read_object
+from ..loss.logits import batch_logits, rows_of
 
 
 __all__ = ["CACHE_NAME", "INPUTS", "LogitsCache", "cache_logits", "check_folder", "predicted_positions"]
@@ -56,25 +59,33 @@ class LogitsCache:
         file = Path(folder) / CACHE_NAME
         if not file.is_file():
             raise FileNotFoundError(f"{folder} holds no cache of predictions; write one with cache_logits")
-        facts = json.loads(file.read_text("utf-8"))
+        facts = read_object(file)
         if facts.get("format") != FORMAT:
             raise ValueError(
                 f"{folder} has format {facts.get('format')!r}, this version reads {FORMAT}; write it again"
             )
-        return cls(Path(folder), facts["top_k"], facts["vocabulary"], facts["texts"], facts["model"])
+        kinds = {"top_k": int, "vocabulary": int, "texts": dict, "model": str}
+        wrong = [name for name, kind in kinds.items() if not isinstance(facts.get(name), kind)]
+        if wrong or not all(isinstance(count, int) and count >= 0 for count in facts["texts"].values()):
+            raise ValueError(f"{file} has no proper {(wrong or ['texts'])[0]}; write the cache again")
+        return cls(Path(folder), *(facts[name] for name in kinds))
 
     def batches(self, text: str) -> Iterator[dict[str, Tensor]]:
         """Yield the cached tensors of one text, batch by batch."""
         position = list(self.texts).index(text)
         for batch in range(self.texts[text]):
-            yield load_file(_batch_file(self.folder, position, batch))
+            with explained(f"{self.folder} is a broken cache", "write it again"):
+                tensors = load_file(_batch_file(self.folder, position, batch))
+            yield tensors
 
     def inputs(self, text: str) -> Iterator[dict[str, Tensor]]:
         """Yield the `input_ids` and `attention_mask` of one text, batch by batch."""
         position = list(self.texts).index(text)
         for batch in range(self.texts[text]):
-            with safe_open(_batch_file(self.folder, position, batch), "pt") as file:
-                yield {name: file.get_tensor(name) for name in INPUTS}
+            with explained(f"{self.folder} is a broken cache", "write it again"):
+                with safe_open(_batch_file(self.folder, position, batch), "pt") as file:
+                    tensors = {name: file.get_tensor(name) for name in INPUTS}
+            yield tensors
 
     def holds(self, texts: Mapping[str, Sequence[dict]]) -> bool:
         """Whether the cache was made from exactly these token batches."""
@@ -111,6 +122,8 @@ def cache_logits(
     if not texts:
         raise ValueError("there is no text to predict; give at least one")
     check_folder(folder, overwrite)
+    for batches in texts.values():
+        check_batches(batches, rows_of(model), masked=True)
     work = folder.with_name(f"{folder.name}.partial")
     if work.exists():
         shutil.rmtree(work)

@@ -85,16 +85,16 @@ def compare_models(
         ModelProcessError: a model cannot be loaded or run; the message names it.
     """
     import torch
-    from transformers import AutoConfig
 
     from ...machine.torch_state import default_device
+    from ...models.loading import load_config
     from ..loss.perplexity import evaluation_length
 
     device = str(default_device(device))
     paths = [str(original), *map(str, compressed)]
     texts = {"data": None if data is None else str(data), "limit": limit}
     if data is not None:
-        config = AutoConfig.from_pretrained(original, trust_remote_code=loading.get("trust_remote_code", False))
+        config = load_config(original, trust_remote_code=loading.get("trust_remote_code", False))
         texts["sequence_length"] = evaluation_length(config, sequence_length)
     questions = {"names": list(tasks), "folder": tasks_folder and str(tasks_folder), "limit": limit}
     figures = []

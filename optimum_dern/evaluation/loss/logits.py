@@ -7,11 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.batches import check_masks
+from ...checks.batches import check_batches
 from ...machine.torch_state import evaluation_mode
 
 
-__all__ = ["batch_logits"]
+__all__ = ["batch_logits", "rows_of"]
+
+
+def rows_of(model: Any) -> int:
+    """Return how many tokens a model, or a `StreamedCheckpoint`, has embeddings for."""
+    return getattr(model, "skeleton", model).get_input_embeddings().weight.shape[0]
 
 
 @torch.no_grad()
@@ -27,9 +32,9 @@ def batch_logits(model: Any, batches: Sequence[dict], keep: Sequence[int] | None
         (batch, positions, vocabulary), on the model's device; all positions, or at least those to keep.
 
     Raises:
-        ValueError: a mask has other values than 0 and 1.
+        ValueError: a mask has other values than 0 and 1, or a token is not in the model's vocabulary.
     """
-    check_masks(batches)
+    check_batches(batches, rows_of(model))
     if hasattr(model, "stream_logits"):
         yield from model.stream_logits(batches)
         return

@@ -129,7 +129,11 @@ def load_texts(
     if limit is None and is_endless(source):
         logger.warning("%d sequences of the stream are taken; set a limit for another number", OF_A_STREAM)
         limit = OF_A_STREAM
-    options = {"num_samples": limit or ALL, "sequence_length": sequence_length, "batch_size": batch_size}
+    options = {
+        "num_samples": ALL if limit is None else limit,
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+    }
     options["batch_tokens"] = largest_batch(1 if tokenizer is None else len(tokenizer))
     return {name: load_batches(data, tokenizer, **options) for name, data in _by_name(source).items()}
 

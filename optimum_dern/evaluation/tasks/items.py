@@ -71,8 +71,11 @@ def make_item(row: Mapping[str, Any], kind: str, name: str, cloze: bool = False)
     missing = [key for key in KEYS[kind] if key not in row]
     if missing:
         raise ValueError(f"{name} has no {missing[0]!r}, which {kind} rows have; it has {sorted(row)}")
+    for key in ("context", "continuation", "question"):
+        if not isinstance(row.get(key, ""), str):
+            raise ValueError(f"{name} has the {key} {row[key]!r:.80}; give a text")
     requests, label, lengths = _parts(row, kind, name, cloze)
-    if not isinstance(label, int) or not 0 <= label < len(requests):
+    if type(label) is not int or not 0 <= label < len(requests):
         raise ValueError(f"{name} has the label {label!r}; give the right choice's index, 0 to {len(requests) - 1}")
     if any(not request.continuation.strip() for request in requests):
         raise ValueError(f"{name} has an empty choice or target; there is nothing to score")

@@ -49,6 +49,8 @@ def load_tasks(names: Iterable[str | Path], folder: str | Path | None = None, li
         FileNotFoundError: a task is not found.
         ValueError: a line is not a JSON object, a file cannot be scored, or a name is given twice.
     """
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise FileNotFoundError(f"there is no folder of tasks {str(folder)!r}; give one, or .jsonl files alone")
     paths: list[tuple[Path, bool]] = []
     for name in map(str, names):
         plain = name.removesuffix(CLOZE)

@@ -164,3 +164,18 @@ def test_a_process_without_tokens():
     segments, routing, target = problem()
     found = descended(segments, routing.select(slice(0)), target[:0], passes=2)
     assert all(torch.equal(old, new) for old, new in zip(segments[:3], found[:3], strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_huge_outputs(kind):
+    """Outputs whose gradients have squares beyond float32 are fitted to the bit like others of another scale."""
+    segments, routing, target = problem(kind)
+    names = ("gate", "up", "down", "output_bias")
+    single = {name: part.float() for name in names if (part := getattr(segments, name)) is not None}
+    segments = segments._replace(**single)
+    routing, target = routing._replace(hidden=routing.hidden.float(), weight=routing.weight.float()), target.float()
+    scale, bias = 2.0**40, segments.output_bias
+    huge = segments._replace(down=scale * segments.down, output_bias=None if bias is None else scale * bias)
+    plain, found = descended(segments, routing, target, 3), descended(huge, routing, scale * target, 3)
+    assert torch.equal(found.down / scale, plain.down) and torch.equal(found.up, plain.up)
+    assert found.down.isfinite().all() and not torch.equal(found.down, huge.down)

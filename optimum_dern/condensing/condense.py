@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks.batches import check_masks
 from ..core.layer.mixture import Routing, routed_output
 from ..core.layer.segments import Segments
 from ..core.merging.condense import condense_experts, mean_weights
 from ..core.refits.down_projections import refit_down
-from ..data.batches import check_masks
 from ..data.labels import label_tokens, model_inputs
 from ..engine.measure.beside import output_beside
 from ..engine.measure.expert_run import measured_experts

@@ -100,3 +100,11 @@ def test_finetune_condensed(run_example, tmp_path):
     assert "0.62 of the parameters" in text
     config = AutoConfig.from_pretrained(tmp_path / "build" / "condensed")
     assert len(config.mlp_only_layers) == 2 and config.intermediate_size == 256
+
+
+@pytest.mark.slow
+def test_search_arithmetic(run_example, tmp_path):
+    """Trains, saves and searches; four steps of training teach nothing yet."""
+    text = run_example("search_arithmetic.py", "--output", "sums", "--steps", "4")
+    assert text.count("experts, right: ") == 3 and text.count("Cost(written=") == 3
+    assert (tmp_path / "sums" / "model.safetensors").exists()

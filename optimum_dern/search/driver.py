@@ -1,203 +1,132 @@
-"""Search over partial solutions, and over the number of active experts that writes them (arXiv 2509.22572).
+"""Search for an answer step by step, with several numbers of active experts (arXiv 2509.22572), and its baselines."""
 
-    des         N solutions begin with different numbers of active experts; after every step the M best go on, in N / M
-                copies each, which inherit the number
-    beam        the same with the trained number alone
-    dvts        M trees, in each of which only the best solution goes on
-    best_of_n   N solutions, none of which is given up
-
-A step ends at a text such as a line's end, or after some tokens.
-"""
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..data.named import preserved_random_state
 from ..machine.progress import progress_bar
-from ..machine.torch_state import evaluation_mode
-from ..models.moe.structure import find_moe_layers
-from .active import active_experts
+from ..machine.torch_state import GPUS, devices_of, evaluation_mode
+from .active import active_experts, trained_counts
+from .candidates import Candidate, Cost, SearchResult
 from .scorers import Scorer
+from .steps import Sampling, extend, prompt_tokens
+from .strategies import STRATEGIES, best_answer, voted_answer
 
 
-__all__ = ["STRATEGIES", "Solution", "SearchResult", "expert_search"]
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A partial or finished solution."""
-
-    text: str  # after the prompt
-    count: int  # active experts that write it
-    tree: int  # which of the first solutions it comes from
-    score: float = float("-inf")
-    finished: bool = False
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The best solution, all others, and what the search has cost."""
-
-    text: str
-    score: float
-    solutions: list[Solution]  # of the last round, the best first
-    tokens: int  # generated
-    prompt_tokens: int  # read before generating, in all rounds
-    cost: int  # generated tokens times active experts
+__all__ = ["expert_search"]
 
 
 def expert_search(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     prompt: str,
-    scorer: Scorer,
     *,
+    scorer: Scorer,
     strategy: str = "des",
     counts: Sequence[int] | None = None,
-    rollouts: int = 8,
+    rollouts: int = 12,
     keep: int | None = None,
-    rounds: int = 4,
-    step_tokens: int = 32,
-    step_ends: str | None = "\n",
+    rounds: int = 16,
+    step: str | None = "\n\n",
+    step_tokens: int = 128,
     temperature: float = 0.8,
-    seed: int = 0,
-    answer: Callable[[str], str] | None = None,
+    answer: Callable[[str], Hashable] | None = None,
     correct_scale: bool = True,
+    seed: int = 0,
 ) -> SearchResult:
-    """Search a solution of a prompt step by step.
+    """Write an answer by searching over partial answers and the numbers of active experts that continue them.
+
+    N rollouts begin, as many with each number of experts.  In every round each writes one step and is scored; the best
+    M live on, and N / M copies of each go on with its number of experts.  Answers that the model has ended are final.
 
     Args:
-        model: a Mixture-of-Experts causal language model.
-        tokenizer: its own.
-        prompt: that solutions continue.
-        scorer: scores partial solutions; see `scorers`.
-        strategy: one of `STRATEGIES`.
-        counts: numbers of active experts that "des" shares the rollouts among; by default from half of the trained
-            number to one and a half times that.
-        rollouts: N, solutions in work at once.
-        keep: M, of which so many go on after a step; by default a quarter.
-        rounds: most steps.
-        step_tokens: most tokens of a step.
-        step_ends: text at which a step ends, or None.
-        temperature: of sampling.
-        seed: of sampling; the caller's random state stays as it is.
-        answer: makes the answer of a solution; where it is given, the answer of largest total score wins.
+        model: a causal MoE language model of transformers; it and its config stay as they are.
+        tokenizer: of the model.
+        prompt: text; for a chat model as `apply_chat_template(..., tokenize=False)` gives it.
+        scorer: of partial and of final answers; see `search.scorers`.
+        strategy: "des", Dynamic Experts Search; "beam", the same with one number of experts; "dvts", M trees which
+            each keep their own best; "best_of", N whole answers.
+        counts: numbers of experts a token; by default the trained k for the baselines, and for DES k - k/4 (at least
+            1 less), k and as much more, so that N rollouts cost as much as with k.
+        rollouts: N, a multiple of the number of counts and of M.
+        keep: M; by default N / 4.
+        rounds: at most; answers that are not ended then count only if none is.
+        step: text that ends a step; None for steps of `step_tokens` tokens.
+        step_tokens: tokens a step, at most.
+        temperature: of the draw, from the whole distribution; 0 takes the most probable token.
+        answer: what two texts have in common that give the same answer: then the answer whose texts' scores sum up
+            highest wins, else the text with the highest score.
         correct_scale: as in `active_experts`.
+        seed: of the draw; the global random state stays as it is.
+
+    Returns:
+        The answer, all other final answers, the numbers of experts kept in every round, and the cost.
 
     Raises:
-        ValueError: an unknown strategy, or numbers out of range.
+        ValueError: a number that does not fit, experts that the model cannot use, or scores that are no numbers.
+
+    Source: Dynamic Experts Search, arXiv 2509.22572; DVTS: Beeching et al., Scaling test-time compute, 2024.
     """
-    layers = find_moe_layers(model)
-    trained, keep = layers[0].top_k, max(1, rollouts // 4) if keep is None else keep
-    _check(strategy, rollouts, keep, rounds, step_tokens)
-    counts = _counts(strategy, counts, trained, min(layer.num_experts for layer in layers))
-    pool = [Solution("", counts[i * len(counts) // rollouts], i * keep // rollouts) for i in range(rollouts)]
-    writer = _Writer(model, tokenizer, prompt, step_tokens, step_ends, temperature, correct_scale)
-    with preserved_random_state(), evaluation_mode(model):
+    counts = _counts(model, strategy, counts, correct_scale)
+    whole = strategy == "best_of"
+    keep = rollouts if whole else keep or max(1, rollouts // 4)
+    _check(rollouts, keep, len(counts), rounds, step_tokens)
+    sampling = Sampling(None if whole else step, step_tokens * (rounds if whole else 1), temperature, correct_scale)
+    cost, read, answers, kept = Cost(), prompt_tokens(tokenizer, prompt), [], []
+    active = [Candidate(counts[i * len(counts) // rollouts], i * keep // rollouts) for i in range(rollouts)]
+    gpus = [device for device in devices_of(model) if device.type in GPUS]
+    with torch.random.fork_rng(gpus, device_type=gpus[0].type if gpus else "cuda"), evaluation_mode(model):
         torch.manual_seed(seed)
-        for number in progress_bar(range(rounds), "Searching"):
-            if number:
-                pool = STRATEGIES[strategy](pool, rollouts, keep)
-            pool = writer.continued(pool)
-            scores = scorer(prompt, [solution.text for solution in pool])
-            pool = [replace(solution, score=float(s)) for solution, s in zip(pool, scores, strict=True)]
-            if all(solution.finished for solution in pool):
+        for _ in progress_bar(range(1 if whole else rounds), "Searching"):
+            written = _scored(scorer, prompt, extend(model, tokenizer, read, active, sampling, cost))
+            cost.scored += sum(len(read) + len(candidate.tokens) for candidate in written)
+            answers += [candidate for candidate in written if candidate.done]
+            best = STRATEGIES[strategy](written, keep)
+            kept.append(tuple(candidate.count for candidate in best))
+            active = [each for each in best if not each.done for _ in range(rollouts // keep)]
+            if not active:
                 break
-    pool.sort(key=lambda solution: -solution.score)
-    best = pool[0] if answer is None else _voted(pool, answer)
-    return SearchResult(best.text, best.score, pool, writer.tokens, writer.prompt_tokens, writer.cost)
+    answers = sorted(answers or written, key=lambda candidate: -candidate.score)
+    found = best_answer(answers) if answer is None else voted_answer(answers, answer)
+    return SearchResult(found.text, found.score, found.count, tuple(answers), tuple(kept), strategy, seed, cost)
 
 
-def _check(strategy: str, rollouts: int, keep: int, rounds: int, step_tokens: int) -> None:
+def _counts(model: Any, strategy: str, counts: Sequence[int] | None, correct_scale: bool) -> list[int]:
+    """Check the strategy and the numbers of experts, or choose them."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r}, but it must be one of {', '.join(STRATEGIES)}")
-    if min(rollouts, keep, rounds, step_tokens) < 1 or rollouts % keep:
-        raise ValueError(
-            f"rollouts={rollouts}, keep={keep}, rounds={rounds}, step_tokens={step_tokens}: give numbers of at least "
-            "1, and rollouts that keep divides"
-        )
+    trained = max(trained_counts(model))
+    if counts is None:
+        aside = max(1, trained // 4)
+        several = [count for count in (trained - aside, trained, trained + aside) if count]
+        counts = several if strategy == "des" else [trained]
+    if not counts or len(set(counts)) < len(counts):
+        raise ValueError(f"counts={list(counts)}, but they must be different numbers of experts, at least one")
+    for count in counts:
+        with active_experts(model, count, correct_scale=correct_scale):
+            continue
+    return list(counts)
 
 
-def _counts(strategy: str, counts: Sequence[int] | None, trained: int, most: int) -> list[int]:
-    if strategy != "des":
-        if counts is not None:
+def _check(rollouts: int, keep: int, counts: int, rounds: int, step_tokens: int) -> None:
+    """Refuse sizes of a search that do not fit together."""
+    if min(rollouts, keep, rounds, step_tokens) < 1:
+        raise ValueError("rollouts, keep, rounds and step_tokens must be 1 or more")
+    for number, what in ((counts, "counts"), (keep, "candidates that are kept")):
+        if rollouts % number:
             raise ValueError(
-                f"counts={counts!r} has no effect with strategy={strategy!r}; leave it out, or give 'des'"
+                f"rollouts={rollouts} cannot be shared evenly by {number} {what}; give a multiple of {number}"
             )
-        return [trained]
-    return sorted(counts or range(max(1, trained // 2), min(most, trained + -(-trained // 2)) + 1))
 
 
-def _best_go_on(pool: list[Solution], rollouts: int, keep: int) -> list[Solution]:
-    """Let the best solutions go on, in as many copies each as there are places; finished ones keep one place."""
-    best = sorted(pool, key=lambda solution: -solution.score)[:keep]
-    return [copy for solution in best for copy in [solution] * (1 if solution.finished else rollouts // keep)]
-
-
-def _best_of_trees_go_on(pool: list[Solution], rollouts: int, keep: int) -> list[Solution]:
-    trees = [[solution for solution in pool if solution.tree == tree] for tree in range(keep)]
-    return [copy for tree in trees for copy in _best_go_on(tree, rollouts // keep, 1)]
-
-
-STRATEGIES = {
-    "des": _best_go_on,
-    "beam": _best_go_on,
-    "dvts": _best_of_trees_go_on,
-    "best_of_n": lambda pool, rollouts, keep: pool,
-}
-
-
-def _voted(pool: list[Solution], answer: Callable[[str], str]) -> Solution:
-    """Return the best solution of the answer with the largest total of exp(score)."""
-    totals: dict[str, float] = {}
-    scores = torch.tensor([solution.score for solution in pool], dtype=torch.float64).softmax(0).tolist()
-    for solution, share in zip(pool, scores, strict=True):
-        given = answer(solution.text)
-        totals[given] = totals.get(given, 0.0) + share
-    winner = max(totals, key=totals.get)
-    return next(solution for solution in pool if answer(solution.text) == winner)
-
-
-class _Writer:
-    """Continues solutions by a step, in batches of equal numbers of active experts, and counts what that costs."""
-
-    def __init__(self, model, tokenizer, prompt, step_tokens, step_ends, temperature, correct_scale) -> None:
-        self.model, self.tokenizer, self.prompt = model, tokenizer, prompt
-        self.step_ends, self.correct_scale = step_ends, correct_scale
-        self.options = {"do_sample": True, "temperature": temperature, "max_new_tokens": step_tokens, "top_k": 0}
-        if step_ends is not None:
-            self.options |= {"stop_strings": [step_ends], "tokenizer": tokenizer}
-        self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.tokens = self.prompt_tokens = self.cost = 0
-
-    def continued(self, pool: list[Solution]) -> list[Solution]:
-        """Continue all solutions that are not finished."""
-        done = {i: solution for i, solution in enumerate(pool) if solution.finished}
-        for count in sorted({solution.count for solution in pool if not solution.finished}):
-            places = [i for i, s in enumerate(pool) if s.count == count and not s.finished]
-            with active_experts(self.model, count, self.correct_scale):
-                done |= dict(zip(places, self._step([pool[i] for i in places], count), strict=True))
-        return [done[i] for i in range(len(pool))]
-
-    def _step(self, solutions: list[Solution], count: int) -> list[Solution]:
-        rows = [self.tokenizer(self.prompt + solution.text)["input_ids"] for solution in solutions]
-        length, continued = max(map(len, rows)), []
-        ids = torch.tensor([[self.pad] * (length - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-        made = self.model.generate(input_ids=ids, attention_mask=mask, pad_token_id=self.pad, **self.options)
-        self.prompt_tokens += sum(map(len, rows))
-        for solution, new in zip(solutions, made[:, length:].tolist(), strict=True):
-            ended = next((i for i, token in enumerate(new) if token in (self.tokenizer.eos_token_id, self.pad)), None)
-            written = self.tokenizer.decode(new[:ended], skip_special_tokens=True)
-            stopped = self.step_ends is not None and self.step_ends in written  # and then padded
-            finished = ended is not None and not stopped
-            used = len(new[:ended]) + finished
-            self.tokens += used
-            self.cost += used * count
-            continued.append(replace(solution, text=solution.text + written, finished=finished))
-        return continued
+def _scored(scorer: Scorer, prompt: str, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Give every candidate the score of its text."""
+    scores = [float(score) for score in scorer(prompt, [candidate.text for candidate in candidates])]
+    if len(scores) != len(candidates) or not all(map(math.isfinite, scores)):
+        raise ValueError(
+            f"the scorer gave {scores} for {len(candidates)} answers; it must give one finite number for each"
+        )
+    return [replace(candidate, score=score) for candidate, score in zip(candidates, scores, strict=True)]

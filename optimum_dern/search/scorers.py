@@ -1,65 +1,66 @@
-"""Scorers of partial solutions: functions of a prompt and texts that give each a score, larger is better."""
+"""Scorers of partial answers: the model's own likelihood, a reward model, a function of the text."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..machine.torch_state import evaluation_mode
-
-
-__all__ = ["Scorer", "likelihood_scorer", "reward_scorer"]
-
-Scorer = Callable[[str, Sequence[str]], Sequence[float]]
+from ..evaluation.tasks.items import Request
+from ..evaluation.tasks.scoring import score_requests
 
 
-def likelihood_scorer(model: nn.Module, tokenizer: Any) -> Scorer:
-    """Score texts by the mean log-probability of their tokens after the prompt.
+__all__ = ["Scorer", "likelihood", "reward_model", "verifier"]
+
+Scorer = Callable[[str, Sequence[str]], Sequence[float]]  # a prompt and answers, complete or not, to their scores
+
+
+def likelihood(model: Any, tokenizer: Any) -> Scorer:
+    """Score answers by the geometric mean of their tokens' probabilities, with the trained number of experts.
 
     Args:
-        model: a causal language model, such as the one that writes them, with its trained number of experts.
-        tokenizer: its own.
+        model: a causal language model: the one that writes, or another.
+        tokenizer: of the model.
+
+    Returns:
+        Scorer with scores from 0 to 1; an answer without text has 0.
+    """
+
+    def score(prompt: str, texts: Sequence[str]) -> list[float]:
+        written = [text for text in dict.fromkeys(texts) if text.strip()]
+        scores = score_requests(model, tokenizer, [Request(prompt, text) for text in written])
+        means = {text: math.exp(each.log_likelihood / each.tokens) for text, each in zip(written, scores, strict=True)}
+        return [means.get(text, 0.0) for text in texts]
+
+    return score
+
+
+def reward_model(model: Any, tokenizer: Any, batch_size: int = 8) -> Scorer:
+    """Score answers with a classifier of transformers (`AutoModelForSequenceClassification`).
+
+    Args:
+        model: in evaluation mode; with one label its sigmoid is the score, with several the last one's probability.
+        tokenizer: of the model, with a padding token.
+        batch_size: answers at once.
+
+    Returns:
+        Scorer with scores from 0 to 1.
     """
 
     @torch.no_grad()
     def score(prompt: str, texts: Sequence[str]) -> list[float]:
-        before, scores = len(tokenizer(prompt)["input_ids"]), []
-        with evaluation_mode(model):
-            for text in texts:
-                ids = tokenizer(prompt + text, return_tensors="pt")["input_ids"].to(model.device)  # (1, S)
-                own = ids[0, before:]
-                logits = model(input_ids=ids, use_cache=False).logits[0, before - 1 : -1].float()
-                found = logits.log_softmax(1).gather(1, own.unsqueeze(1))
-                scores.append(found.mean().item() if len(own) else -torch.inf)
+        scores = []
+        for start in range(0, len(texts), batch_size):
+            batch = [prompt + text for text in texts[start : start + batch_size]]
+            inputs = tokenizer(batch, padding=True, return_tensors="pt").to(model.device)
+            logits = model(**inputs).logits.float()  # (batch, labels)
+            rewards = logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(-1)[:, -1]
+            scores += rewards.tolist()
         return scores
 
     return score
 
 
-def reward_scorer(model: str | nn.Module, tokenizer: Any = None, device: str | None = None) -> Scorer:
-    """Score texts by a reward model of transformers, a sequence classifier with one output.
-
-    Args:
-        model: its folder or Hub id, or the model.
-        tokenizer: its own; by default from the same place.
-        device: to compute on, for a folder or Hub id.
-
-    Raises:
-        ValueError: a classifier with several outputs.
-    """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-    if not isinstance(model, nn.Module):
-        model = AutoModelForSequenceClassification.from_pretrained(model).to(device or "cpu")
-    if model.config.num_labels != 1:
-        raise ValueError(f"the reward model has {model.config.num_labels} outputs; give one with a single score")
-
-    @torch.no_grad()
-    def score(prompt: str, texts: Sequence[str]) -> list[float]:
-        with evaluation_mode(model):
-            inputs = [tokenizer(prompt + text, return_tensors="pt").to(model.device) for text in texts]
-            return [model(**one).logits[0, 0].item() for one in inputs]
-
-    return score
+def verifier(check: Callable[[str, str], float]) -> Scorer:
+    """Score answers with a function of the prompt and of one answer, such as a test of what is written so far."""
+    return lambda prompt, texts: [float(check(prompt, text)) for text in texts]

@@ -20,6 +20,7 @@ from tiny import make_model, random_tokens
 from optimum_dern import DernCompressor
 from optimum_dern.core.dern import recombination
 from optimum_dern.machine import processes as distributed
+from optimum_dern.machine import torch_state
 from optimum_dern.machine.processes import ALONE, Processes, ProcessFailed, joined_processes
 
 
@@ -410,6 +411,7 @@ def pretend_launcher(monkeypatch, variables):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch_state, "check_device", lambda device: None)  # which asks the real machine
 
 
 def test_other_gpus(monkeypatch):

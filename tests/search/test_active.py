@@ -1,158 +1,174 @@
-"""Another number of active experts: what a model with such a config computes, for one thread, and back again."""
+"""Active experts: every family equals the one whose config has the other number, and threads keep theirs apart."""
 
 import threading
 
 import pytest
 import torch
-from families import FAMILIES, make_config, make_model, runnable
-from tiny import make_model as tiny_model
+from families import FAMILIES, make_config, make_model, model_class, runnable
+from tiny import TOP_K, VOCABULARY
 
-from optimum_dern.engine.measure.recording import record_routing
 from optimum_dern.models.moe.structure import TOP_K_KEYS, find_moe_layers
-from optimum_dern.search import active_experts
+from optimum_dern.search.active import active_experts, rescaled, trained_counts
 
 
-FIXED = {"phimoe": "chooses 2 experts whatever it is told"}
-WEIGHS_INPUT = ("llama4_text", "llama4")
-DRAWN = ("diffusion_gemma",)  # what it predicts is drawn
-IDS = torch.randint(200, (2, 12), generator=torch.Generator().manual_seed(0))
+FIXED = ("phimoe",)
+IDS = torch.randint(VOCABULARY - 50, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
+@torch.no_grad()
+def run(model):
+    """Logits of some tokens; the diffusion model draws the tokens that it starts from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model(input_ids=IDS, use_cache=False)[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", [f for f in runnable(FAMILIES) if f.values[0] not in FIXED])
-def test_as_a_model_with_that_config(family):
-    """Without correction it is, to the bit, the model that its config with this number makes; afterwards as before."""
-    model, config = make_model(family).eval(), make_config(family)
-    part = find_moe_layers(model)[0].config
-    nested = config if part is model.config else config.get_text_config()
-    key = next(key for key in TOP_K_KEYS if getattr(part, key, None) is not None)
-    value = getattr(nested, key)
-    setattr(nested, key, [3] * len(value) if isinstance(value, list) else 3)
-    if family in DRAWN:
-        with active_experts(model, 3):
-            return
-    other = type(model)._from_config(config).eval()
+def reloaded(name, model, k):
+    """The same weights in a model whose config has another number of active experts."""
+    config = make_config(name)
+    inner = config.get_text_config()
+    for key in TOP_K_KEYS:
+        if getattr(inner, key, None) == TOP_K:
+            setattr(inner, key, k)
+    cls = model_class(name)
+    other = (getattr(cls, "from_config", None) or cls._from_config)(config, dtype=torch.float32).eval()
     other.load_state_dict(model.state_dict())
-    before = logits(model)
-    with active_experts(model, 3, correct_scale=False):
-        changed = logits(model)
-    assert torch.equal(changed, logits(other)) and not torch.equal(changed, before)
-    with active_experts(model, find_moe_layers(model)[0].top_k):
-        assert torch.equal(logits(model), before)
-    assert torch.equal(logits(model), before)
+    return other
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "olmoe", "dots1", "jamba", "gemma4_text", "mixtral", "deepseek_v3"])
-@pytest.mark.parametrize("count", [1, 3])
-def test_the_scale_stays(family, count):
-    """Every token's weights have the sum that the trained number gives, and the proportions of the router's own."""
-    model = make_model(family).eval()
+@pytest.mark.parametrize("name", runnable([name for name in FAMILIES if name not in FIXED]))
+def test_equals_a_changed_config(name):
+    """To the bit, without the correction; the trained number changes nothing, and nothing is left behind."""
+    model, k = make_model(name), 3
+    before = run(model)
+    with active_experts(model, k, correct_scale=False):
+        changed = run(model)
+    assert torch.equal(changed, run(reloaded(name, model, k)))
+    assert not torch.equal(changed, before)
+    with active_experts(model, TOP_K):
+        assert torch.equal(run(model), before)
+    assert torch.equal(run(model), before)
+    assert trained_counts(model) == [TOP_K] * len(find_moe_layers(model))
+    assert not any(module._forward_hooks for layer in find_moe_layers(model) for module in layer.block.modules())
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_fixed_families_are_refused(name):
+    """With the reason."""
+    with pytest.raises(ValueError, match="written for two experts"), active_experts(make_model(name), 1):
+        pass
+
+
+def slow_weights(layer, hidden, k, norm):
+    """Weights (E,) of one token by a loop, corrected to the sum of the trained number of experts."""
+    scores = [float(row.double() @ hidden.double()) for row in layer.router_weight.tensor.detach()]
+    scores = [2.718281828459045 ** (score - max(scores)) for score in scores]
+    scores = [score / sum(scores) for score in scores]
+    order = sorted(range(len(scores)), key=lambda expert: -scores[expert])
+    trained = 1.0 if norm else sum(scores[expert] for expert in order[:TOP_K])
+    total = sum(scores[expert] for expert in order[:k])
+    return {expert: scores[expert] * trained / total for expert in order[:k]}
+
+
+@pytest.mark.parametrize("name", ["olmoe", "qwen3_moe"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_scale_is_that_of_the_trained_number(name, k):
+    """Against a loop in float64, for a router that normalises its weights and one that does not."""
+    model = make_model(name)
     layer = find_moe_layers(model)[0]
-
-    def routing():
-        with record_routing(layer.block, layer.experts) as record:
-            logits(model)
-        return record.routings[0]
-
-    trained = routing()
-    seen = []
-    with active_experts(model, {position_of(model, layer): count}):
-        handle = layer.experts.register_forward_pre_hook(lambda module, args: seen.append(args[1:3]))
-        logits(model)
-        handle.remove()
-    with active_experts(model, {position_of(model, layer): count}, correct_scale=False):
-        plain = routing()
-    index, weight = seen[-1]  # the first is of the router with its trained number
-    assert torch.equal(index, plain.index) and index.shape[1] == count
-    for token in range(len(index)):
-        expected = [w / sum(plain.weight[token].tolist()) for w in plain.weight[token].tolist()]
-        total = sum(trained.weight[token].tolist())
-        torch.testing.assert_close(weight[token], total * torch.tensor(expected), rtol=1e-4, atol=1e-6)
+    hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    with active_experts(model, k):
+        _, weight, index = layer.block.gate(hidden)
+    for token in range(5):
+        expected = slow_weights(layer, hidden[token], k, norm=name == "qwen3_moe")
+        got = dict(zip(index[token].tolist(), weight[token].tolist(), strict=True))
+        assert got == pytest.approx(expected, rel=1e-5)
 
 
-def position_of(model, layer):
-    return next(i for i, decoder in enumerate(layers_of(model)) if layer.block in decoder.modules())
+def test_rescaled_without_weight():
+    """A token whose experts all have weight zero stays as it is."""
+    assert torch.equal(rescaled(torch.zeros(1, 3), torch.zeros(1, 2)), torch.zeros(1, 3))
 
 
-def layers_of(model):
-    return model.model.layers
-
-
-def test_by_layer():
-    """A list has a number for each MoE layer; a map leaves the others alone."""
-    model = tiny_model("mixtral").eval()
-    found = []
-    for count in ([1, 4], {1: 4}, 5):
-        with active_experts(model, count):
-            handles = [
-                layer.experts.register_forward_pre_hook(lambda module, args: found.append(args[1].shape[1]))
-                for layer in find_moe_layers(model)
-            ]
-            logits(model)
-            for handle in handles:
-                handle.remove()
-    assert found == [1, 4, 2, 4, 5, 5]
-
-
-def test_two_threads_at_once():
-    """Each gets what it gets alone, and classes, hooks and attributes are back at the end."""
-    model = tiny_model("olmoe").eval()
-    classes = [type(module) for module in model.modules()]
-    alone = {}
-    for count in (1, 2, 4):
-        with active_experts(model, count):
-            alone[count] = logits(model)
-    barrier, wrong = threading.Barrier(3), []
-
-    def run(count):
-        barrier.wait()
-        for _ in range(10):
-            with active_experts(model, count):
-                if not torch.equal(logits(model), alone[count]):
-                    wrong.append(count)
-
-    threads = [threading.Thread(target=run, args=(count,)) for count in alone]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert [type(module) for module in model.modules()] == classes
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_contexts_nest_and_end_with_errors():
-    model = tiny_model("mixtral").eval()
-    before = logits(model)
+def test_llama4_rescales_the_inputs():
+    """Its router returns a score for every expert, which weighs what the expert reads."""
+    layer = find_moe_layers(model := make_model("llama4_text"))[0]
+    hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    trained, _ = layer.block.router(hidden)
     with active_experts(model, 4):
-        four = logits(model)
-        with pytest.raises(RuntimeError), active_experts(model, 1):
-            assert not torch.equal(logits(model), four)
-            raise RuntimeError
-        assert torch.equal(logits(model), four)
-    assert torch.equal(logits(model), before)
+        scores, _ = layer.block.router(hidden)
+    assert (scores > 0).sum(-1).tolist() == [4] * 5
+    assert torch.allclose(scores.sum(-1), trained.sum(-1))
+
+
+def used(model):
+    """Numbers of experts that the layers choose in one forward pass."""
+    seen, layers = [], find_moe_layers(model)
+    handles = [
+        layer.experts.register_forward_pre_hook(lambda _, args: seen.append(args[1].shape[-1])) for layer in layers
+    ]
+    run(model)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_each_layer_has_its_own():
+    """A list has one number for each layer, a dict for those that change; the inner context counts."""
+    model = make_model("qwen3_moe")
+    with active_experts(model, [1, 5]):
+        assert used(model) == [1, 5]
+        outer = run(model)
+        with active_experts(model, {1: TOP_K}):
+            assert used(model) == [TOP_K, TOP_K]
+        assert torch.equal(run(model), outer)
+    with active_experts(model, {1: 4}):
+        assert used(model) == [TOP_K, 4]
+
+
+def test_a_context_inside_another_corrects_from_the_trained_number():
+    """Not from that of the outer one."""
+    model = make_model("olmoe")
+    with active_experts(model, 4):
+        alone = run(model)
+    with active_experts(model, 7, correct_scale=False), active_experts(model, 4):
+        assert torch.equal(run(model), alone)
 
 
 @pytest.mark.parametrize(
-    ("family", "count", "message"),
+    ("name", "counts", "message"),
     [
-        ("mixtral", 0, "0 active experts in .*can choose 1 to 8"),
-        ("mixtral", 9, "can choose 1 to 8"),
-        ("deepseek_v3", 5, "can choose 1 to 4"),
-        ("mixtral", [1], "1 numbers of active experts for 2 MoE layers"),
-        ("mixtral", {7: 1}, r"layers \[7\] have no experts"),
-        ("phimoe", 3, FIXED["phimoe"]),
-        ("llama4_text", 3, "scale the experts' inputs"),
+        ("qwen3_moe", 0, "from 1 to 8"),
+        ("qwen3_moe", 9, "from 1 to 8"),
+        ("deepseek_v3", 5, "from 1 to 4, as many as it has in the 1 of 2 groups"),
+        ("qwen3_moe", [2], "for 1 layers, but the model has 2"),
+        ("qwen3_moe", {2: 1}, r"layers \[2\], but there are 2"),
     ],
 )
-def test_refused(family, count, message):
-    model = make_model(family)
-    classes = [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match=message), active_experts(model, count):
+def test_impossible_numbers_are_refused(name, counts, message):
+    """Before anything is hooked."""
+    model = make_model(name)
+    with pytest.raises(ValueError, match=message), active_experts(model, counts):
         pass
-    assert [type(module) for module in model.modules()] == classes
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_threads_keep_theirs_apart():
+    """Two threads that generate with different numbers on one model write what each writes alone."""
+    model, written = make_model("olmoe"), {}
+
+    def write(k, into):
+        with active_experts(model, k):
+            into[k] = model.generate(IDS, max_new_tokens=24, do_sample=False, eos_token_id=None)
+
+    for k in (1, 2, 5):
+        write(k, written)
+    assert len({tuple(tokens.flatten().tolist()) for tokens in written.values()}) == 3
+    for _ in range(3):
+        together = {}
+        threads = [threading.Thread(target=write, args=(k, together)) for k in (1, 2, 5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(torch.equal(together[k], written[k]) for k in written)

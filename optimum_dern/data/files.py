@@ -159,13 +159,11 @@ def _json_lines(text: str, path: Path) -> list:
 def _json_rows(text: str, path: Path) -> list:
     """Parse a JSON list, or JSON lines, which many files named .json hold."""
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # a whole value, and something behind it
-            return _json_lines(text, path)
-        rows = parse_json(text, path)  # fails, naming the line
-    except (RecursionError, ValueError):
         rows = parse_json(text, path)
+    except ValueError as error:
+        if getattr(error.__cause__, "msg", None) == "Extra data":  # a whole value, and something behind it
+            return _json_lines(text, path)
+        raise
     return _checked_list(rows, path)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..evaluation.agreement.logits_cache import LogitsCache
 from ..models.moe.structure import find_moe_layers
 from .distillation import DistillationTrainer
 
@@ -26,26 +25,15 @@ class RouterDistillationTrainer(DistillationTrainer):
 
     Args:
         model: the compressed model.
-        args: of transformers' `Trainer`.
-        teacher: as in `DistillationTrainer`.
-        temperature: tau; must be 1 with a cache.
-        **options: of transformers' `Trainer`.
+        *args, **options: of `DistillationTrainer`.
 
     Raises:
         ValueError: the model has no MoE layers, or as in `DistillationTrainer`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        args: Any = None,
-        *,
-        teacher: nn.Module | LogitsCache,
-        temperature: float = 1.0,
-        **options: Any,
-    ) -> None:
+    def __init__(self, model: nn.Module, *args: Any, **options: Any) -> None:
         router_parameters(model)  # refused before any work
-        super().__init__(model, args, teacher=teacher, temperature=temperature, **options)
+        super().__init__(model, *args, **options)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as in `Trainer`, with only the routers trainable; afterwards `requires_grad` is as before."""

@@ -161,7 +161,7 @@ def _check(layer: MoELayer) -> None:
     if hasattr(router, "tid2eid"):
         reason = "a table gives every token its experts, by its id"
     elif not hasattr(router, "top_k") and _config_key(router) is None:
-        reason = f"its router ({type(router).__name__}) keeps no number of experts that is known here"
+        reason = f"its router ({type(router).__name__}) keeps no number of experts; newer releases of transformers may"
     elif any(parameter.is_meta for parameter in router.parameters()):
         reason = "its router has no weights in memory; load the model without offloading"
     if reason:

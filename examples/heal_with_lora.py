@@ -28,7 +28,7 @@ model = AutoModelForCausalLM.from_pretrained(folder / "upcycled", dtype=torch.fl
 tokenizer = AutoTokenizer.from_pretrained(folder / "upcycled")
 healing_text = str(folder / "text" / "calibration")  # shares no document with the evaluation text
 texts = load_texts(folder / "text" / "evaluation", tokenizer, sequence_length=256)
-held_out = [batch for batches in texts.values() for batch in batches[:6]]  # 48 sequences of every domain
+held_out = [batch for batches in texts.values() for batch in batches[:2]]  # 16 sequences of every domain
 
 losses = {"before compression": evaluate_loss(model, held_out)}
 compressor = DernCompressor(num_experts=4, dataset=healing_text, num_samples=32, sequence_length=256)
@@ -44,12 +44,12 @@ lora = LoraConfig(
     task_type="CAUSAL_LM",
 )
 adapted = get_peft_model(model, lora)
-samples = load_samples(healing_text, tokenizer, num_samples=400, sequence_length=256, seed=0)
+samples = load_samples(healing_text, tokenizer, num_samples=200, sequence_length=256, seed=0)
 trainer = Trainer(
     adapted,
     TrainingArguments(
         output_dir="build/healing",
-        max_steps=50,  # every sample once
+        max_steps=25,  # every sample once
         per_device_train_batch_size=8,
         learning_rate=3e-3,
         warmup_steps=5,

@@ -55,7 +55,7 @@ def test_figures_are_those_of_the_models(checkpoints, text, task, tmp_path, caps
     """Losses equal those measured in this process; sizes, memory and one speed a round are there; so is the table."""
     names = [str(path) for path in checkpoints]
     options = ["--data", str(text), "--tasks", str(task), "--sequence-length", "32", "--device", "cpu", "--json"]
-    speed = ["--batch-size", "2", "--prompt-length", "16", "--new-tokens", "3", "--repeats", "3"]
+    speed = ["--batch-size", "2", "--prompt-length", "16", "--new-tokens", "3", "--repeats", "2"]
     main(["compare", *names, *options, *speed, "--output", str(tmp_path / "table.md")])
     full, half = json.loads(capsys.readouterr().out)["models"]
     for path, figures in zip(checkpoints, (full, half), strict=True):
@@ -69,9 +69,9 @@ def test_figures_are_those_of_the_models(checkpoints, text, task, tmp_path, caps
         assert figures["tasks"]["order"]["values"] == accuracy.values()
         assert figures["parameters"] == model.num_parameters()
         assert figures["disk_bytes"] == (path / "model.safetensors").stat().st_size
-        assert len(figures["prefill"]) == len(figures["decode"]) == 3
+        assert len(figures["prefill"]) == len(figures["decode"]) == 2
         assert min(figures["prefill"] + figures["decode"]) > 0
-        assert figures["prefill_median"] == sorted(figures["prefill"])[1]
+        assert figures["prefill_median"] == pytest.approx(sum(figures["prefill"]) / 2)
         assert figures["memory_bytes"] > figures["disk_bytes"]
     assert half["memory_bytes"] < full["memory_bytes"] < 5 * full["disk_bytes"]  # no interpreter, no other model
     assert (full["experts"], half["experts"], half["experts_per_token"]) == (8, 4, 2)

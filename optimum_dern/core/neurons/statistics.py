@@ -45,10 +45,6 @@ class NeuronStatistics:
         operations = {f.name: "max" if f.name == "peak" else "sum" for f in fields(self)}
         return NeuronStatistics(**{name: reduce(getattr(self, name), how) for name, how in operations.items()})
 
-    def select(self, experts: Tensor) -> "NeuronStatistics":
-        """Select experts (N,) in the order given."""
-        return NeuronStatistics(*(getattr(self, f.name)[experts.to(self.count.device)] for f in fields(self)))
-
 
 def measure_neurons(
     statistics: NeuronStatistics,

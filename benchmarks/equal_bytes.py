@@ -3,12 +3,9 @@
     python benchmarks/equal_bytes.py --seeds 3 --threads 1          # both models of examples/tiny_moe; resumable
     python benchmarks/equal_bytes.py MODEL --calibration TEXT --evaluation TEXT
     python benchmarks/equal_bytes.py --table --plot docs/source/images/equal_bytes.svg      # of the results so far
-    python benchmarks/equal_bytes.py --compare neurons --seeds 3    # what the importance of neurons is worth
 
 Every plan keeps the same share of the routed experts' bytes: 0.75, 0.5, 0.25, or for condensed layers as many experts
-as a token uses.  `--compare neurons` has the uses of neurons' importance instead: the same number of neurons in every
-expert or an own one (which keeps as many, but pads to the full size), and the weights of neurons that DERN averages.
-All get the same calibration sequences (a new draw per seed), without text of the model's own.
+as a token uses.  All get the same calibration sequences (a new draw per seed), without text of the model's own.
 """
 
 import argparse
@@ -64,31 +61,6 @@ def plans(share: float, experts: int, top_k: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def neuron_plans(share: float, experts: int, top_k: int) -> dict[str, dict[str, Any]]:
-    """Return the options of every plan that uses the importance of neurons, with what it is compared to, by name."""
-    if share == top_k / experts:
-        return {}
-    presets = {"published": PUBLISHED, "recommended": RECOMMENDED}
-    budgets = {
-        f"narrower ({name}, {budget}), {title}": {"method": name, "width_sparsity": 1 - share, "width_budget": budget}
-        | options
-        for title, options in presets.items()
-        for name in NARROWING
-        for budget in ("uniform", "global")
-    }
-    moving = {"sparsity": 1 - share, "recombine": True}
-    weights = {"saliency": {}, "none": {"importance_weighting": False}}
-    weights |= {name: {"importance": name} for name in NARROWING}
-    return budgets | {
-        f"dern, weights {name}, {title}": moving | weight | options
-        for title, options in presets.items()
-        for name, weight in weights.items()
-    }
-
-
-PLANS = {"bytes": plans, "neurons": neuron_plans}
-
-
 def main() -> None:
     args = parse_arguments()
     if not args.table:
@@ -115,15 +87,14 @@ def measure(path: Path, args: argparse.Namespace) -> None:
         data = {"num_samples": args.num_samples, "sequence_length": args.sequence_length, "seed": seed}
         batches = load_batches(str(args.calibration), tokenizer, **data)
         for share in dict.fromkeys((*args.shares, layer.top_k / layer.num_experts)):
-            for plan, options in PLANS[args.compare](share, layer.num_experts, layer.top_k).items():
-                if (plan, share, seed) in known or not any(part in plan for part in args.only):
+            for plan, options in plans(share, layer.num_experts, layer.top_k).items():
+                if (plan, share, seed) in known:
                     continue
                 model, started = copy.deepcopy(full), time.perf_counter()
                 compressor = DernCompressor(dataset=str(args.calibration), **data, **options)
                 compressor.compress_model(model, tokenizer, batches)
                 report, seconds = compressor.report, time.perf_counter() - started
-                width = report.after.width if report.kept_width is None else report.kept_width
-                experts = [report.before.experts * report.before.width, report.after.experts * width]
+                experts = [size.experts * size.width for size in (report.before, report.after)]
                 rows.append(
                     {
                         "plan": plan,
@@ -205,8 +176,6 @@ def frontier(found: dict[str, list[tuple[float, float, float]]]) -> tuple[list[f
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="checkpoint folder (default: both models of examples/tiny_moe)")
-    parser.add_argument("--compare", choices=PLANS, default="bytes", help="which plans (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", default=[""], help="plans whose names have one of these parts")
     parser.add_argument("--calibration", type=Path, default=TINY / "text" / "calibration", help="file or folder")
     parser.add_argument("--evaluation", type=Path, default=TINY / "text" / "evaluation", help="file or folder")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)

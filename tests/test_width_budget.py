@@ -1,6 +1,7 @@
 """Experts of different widths: as many neurons as with one width, zero padding, the same in memory and from disk."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from optimum_dern.commands.main import main
 from optimum_dern.engine.layer import narrowing
 from optimum_dern.models.moe.structure import find_moe_layers
 from optimum_dern.models.moe.view import read_layer
+from optimum_dern.reporting.verdict import verdict
 
 
 OPTIONS = {"preset": "fast", "self_share": 0.0, "width": 8, "width_budget": "global"}
@@ -55,6 +57,7 @@ def test_in_memory_from_disk_and_plainly_loaded(family, options, tmp_path, caplo
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
     assert [layer.widths for layer in report.layers] == [layer.widths for layer in compressor.report.layers]
+    assert "with 8 of their 16 neurons on average, the others being zero" in verdict(report)
     assert report.kept_width == 8 and report.after.width == report.before.width == 16
     assert len({width for layer in report.layers for width in layer.widths}) > 2
     assert_padded(loaded, report)
@@ -157,7 +160,7 @@ def test_importance_in_dern_from_disk(tmp_path):
 
 
 def test_said_by_the_commands(tmp_path, capsys):
-    """`inspect` tells it before, `compress` what it has become."""
+    """`inspect` tells it before, in text and as JSON, and `compress` what it has become."""
     make_model("mixtral").save_pretrained(tmp_path / "source")
     wanted = ["--method", "camera_p", "--width", "4", "--width-budget", "global"]
     main(["inspect", str(tmp_path / "source"), *wanted])
@@ -168,3 +171,13 @@ def test_said_by_the_commands(tmp_path, capsys):
     assert facts["padding"]
     main(["inspect", str(tmp_path / "source"), *wanted[:-2], "--json"])
     assert json.loads(capsys.readouterr().out)["padding"] is None
+    torch.save([row["input_ids"] for row in random_tokens(2)], tmp_path / "data.pt")
+    data = ["--dataset", str(tmp_path / "data.pt"), "--preset", "paper", "--device", "cpu"]
+    main(["compress", str(tmp_path / "source"), str(tmp_path / "out"), *wanted, *data])
+    assert re.search(r"not zero, on average +4\b", capsys.readouterr().out)
+
+
+def test_importance_without_gradients():
+    """Experts that mix their outputs themselves give no gradient to weigh neurons by."""
+    with pytest.raises(ValueError, match="importance='heapr' needs the gradient .* choose camera_p"):
+        compress(make_model("llama4_text"), importance="heapr")

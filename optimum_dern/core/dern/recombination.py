@@ -9,6 +9,7 @@ from torch import Tensor
 from ..layer.cost import Cost, LayerShape
 from ..layer.segments import Segments, similarity_vectors
 from ..layer.workspace import MAX_ELEMENTS
+from ..neurons.selection import check_scores
 from ..router.rows import dropped_experts
 from .clustering import initial_centroids, spherical_kmeans
 
@@ -59,10 +60,15 @@ def recombine_layer(
 
     Returns:
         The recombined layer.  An expert that received no segment keeps its weights bit for bit.
+
+    Raises:
+        ValueError: importance that is not finite.
     """
     dropped = dropped_experts(len(segments.up), retained)
     destination, similarity = _assign(segments, dropped, retained, similarity_weights, threshold, map_experts)
 
+    if neurons is not None:
+        check_scores(neurons)
     importance = saliency.double().unsqueeze(1) if neurons is None else neurons.double()  # (E, 1) or (E, f)
     importance = importance if importance_weighting else torch.ones_like(importance)
     importance = (importance / importance.max().clamp(min=1e-300)).to(

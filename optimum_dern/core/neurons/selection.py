@@ -8,7 +8,7 @@ from torch import Tensor
 from ..layer.segments import Segments
 
 
-__all__ = ["PADDING", "narrow", "retained_width", "select_neurons", "select_together"]
+__all__ = ["PADDING", "check_scores", "narrow", "retained_width", "select_neurons", "select_together"]
 
 PADDING = -1  # in the place of a neuron: zero weights
 
@@ -23,6 +23,12 @@ def retained_width(width: int, sparsity: float, multiple_of: int = 1) -> int:
     """
     kept = max(1, math.ceil(width * (1 - sparsity) - 1e-9))
     return min(width, -(-kept // multiple_of) * multiple_of)
+
+
+def check_scores(scores: Tensor) -> None:
+    """Raise ValueError for scores of neurons that are not finite."""
+    if not torch.isfinite(scores).all():
+        raise ValueError("neuron scores contain NaN or infinity; check the calibration data and the model's weights")
 
 
 def select_neurons(scores: Tensor, width: int, protected: Tensor | None = None) -> Tensor:
@@ -66,8 +72,7 @@ def select_together(scores: Tensor, count: int, protected: Tensor | None = None)
 
 def _ranked(scores: Tensor, protected: Tensor | None) -> Tensor:
     """Order the neurons of each row by score, protected ones first: indices of the shape of the scores."""
-    if not torch.isfinite(scores).all():
-        raise ValueError("neuron scores contain NaN or infinity; check the calibration data and the model's weights")
+    check_scores(scores)
     ranked = scores.argsort(dim=1, descending=True, stable=True)
     if protected is None:
         return ranked

@@ -74,6 +74,8 @@ def test_importance_of_neurons_matches_the_reference(kind):
     for part, value in zip(actual.segments[:3], expected, strict=True):
         if value is not None:
             assert_near(part, value)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        recombine_layer(segments, RETAINED, saliency, neurons=neurons * torch.inf, **OPTIONS)
     by_experts = recombine_layer(segments, RETAINED, saliency, threshold=0.5, init="own")
     assert not torch.allclose(by_experts.segments.up, actual.segments.up)
 

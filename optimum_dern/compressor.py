@@ -71,7 +71,7 @@ class DernCompressor:
         from .checkpoint.output.publishing import keep_publishable_
         from .checkpoint.source.orientation import keep_orientation_
         from .checkpoint.source.provenance import model_source, source_config
-        from .engine.run.checks import with_dataset
+        from .engine.run.checks import warn_of_padding, with_dataset
         from .engine.run.in_memory import compress_in_memory_
         from .engine.run.model_batches import with_text_it_can_write
         from .engine.run.own_text import OwnText
@@ -86,6 +86,7 @@ class DernCompressor:
         layers = find_moe_layers(model)
         num_experts = self.check(model, layers)
         check_materialised(layers)
+        warn_of_padding(self.config, layers[0])
         before, source = measure_model(model, layers), source_config(model)
         keep_orientation_(model)
         config, own = self.config, OwnText(model)

@@ -71,6 +71,7 @@ CHOICES = {
     "router_update": ("none", "rows"),
     "cluster_init": ("own", "gate", "random"),
     "calibration_order": ("sequential", "oneshot"),
+    "width_budget": ("uniform", "global"),
 }
 GROUPS = {  # of the options in `--help`, in this order: title and description
     "what": "the method, and how it selects the retained experts",
@@ -123,6 +124,12 @@ class DernOptions:
         "with width_sparsity: round the width up to a multiple of this (kernels may want 16, 64 or 128)",
         group="how much",
     )
+    width_budget: str = _option(
+        "uniform",
+        "with a width: uniform, the same for every expert; or global, that width on average, each expert as many as "
+        "its neurons are worth beside those of the others, with zeros in the place of the rest, which saves no memory",
+        group="how much",
+    )
     method: str = _option(
         "dern",
         "dern, prune, mone, ream, m_smoe, hc_smoe, mergemoe, sub_moe or uncurl drop or merge experts; heapr, camera_p "
@@ -144,7 +151,8 @@ class DernOptions:
     importance: str | None = _option(
         None,
         "criterion that selects the neurons of narrower experts: heapr (needs a backward pass), camera_p (default) or "
-        "slim (needs a backward pass)",
+        "slim (needs a backward pass); with method dern and no width, by which neurons weigh when recombine averages "
+        "them, instead of by their experts' saliency",
         group="what",
     )
     recombine: bool | None = _option(
@@ -330,13 +338,19 @@ class DernOptions:
     def _describes_recombination(self) -> bool:
         """Whether the user gives details of the recombination, and so asks for it."""
         details = [option for option in fields(DernOptions) if option.name in _recombination_options()]
+        if self.importance is not None and self.method == "dern" and not self.narrows:
+            return True
         return any(getattr(self, option.name) != option.default for option in details)
 
     def _idle(self) -> dict[str, str]:
         """Return the options that have no effect in combination with the others, with what each would need."""
         idle = _options_of_others(self.method)
         if not self.narrows:
-            idle |= dict.fromkeys(("importance", "width_multiple_of"), "width or width_sparsity")
+            idle |= dict.fromkeys(("width_budget", "width_multiple_of"), "width or width_sparsity")
+            if not _may_read_all(self.method) and (self.method != "dern" or not self.recombine):
+                idle["importance"] = "width or width_sparsity (or method='dern' with recombine=True)"
+            elif not self.importance_weighting:
+                idle["importance"] = "importance_weighting=True"
         if self.calibration_order == "oneshot":
             idle["drift_correction"] = "calibration_order='sequential'"
         if self.recombine is not None and not self.recombine:
@@ -385,11 +399,18 @@ def _options_of_others(method: str) -> dict[str, str]:
     """Return the options that this method ignores, each with a method that reads it."""
     from .methods import METHODS
 
-    own = METHODS[method].options if method in METHODS else None
-    if own is None:  # the method may read every option
+    if _may_read_all(method):
         return {}
+    own = METHODS[method].options
     others = {option: name for name, other in METHODS.items() for option in other.options or ()}
     return {option: f"method={name!r}" for option, name in others.items() if option not in own}
+
+
+def _may_read_all(method: str) -> bool:
+    """Return whether a method may read every option: one that does not say which it ignores, or is not known yet."""
+    from .methods import METHODS
+
+    return method not in METHODS or METHODS[method].options is None
 
 
 def _recombination_options() -> tuple[str, ...]:

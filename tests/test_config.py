@@ -26,6 +26,7 @@ def test_defaults():
         "width": None,
         "width_sparsity": None,
         "width_multiple_of": 1,
+        "width_budget": "uniform",
         "importance": None,
         "method": "dern",
         "preset": "recommended",
@@ -197,6 +198,21 @@ def test_options_of_another_method(method, preset):
 def test_methods_of_others_may_read_any_option():
     """Nobody knows what a method that is not this package's reads."""
     assert DernConfig(method="my method", **OF_DERN).cluster_init == "random"
+    assert DernConfig(method="my method", importance="heapr").importance == "heapr"
+
+
+def test_importance_asks_for_recombination():
+    """With dern and no width, it weighs the neurons that are averaged; with a width, it chooses them."""
+    assert DernConfig(importance="slim").recombine
+    assert not DernConfig(importance="slim", width=8).recombine
+    assert not DernConfig(importance="slim", method="prune", width=8).recombine
+    for fields in ({"recombine": False}, {"method": "ream"}, {"method": "prune"}):
+        with pytest.raises(ValueError, match=r"width or width_sparsity \(or method='dern' with recombine=True\)"):
+            DernConfig(importance="slim", **fields)
+    with pytest.raises(ValueError, match="importance='slim' has no effect without importance_weighting=True"):
+        DernConfig(importance="slim", importance_weighting=False)
+    with pytest.raises(ValueError, match="width_budget='global' has no effect without width or width_sparsity"):
+        DernConfig(width_budget="global")
 
 
 @pytest.mark.parametrize("fields", [{}, {"preset": "fast"}, {"neuron_refit": False}])

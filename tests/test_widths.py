@@ -121,9 +121,10 @@ def test_width_of_a_layer():
         ({"width": 8, "width_sparsity": 0.5}, "both width=8 and width_sparsity=0.5 are given"),
         ({"width": 8, "method": "hc_smoe"}, "merges experts.*narrower with camera_p, dern, heapr, prune, slim"),
         ({"width": 8, "recombine": True}, "recombine=True makes experts of neurons of others"),
-        ({"importance": "heapr"}, "importance='heapr' has no effect without width or width_sparsity"),
+        ({"importance": "heapr", "method": "prune"}, "importance='heapr' has no effect without width or width_spars"),
         ({"width_multiple_of": 8}, "width_multiple_of=8 has no effect"),
         ({"width": 8, "importance": "size"}, "unknown importance of neurons 'size'"),
+        ({"importance": "size"}, "unknown importance of neurons 'size'"),  # of dern's segments
         ({"width_sparsity": 1.0}, "above 0 and below 1"),
         ({"width": 0}, "of at least 1"),
     ],

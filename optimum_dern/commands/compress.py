@@ -182,9 +182,11 @@ def _print_results(reports: dict[Path, Any], args: argparse.Namespace) -> None:
 def _print_result(folder: Path, report: Any) -> None:
     from ..engine.run.serving import advise_serving
 
+    kept = [] if report.kept_width is None else [("not zero, on average", "", f"{report.kept_width:g}", "")]
     rows = [
         ("experts per layer", f"{report.before.experts}", f"{report.after.experts}", ""),
         ("neurons per expert", f"{report.before.width}", f"{report.after.width}", ""),
+        *kept,
         _size_row("parameters", report.before.parameters, report.after.parameters),
         _size_row("active per token", report.before.active_parameters, report.after.active_parameters),
         _size_row("bytes", report.before.bytes, report.after.bytes),

@@ -76,6 +76,7 @@ def _recombined(problem: LayerProblem, config: "DernConfig", facts: dict[str, ob
         iterations=config.cluster_iterations,
         tolerance=config.cluster_tolerance,
         importance_weighting=config.importance_weighting,
+        neurons=problem.neurons,
         seed=config.seed,
         map_experts=problem.map_experts,
     )

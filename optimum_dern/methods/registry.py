@@ -31,6 +31,7 @@ class LayerProblem:
     retained: Tensor  # (N,) ascending
     map_experts: Map = map  # like the builtin `map`, but may distribute experts over processes
     protected: tuple[int, ...] = ()  # experts that must be among the retained ones
+    neurons: Tensor | None = None  # (E, f) importance of single neurons, where the config names one
 
     @property
     def places(self) -> Places:
@@ -46,6 +47,7 @@ class Candidate:
     router_rows: Tensor | None = None  # (N, d); None: the retained experts' own rows
     facts: Mapping[str, object] = field(default_factory=dict)  # for the report, JSON-able
     retained: Tensor | None = None  # (N,) ascending, if other than the problem's; they keep their router tensors
+    widths: Sequence[int] | None = None  # neurons of each expert, if zero weights stand in the place of some
 
 
 class Method(Protocol):

@@ -146,5 +146,6 @@ def _refusal(layer: MoELayer, others: Mapping[str, str], width: int) -> str:
     shared = [count for _, count in _shared_counts(layer.config)]
     advice = "drop whole experts instead (num_experts)"
     if "shared" in name and shared and shared[0] * layer.width % width:
-        advice = f"choose a width that divides {shared[0] * layer.width}, so that {shared[0]} shared can stay as wide"
+        together = shared[0] * layer.width  # neurons of the shared experts
+        advice = f"choose a width that divides {together}, so that the shared experts stay as wide as they are"
     return f"{what}: {key} also sizes others, such as {name}; {advice}"

@@ -21,22 +21,23 @@ def title(report: CompressionReport) -> str:
     """Make the title of a compressed model from the name of its source, and what its layers keep."""
     name = report.source.rstrip("/").split("/")[-1] if report.source else report.model_type
     parts = [f"{report.after.experts} of {report.before.experts} experts"]
-    if report.after.width != report.before.width:
-        parts.append(f"{report.after.width} of {report.before.width} neurons")
+    if _kept_width(report) != report.before.width:
+        parts.append(f"{_kept_width(report):g} of {report.before.width} neurons")
     return ", ".join([name, *parts])
 
 
 def verdict(report: CompressionReport) -> str:
     """Summarise a compression: how many experts are kept, how much smaller the model is, and how its loss changed."""
-    before, after = report.before, report.after
-    if (after.experts, after.width) == (before.experts, before.width):
+    before, after, width = report.before, report.after, _kept_width(report)
+    if (after.experts, width) == (before.experts, before.width):
         return f"Nothing was compressed: every layer keeps its {before.experts} routed experts."
     share = SHARES.get(Fraction(after.experts, before.experts))
     kept = f"{after.experts} of its {before.experts} routed experts"
     kept = f"{share} of its routed experts ({after.experts} of {before.experts})" if share else kept
     if after.experts == before.experts:
         kept = f"all of its {before.experts} routed experts"
-    narrower = f" with {after.width} of their {before.width} neurons" if after.width != before.width else ""
+    narrower = f" with {width:g} of their {before.width} neurons" if width != before.width else ""
+    narrower += " on average, the others being zero" if report.kept_width is not None else ""
     gain = f"Each layer keeps {kept}{narrower}, which leaves {100 * report.ratio:.0f} % of the bytes."
     gain += f" It was trained after the compression: {report.training}." if report.training else ""
     losses = mean_losses(report)
@@ -49,6 +50,11 @@ def verdict(report: CompressionReport) -> str:
         f"{gain} The loss on {texts} {verb} from {losses[0]:.3f} to {losses[1]:.3f} nats per token "
         f"({change:+.3f}, perplexity × {math.exp(change):.2f})."
     )
+
+
+def _kept_width(report: CompressionReport) -> float | None:
+    """Return the neurons of an expert, without zero padding; None where the report does not tell."""
+    return report.after.width if report.kept_width is None else report.kept_width
 
 
 def mean_losses(report: CompressionReport) -> tuple[float, float] | None:

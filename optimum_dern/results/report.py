@@ -41,6 +41,7 @@ class LayerReport:
     largest_output: float = 0.0  # largest absolute component of any original expert's output
     skipped: dict[str, str] = field(default_factory=dict)  # reason for each step that was skipped
     source_errors: dict[str, dict[str, float]] = field(default_factory=dict)  # per source: of pruning and the winner
+    widths: list[int] | None = None  # neurons of each retained expert, where zero padding stands in the place of some
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,12 @@ class CompressionReport:
     def ratio(self) -> float:
         """Size of the compressed model in bytes, relative to the original."""
         return self.after.bytes / self.before.bytes
+
+    @property
+    def kept_width(self) -> float | None:
+        """Neurons of a retained expert that are not zero padding, on average; None without padding."""
+        widths = [width for layer in self.layers for width in layer.widths or ()]
+        return sum(widths) / len(widths) if widths else None
 
     @property
     def evaluation_length(self) -> int | None:

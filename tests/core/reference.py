@@ -280,6 +280,7 @@ def reference_dern_layer(
     iterations=30,
     tolerance=1e-4,
     importance_weighting=True,
+    neurons=None,
 ):
     """Recombine one layer; returns gate (or None), up and down of the retained experts, and segments' destinations.
 
@@ -302,7 +303,8 @@ def reference_dern_layer(
             response = [max(abs(v) for v in point[:d]) for point in pool]
             by_response = sorted(range(len(pool)), key=lambda p: (-response[p], p))
             start = [pool[p] for p in (by_response[:f] if init == "gate" else range(f))]
-            mass = [saliency[i] if importance_weighting else 1.0 for i, _ in members]
+            weigh = (lambda i, j: saliency[i]) if neurons is None else (lambda i, j: neurons[i][j].item())
+            mass = [weigh(i, j) if importance_weighting else 1.0 for i, j in members]
             pool, _ = reference_kmeans(pool, mass, start, iterations, tolerance)
         result.append(pool)
     table = torch.tensor(result, dtype=torch.float64)  # (N, f, D)

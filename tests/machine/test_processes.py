@@ -33,6 +33,13 @@ CASES = {
     "groups": ("deepseek_v3", "ragged", {}),
     "paper": ("qwen3_moe", "ragged", {"preset": "paper", "router_update": "rows"}),
     "prune": ("qwen3_moe", "ragged", {"method": "prune", "selection": "reap", "router_refit": False}),
+    "importance": ("qwen3_moe", "ragged", {"preset": "paper", "importance": "heapr"}),
+    "widths": ("qwen3_moe", "ragged", {"preset": "paper", "method": "slim", "width": 8, "width_budget": "global"}),
+    "widths of all layers": (
+        "mixtral",
+        "even",
+        {"preset": "paper", "num_experts": None, "method": "heapr", "width": 8, "width_budget": "global"},
+    ),
     "greedy": ("deepseek_v3", "ragged", {"method": "prune", "preset": "paper", "selection": "greedy"}),
     "random": ("mixtral", "even", {"selection": "random", "cluster_init": "random", "calibration_order": "oneshot"}),
     "three batches": ("mixtral", "few", {"batch_size": 1}),  # the last of three processes has nothing to fit

@@ -22,6 +22,7 @@ def result(**fields):
         ({}, {"cluster_iterations": 1}),
         ({}, {"cluster_tolerance": 10.0}),
         ({}, {"importance_weighting": False}),
+        *(({}, {"importance": name}) for name in ("heapr", "camera_p", "slim")),
         ({}, {"calibration_order": "sequential", "selection": "ean"}),
         ({}, {"refit": True}),
         ({"refit": True}, {"refit_ridge": 1.0}),

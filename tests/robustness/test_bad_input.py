@@ -30,6 +30,7 @@ UNFIT = {  # values out of range; fields that have a kind but no range are in AN
     "width": (0, -16),
     "width_sparsity": (0.0, 1.0, -1),
     "width_multiple_of": (0, -1),
+    "width_budget": ("layer", ""),
     "preset": ("best", ""),
     "similarity_weights": (None, 1, "abc", (1, 1), (1, 1, math.nan), (0, 0, 0), (-1, 1, 1), {"gate": 1}),
     "router_update": ("columns",),

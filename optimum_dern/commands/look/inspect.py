@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     from ...checkpoint.source.find import find_checkpoint
     from ...engine.cost.duration import measure_rate, predict_seconds
     from ...engine.cost.memory import plan_memory
-    from ...engine.layer.narrowing import find_width
+    from ...engine.layer.narrowing import padding_notice, written_width
     from ...engine.run.checks import check_names, check_request, needs_data, with_dataset
     from ...engine.run.model_batches import sequences_in_all, with_text_it_can_write
     from ...engine.run.serving import advise_serving
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     layers = find_moe_layers(model)
     count = check_request(config, model, layers)
     before = measure_model(model, layers)
-    after = predict_size(model, layers, count, find_width(layers[0], config))
+    after = predict_size(model, layers, count, written_width(layers[0], config))
     bound, device = parse_bytes(args.max_memory) if args.max_memory else None, default_device()
     config = with_text_it_can_write(config, model, lambda: check_fits(model, device, bound))
     sequences = 0  # where compress runs no text through the model
@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
         "hidden_in_file": memory.spilled,
         "experts_in_file": memory.experts_in_file,
         "disk_bytes": after.bytes + memory.disk,
+        "padding": padding_notice(layers[0], config),
         "seconds": predict_seconds(layers, tokens, config, count, rate),
         "advice": advise_serving(
             model.config.model_type, count, layers[0].num_groups, after.width if after.width != before.width else None
@@ -101,8 +102,8 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(facts))
         return
     _print_facts(facts)
-    if facts["advice"]:
-        print(facts["advice"])
+    for line in filter(None, (facts["padding"], facts["advice"])):
+        print(line)
     _print_protection(config.protect_experts)
 
 

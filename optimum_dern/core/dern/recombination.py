@@ -9,6 +9,7 @@ from torch import Tensor
 from ..layer.cost import Cost, LayerShape
 from ..layer.segments import Segments, similarity_vectors
 from ..layer.workspace import MAX_ELEMENTS
+from ..neurons.selection import check_scores
 from ..router.rows import dropped_experts
 from .clustering import initial_centroids, spherical_kmeans
 
@@ -37,6 +38,7 @@ def recombine_layer(
     iterations: int = 30,
     tolerance: float = 1e-4,
     importance_weighting: bool = True,
+    neurons: Tensor | None = None,
     seed: int = 0,
     map_experts: Map = map,
 ) -> Recombination:
@@ -52,19 +54,27 @@ def recombine_layer(
         iterations: k-means iterations.
         tolerance: k-means stopping rule, see `spherical_kmeans`.
         importance_weighting: weigh segments by saliency instead of evenly.
+        neurons: (E, f) importance of single neurons, by which segments weigh instead of by their expert's saliency.
         seed: for random initial centroids.
         map_experts: replacement of the builtin `map` that distributes experts over processes.
 
     Returns:
         The recombined layer.  An expert that received no segment keeps its weights bit for bit.
+
+    Raises:
+        ValueError: importance that is not finite.
     """
     dropped = dropped_experts(len(segments.up), retained)
     destination, similarity = _assign(segments, dropped, retained, similarity_weights, threshold, map_experts)
 
-    importance = saliency.double() if importance_weighting else torch.ones(len(segments.up), dtype=torch.float64)
+    if neurons is not None:
+        check_scores(neurons)
+    importance = saliency.double().unsqueeze(1) if neurons is None else neurons.double()  # (E, 1) or (E, f)
+    importance = importance if importance_weighting else torch.ones_like(importance)
     importance = (importance / importance.max().clamp(min=1e-300)).to(
         segments.up.device, segments.compute_dtype
     )  # only ratios count: no underflow
+    importance = importance.expand(segments.up.shape[:2])  # (E, f)
 
     width, kept = segments.up.shape[1], retained.tolist()
     received = _received(destination, len(kept))
@@ -73,7 +83,7 @@ def recombine_layer(
         moved, expert = received[position], kept[position]
         source, neuron = dropped[moved // width], moved % width
         pool, response = _pool(segments, expert, source, neuron)
-        weights = torch.cat([importance[expert].expand(width), importance[source]])  # (f + m,)
+        weights = torch.cat([importance[expert], importance[source, neuron]])  # (f + m,)
         start = initial_centroids(pool, response, width, init, seed + position)
         return (spherical_kmeans(pool, weights, start, iterations, tolerance, segments.workspace.max_elements)[0],)
 

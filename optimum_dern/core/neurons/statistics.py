@@ -5,7 +5,7 @@ the loss by the expert's output: g times the gradient by the layer's routed outp
 no matrix of hidden size times hidden size is needed.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -21,13 +21,14 @@ __all__ = ["NeuronStatistics", "measure_neurons", "measure_neurons_cost"]
 
 @dataclass(frozen=True)
 class NeuronStatistics:
-    """Sums over the tokens routed to each of E experts of f neurons, in float64, and one maximum."""
+    """Sums over the tokens routed to each of E experts of f neurons, in float64, a maximum, and the columns' sizes."""
 
     count: Tensor  # (E, 1) tokens routed to the expert
     energy: Tensor  # (E, f) sum of (g h)^2
     peak: Tensor  # (E, f) largest (g h)^2
     curvature: Tensor  # (E, f) sum of (h w . q)^2; zero where no gradient was given
     sensitivity: Tensor  # (E, f) sum of |weight x gradient| over the neuron's weights; filled in at the end
+    columns: Tensor  # (E, f) |w|^2, of the weights alone
 
     @classmethod
     def zeros(cls, segments: Segments) -> "NeuronStatistics":
@@ -38,16 +39,13 @@ class NeuronStatistics:
         def zeros(width: int) -> Tensor:
             return torch.zeros(experts, width, dtype=torch.float64, device=device)
 
-        return cls(zeros(1), *(zeros(width) for _ in range(4)))
+        columns = torch.stack([down.double().square().sum(-1) for down in segments.down])  # one expert at a time
+        return cls(zeros(1), *(zeros(width) for _ in range(4)), columns)
 
     def reduced(self, reduce: Reduce) -> "NeuronStatistics":
         """Combine the statistics of all processes."""
-        operations = {f.name: "max" if f.name == "peak" else "sum" for f in fields(self)}
-        return NeuronStatistics(**{name: reduce(getattr(self, name), how) for name, how in operations.items()})
-
-    def select(self, experts: Tensor) -> "NeuronStatistics":
-        """Select experts (N,) in the order given."""
-        return NeuronStatistics(*(getattr(self, f.name)[experts.to(self.count.device)] for f in fields(self)))
+        operations = {f.name: "max" if f.name == "peak" else "sum" for f in fields(self) if f.name != "columns"}
+        return replace(self, **{name: reduce(getattr(self, name), how) for name, how in operations.items()})
 
 
 def measure_neurons(
@@ -92,5 +90,5 @@ def neuron_gradients(segments: Segments, batch: ExpertBatch, gradient: Tensor) -
 
 def measure_neurons_cost(shape: LayerShape) -> Cost:
     """Cost of `measure_neurons` with gradients."""
-    held = held_by_chunk(shape) + 8 * 5 * shape.experts * shape.width
+    held = held_by_chunk(shape) + 8 * 6 * shape.experts * shape.width
     return Cost(held, 0, 2 * experts_operations(shape))

@@ -10,7 +10,8 @@ from torch import nn
 from ...config import DernConfig
 from ...core.layer.workspace import MAX_ELEMENTS
 from ...models.moe.structure import MoELayer, find_decoder_layers
-from ..layer.narrowing import find_width, gradient_needed
+from ..layer.importance import gradient_needed
+from ..layer.narrowing import written_width
 from .phases import layer_phases, layer_shape
 
 
@@ -104,7 +105,7 @@ def _plans(
     hidden = streams * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
 
     def plan(spilled: bool, in_file: bool, max_elements: int = MAX_ELEMENTS) -> MemoryPlan:
-        width = find_width(layers[0], config)
+        width = written_width(layers[0], config)
         shapes = [layer_shape(layer, tokens, count, max_elements, width) for layer in layers for count in counts]
         phases = [phase for shape in dict.fromkeys(shapes) for phase in layer_phases(shape, config, len(counts) > 1)]
         return MemoryPlan(

@@ -18,7 +18,7 @@ from ...core.pictures.similarity_map import similarity_map_cost
 from ...data.batches import TOKENS
 from ...methods import get_method
 from ...models.moe.structure import MoELayer
-from ..layer.narrowing import gradient_needed
+from ..layer.importance import gradient_needed
 from ..layer.steps import first_steps, further_steps, sampled_tokens
 
 
@@ -113,13 +113,15 @@ def _original_phases(standing: Standing) -> Iterator[Phase]:
         standing.tokens += standing.output
     criterion = CRITERIA[config.selection].cost(shape)
     yield Phase("select", standing.tokens + criterion.held, 0, criterion.operations)
+    if config.importance is not None:
+        neurons = measure_neurons_cost(shape)
+        yield Phase("importance", standing.tokens + neurons.held, 0, neurons.operations)
     for cost in standing.method.costs(shape, config):
         yield Phase("propose", standing.tokens + cost.held, cost.experts, cost.operations)
     proposed = standing.method.candidates(config)[0] * standing.candidate
-    if shape.kept_width is not None:
+    if config.narrows:
         whole = shape.retained * shape.expert * shape.itemsize  # a candidate of all neurons
-        neurons = measure_neurons_cost(shape)
-        yield Phase("narrow", standing.tokens + neurons.held, proposed + whole, neurons.operations)
+        yield Phase("narrow", standing.tokens, proposed + whole, 0.0)
     likeness = similarity_map_cost(shape)
     yield Phase("map", standing.tokens + likeness.held, proposed, likeness.operations)
 

@@ -18,6 +18,7 @@ from ...results.report import LayerReport
 from ..measure.beside import output_beside
 from ..measure.measured import MeasuredLayer
 from .guard import choose_variant
+from .importance import neuron_statistics, score_neurons
 from .narrowing import find_width, narrow_candidates
 from .objective import Objective
 from .steps import sampled_tokens
@@ -51,16 +52,23 @@ def compress_layer_(
     places = find_places(measured, config, num_experts, earlier)
     scores, retained = select(config.selection, observed, places, seed)
     retained = retained.to(measured.routing.index.device)
-    problem = LayerProblem(observed, scores, retained, measured.processes.map, tuple(places.protected))
+    neurons = None if config.importance is None else neuron_statistics(measured, observed, config)
+    problem = LayerProblem(
+        observed,
+        scores,
+        retained,
+        measured.processes.map,
+        tuple(places.protected),
+        None if neurons is None else score_neurons(neurons, config)[0],
+    )
     candidates, width = _proposals(problem, config), find_width(layer, config)
     if width < layer.width:
-        candidates = narrow_candidates(candidates, observed, measured.neurons, config, width)
+        candidates = narrow_candidates(candidates, measured, neurons, config)
     facts = {name: value for candidate in candidates.values() for name, value in candidate.facts.items()}
     likeness = similarity_map(observed.segments, config.similarity_weights, seed)
-    neurons = num_experts * width
-    del observed, problem  # frees their memory before the refits, which take most
+    del observed, problem, neurons  # frees their memory before the refits, which take most
     release_experts_(layer)
-    judged = choose_variant(candidates, _objective(measured, held_out, neurons, config), config)
+    judged = choose_variant(candidates, _objective(measured, held_out, num_experts * width, config), config)
     measured.write_(judged.winner.candidate)
     return LayerReport(
         name=layer.name,
@@ -80,6 +88,7 @@ def compress_layer_(
         similarity_map=likeness,
         protected=sorted(places.protected),
         largest_output=statistics.output_max.max().item(),
+        widths=judged.winner.candidate.widths,
         seconds=time.perf_counter() - started,
     )
 

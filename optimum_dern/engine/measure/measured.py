@@ -49,7 +49,8 @@ class MeasuredLayer:
     router: Mapping[str, Tensor]  # router tensors of all E experts, by their path in the block
     processes: Processes  # that share the tokens
     residual: Tensor | None = None  # (T, d) the residual stream before the experts, where the criterion needs it
-    neurons: Mapping[str, NeuronStatistics] = field(default_factory=dict)  # by the loss whose gradient they are of
+    neurons: Mapping[str, Mapping[int, NeuronStatistics]] = field(default_factory=dict)  # of all MoE layers, by the
+    # loss whose gradient they are of, and the layer's position
     goal: Goal | None = None  # target of the refits, where it is not `target`
 
     def observe(self, held_out: Tensor) -> ObservedLayer:

@@ -32,7 +32,7 @@ from ...models.size import measure_model, predict_size
 from ...models.width import write_width_
 from ...results.report import CompressionReport
 from ...text_files import replace_json
-from ..layer.narrowing import find_width
+from ..layer.narrowing import written_width
 from ..walk.decoder import compress_layers_, compress_unseen_layers_
 from ..walk.recipe import Recipe
 from .checkpoint_run import CheckpointTask, describe_recording, fingerprint, result_names
@@ -103,7 +103,7 @@ def _open_results(task: CheckpointTask, names: NameMap, work: Path) -> list[Resu
             lambda c=config, n=count, f=work / name: _open_manifest(f, fingerprint(task, [c], n))
         )
         manifest.writes = processes.is_main
-        width = find_width(task.layers[0], config)
+        width = written_width(task.layers[0], config)
         plan = plan_output(task.model, task.layers, task.reader, names, count, width, task.dtype)
         shards = plan_shards(plan.tensors, task.max_shard_size)
         results.append(Result(config, count, width, task.output / name, plan, shards, manifest))

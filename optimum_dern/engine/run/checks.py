@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from logging import getLogger
 from typing import Any
 
 from ...config import DernConfig
@@ -13,7 +14,8 @@ from ...models.moe.overrides import takes_routing
 from ...models.moe.structure import MoELayer, layers_by_position
 from ...models.refusals import advise_count, check_model, check_protection, check_router_logits, resolve_count
 from ...models.width import width_settings
-from ..layer.narrowing import find_width, gradient_needed
+from ..layer.importance import gradient_needed
+from ..layer.narrowing import find_width, padding_notice, written_width
 
 
 __all__ = [
@@ -25,21 +27,25 @@ __all__ = [
     "needs_data",
     "resolve_counts",
     "selection_needs",
+    "warn_of_padding",
     "why_tokens",
     "with_dataset",
 ]
 
+logger = getLogger(__name__)
 NO_TOKENS = "leave the refits and the guard out, and choose a method and a criterion of statistics or weights alone"
 
 
 def check_names(config: DernConfig) -> None:
-    """Refuse an unknown method or selection criterion; needs no model.
+    """Refuse an unknown method, selection criterion or importance of neurons; needs no model.
 
     Raises:
         ValueError: the name is unknown; the message lists those that exist.
     """
     get_method(config.method)
     check_criterion(config.selection)
+    if config.importance is not None:
+        check_importance(config.importance)
 
 
 def check_request(config: DernConfig, model: Any, layers: list[MoELayer]) -> int:
@@ -60,33 +66,47 @@ def check_request(config: DernConfig, model: Any, layers: list[MoELayer]) -> int
     check_model(model, layers)
     if getattr(get_method(config.method), "needs_router_logits", False):
         check_router_logits(config.method, layers)
-    if (width := find_width(layers[0], config)) < layers[0].width:
-        check_narrowing(config, layers)
-        width_settings(model, layers, width)
+    if find_width(layers[0], config) < layers[0].width:
+        check_narrowing(config)
+        width_settings(model, layers, written_width(layers[0], config))
+    check_gradient(config, layers)
     count = resolve_count(layers[0], config.sparsity, config.num_experts, config.experts_multiple_of)
     get_method(config.method).check(layers, count)
     check_protection(layers_by_position(model, layers), config.protect_experts or {}, count)
     return count
 
 
-def check_narrowing(config: DernConfig, layers: list[MoELayer]) -> None:
-    """Refuse narrower experts where the method merges experts, or the importance needs gradients that there are not.
+def check_narrowing(config: DernConfig) -> None:
+    """Refuse narrower experts where the method merges experts.
 
     Raises:
-        ValueError: naming what can be given instead.
+        ValueError: naming the methods that do not.
     """
-    check_importance(config.importance)
     if not getattr(get_method(config.method), "keeps_experts", False):
         keeping = sorted(name for name, method in METHODS.items() if getattr(method, "keeps_experts", False))
         raise ValueError(
             f"method={config.method!r} merges experts, whose neurons have no importance of their own; experts become "
             f"narrower with {', '.join(keeping)}"
         )
+
+
+def check_gradient(config: DernConfig, layers: list[MoELayer]) -> None:
+    """Refuse an importance of neurons that needs gradients where there are none.
+
+    Raises:
+        ValueError: naming what can be given instead.
+    """
     if gradient_needed(config) and not takes_routing(layers[0].experts):
         raise ValueError(
             f"importance={config.importance!r} needs the gradient by the experts' routed output, which the experts of "
             f"{layers[0].name} do not return; choose camera_p"
         )
+
+
+def warn_of_padding(config: DernConfig, layer: MoELayer) -> None:
+    """Say before any work that experts of different widths save no memory, where the config asks for them."""
+    if notice := padding_notice(layer, config):
+        logger.warning("%s", notice)
 
 
 def check_statistics(config: DernConfig) -> None:
@@ -127,7 +147,7 @@ def why_tokens(config: DernConfig) -> str | None:
         return "guard judges candidates on held-out tokens"
     if config.refit:
         return "refit fits experts to tokens"
-    if config.narrows:
+    if config.importance is not None:
         return f"importance={config.importance!r} works on tokens"
     if getattr(get_method(config.method), "needs_tokens", True):
         return f"method={config.method!r} works on tokens"

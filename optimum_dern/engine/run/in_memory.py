@@ -9,7 +9,7 @@ from ...models.moe.structure import MoELayer
 from ...models.moe.view import write_counts_
 from ...models.width import write_width_
 from ...results.report import LayerReport
-from ..layer.narrowing import find_width
+from ..layer.narrowing import written_width
 from ..walk.decoder import compress_layers_, compress_unseen_layers_
 from ..walk.recipe import Recipe
 
@@ -38,6 +38,6 @@ def compress_in_memory_(
             (reports,) = compress_layers_(model, layers, batches, recipes)
         else:
             (reports,) = compress_unseen_layers_(model, layers, recipes)
-    write_width_(model, layers, find_width(layers[0], config))
+    write_width_(model, layers, written_width(layers[0], config))
     write_counts_(model, layers, num_experts)
     return reports

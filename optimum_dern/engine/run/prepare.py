@@ -24,9 +24,9 @@ from ...models.moe.structure import find_moe_layers, layers_by_position
 from ...paths import check_utf8
 from ...results.description import describe_calibration
 from ..cost.memory import plan_memory
-from ..layer.narrowing import find_width
+from ..layer.narrowing import written_width
 from .checkpoint_run import CheckpointTask, result_names
-from .checks import check_names, check_statistics, resolve_counts, with_dataset
+from .checks import check_names, check_statistics, resolve_counts, warn_of_padding, with_dataset
 from .model_batches import load_model_batches, with_text_it_can_write, writes_text
 from .own_text import OwnText
 from .whole_model import check_fits, origin_of, whole_model
@@ -84,9 +84,11 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
     skeleton = source.skeleton
     layers = find_moe_layers(skeleton)
     counts = resolve_counts(request.configs, skeleton, layers)
+    if processes.is_main:
+        warn_of_padding(request.configs[0], layers[0])
     if source.reader is not None:  # what cannot be written is refused before anything long
         stored = NameMap(skeleton, list(source.reader.infos))
-        plan_output(skeleton, layers, source.reader, stored, counts[0], find_width(layers[0], request.configs[0]))
+        plan_output(skeleton, layers, source.reader, stored, counts[0], written_width(layers[0], request.configs[0]))
     output, names = Path(request.output), result_names(counts)
     processes.on_main(lambda: prepare_output(source.folder, output, request.restart, request.overwrite, names))
     configs = request.configs if recorded is not None else [with_dataset(config) for config in request.configs]

@@ -24,7 +24,7 @@ from ...machine.progress import progress_bar
 from ...machine.scratch import CopiesInFiles
 from ...models.moe.structure import MoELayer, find_decoder_layers, layers_by_position
 from ...results.report import LayerReport
-from ..layer.narrowing import gradient_needed
+from ..layer.importance import gradient_needed
 from ..measure.measuring import unseen_layer
 from .backward import Loss, measure_gradients
 from .calls import record_layer_calls

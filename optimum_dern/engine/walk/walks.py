@@ -160,7 +160,7 @@ def _measure(walk: Walk, position: int, decoder_layer: nn.Module, layer: MoELaye
         else:
             (walk.stream.probe if stops else walk.stream.step)(position, decoder_layer)
     measured = measure_layer(layer, position, run, common.masks, common.labels, common.processes)
-    measured = replace(measured, neurons={loss: found[position] for loss, found in common.neurons.items()})
+    measured = replace(measured, neurons=common.neurons)
     if drift is not None:
         measured = replace(measured, goal=drift.goal(measured.target, recipes[0].config.drift_correction))
     return measured if residual is None else replace(measured, residual=residual.without_padding(common.masks))

@@ -62,6 +62,24 @@ def test_layer_matches_the_reference(kind, init, dtype, options):
     assert_unchanged(before, segments, [RETAINED, saliency])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_importance_of_neurons_matches_the_reference(kind):
+    """Segments weigh by their own importance, over twenty orders of magnitude, and some by nothing."""
+    segments, saliency = make_segments(kind, width=4), scores_for()
+    neurons = 10 ** (20 * torch.rand(6, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64))
+    neurons[[1, 2], [3, 0]] = 0
+    actual = recombine_layer(segments, RETAINED, saliency, threshold=0.5, init="own", neurons=neurons)
+    *expected, destination = reference_dern_layer(*segments[:3], RETAINED, saliency, 0.5, init="own", neurons=neurons)
+    assert torch.equal(actual.destination, destination)
+    for part, value in zip(actual.segments[:3], expected, strict=True):
+        if value is not None:
+            assert_near(part, value)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        recombine_layer(segments, RETAINED, saliency, neurons=neurons * torch.inf, **OPTIONS)
+    by_experts = recombine_layer(segments, RETAINED, saliency, threshold=0.5, init="own")
+    assert not torch.allclose(by_experts.segments.up, actual.segments.up)
+
+
 def test_reported_similarity_is_the_best_cosine():
     """The similarity of each dropped segment is the reference's, whether it moved or not."""
     segments = make_segments(width=4)

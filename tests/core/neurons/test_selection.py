@@ -2,10 +2,20 @@
 
 import pytest
 import torch
-from samples import KINDS, activation, assert_near, assert_unchanged, copies, make_routing, make_segments
+from reference import reference_neurons
+from samples import (
+    KINDS,
+    activation,
+    assert_near,
+    assert_unchanged,
+    copies,
+    make_routing,
+    make_segments,
+    scalar_activation,
+)
 
 from optimum_dern.core.layer.mixture import routed_output
-from optimum_dern.core.neurons.selection import narrow, retained_width, select_neurons
+from optimum_dern.core.neurons.selection import PADDING, narrow, retained_width, select_neurons, select_together
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -36,6 +46,54 @@ def test_selection_by_hand():
     assert select_neurons(scores, 1, protected).tolist() == [[0], [2]]
     with pytest.raises(ValueError, match="NaN or infinity"):
         select_neurons(torch.tensor([[1.0, torch.nan]]), 1)
+
+
+def reference_ranking(scores, count, protected):
+    """The neurons kept of each expert, by sorting all of them with their places."""
+    places = [(expert, j) for expert in range(len(scores)) for j in range(len(scores[0]))]
+    places.sort(key=lambda place: (not protected[place[0]][place[1]], -scores[place[0]][place[1]], place))
+    return [sorted(j for expert, j in places[:count] if expert == e) for e in range(len(scores))]
+
+
+@pytest.mark.parametrize("count", [0, 1, 11, 12, 30])
+def test_selection_together_against_a_loop(count):
+    """Scores with many ties, an expert that loses everything, and protected neurons of no importance."""
+    generator = torch.Generator().manual_seed(count)
+    scores = torch.randint(4, (6, 5), generator=generator).double()
+    scores[2] = 0
+    protected = torch.rand(6, 5, generator=generator) < 0.1
+    found = select_together(scores, count, protected)
+    expected = reference_ranking(scores.tolist(), count, protected.tolist())
+    assert found.tolist() == [row + [PADDING] * (5 - len(row)) for row in expected]
+    assert (found != PADDING).sum() == count
+
+
+def test_selection_together_by_hand():
+    scores = torch.tensor([[1.0, 9.0, 5.0], [2.0, 3.0, 4.0]])
+    assert select_together(scores, 3).tolist() == [[1, 2, PADDING], [2, PADDING, PADDING]]
+    protected = torch.tensor([[True, False, False], [True, False, False]])
+    assert select_together(scores, 3, protected).tolist() == [[0, 1, PADDING], [0, PADDING, PADDING]]
+    assert select_together(scores, 1, protected).tolist() == [[PADDING] * 3, [0, PADDING, PADDING]]
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        select_together(torch.tensor([[1.0, torch.inf]]), 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_computes_what_ragged_experts_do(kind):
+    """Experts of different widths, one of them empty, token by token in float64."""
+    segments, routing = make_segments(kind), make_routing()
+    kept = [[0, 3], [], [1], [0, 1, 2, 3, 4], [4], [2, 3, 4]]
+    padded = narrow(segments, torch.tensor([row + [PADDING] * (5 - len(row)) for row in kept]))
+    assert all(not part[e, len(row) :].any() for part in padded.parts for e, row in enumerate(kept))
+    expected = torch.zeros(len(routing.hidden), segments.down.shape[-1], dtype=torch.float64)
+    for token, (x, experts) in enumerate(zip(routing.hidden, routing.index.tolist(), strict=True)):
+        for weight, expert in zip(routing.weight[token].tolist(), experts, strict=True):
+            h = reference_neurons(*segments[:2], expert, x, scalar_activation(segments), segments.biased)
+            for j in kept[expert]:
+                expected[token] += weight * h[j] * segments.down[expert, j]
+            if segments.output_bias is not None:
+                expected[token] += weight * segments.output_bias[expert]
+    assert_near(routed_output(padded, routing, activation), expected)
 
 
 @pytest.mark.parametrize(

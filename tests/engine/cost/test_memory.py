@@ -22,6 +22,8 @@ MEASURED = {  # every method and preset, and what takes memory besides
     **{f"{method}, {preset}": {"method": method, "preset": preset} for method in RUNNING for preset in PRESETS},
     "greedy": {"method": "prune", "preset": "paper", "selection": "greedy"},
     "residual": {"method": "prune", "preset": "paper", "selection": "easy_ep"},
+    "importance": {"preset": "paper", "importance": "slim"},
+    "widths": {"method": "camera_p", "width_budget": "global"},
     "no neurons": {"neuron_refit": False},
     "one shot": {"method": "prune", "calibration_order": "oneshot", "neuron_refit": False},
 }

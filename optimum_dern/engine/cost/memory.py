@@ -19,6 +19,7 @@ __all__ = ["INTERPRETER", "MemoryPlan", "plan_memory"]
 
 INTERPRETER = 600 << 20  # Python, torch, transformers and datasets, without any weight
 MAPPED = 160 << 20  # pages of files that a run has mapped at once
+MEASURED, RANKED = 6 * 8, 5 * 8  # bytes a neuron: its statistics; scores, indices and masks while all are ranked
 SMALLEST = MAX_ELEMENTS >> 4  # smaller blocks save little and take long
 
 
@@ -104,6 +105,8 @@ def _plans(
         streams = max(streams, len(decoder_layers) + 2)
     hidden = streams * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
 
+    neurons = _neurons(layers, config)
+
     def plan(spilled: bool, in_file: bool, max_elements: int = MAX_ELEMENTS) -> MemoryPlan:
         width = written_width(layers[0], config)
         shapes = [layer_shape(layer, tokens, count, max_elements, width) for layer in layers for count in counts]
@@ -112,7 +115,7 @@ def _plans(
             interpreter=INTERPRETER,
             outside=outside,
             layer=largest,
-            working=max(phase.tokens + (0 if in_file else phase.experts) for phase in phases),
+            working=neurons + max(phase.tokens + (0 if in_file else phase.experts) for phase in phases),
             hidden=hidden,
             scratch=largest + max(phase.experts for phase in phases) if in_file else 0,
             spilled=spilled,
@@ -126,6 +129,14 @@ def _plans(
     while max_elements >= SMALLEST:
         yield plan(True, True, max_elements)
         max_elements //= 2
+
+
+def _neurons(layers: Sequence[MoELayer], config: DernConfig) -> int:
+    """Return the bytes of the neurons' statistics that a backward pass leaves of all layers, and of their ranking."""
+    if gradient_needed(config) is None:
+        return 0
+    ranked = RANKED if config.width_budget == "global" else 0
+    return (MEASURED + ranked) * sum(layer.num_experts * layer.width for layer in layers)
 
 
 def _bytes(module: nn.Module) -> int:

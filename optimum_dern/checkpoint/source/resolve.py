@@ -14,6 +14,7 @@ from ...paths import check_utf8
 from ...results.public_names import is_hub_id
 from ..format.sidecars import FOLDERS
 from ..format.weight_files import ADAPTER_NAME, PICKLED, check_whole_model, entry_names, no_weights, weight_names
+from .integrity import check_downloaded
 
 
 __all__ = ["check_checkpoint", "fetch_weights", "remote_dtypes", "resolve_checkpoint"]
@@ -47,6 +48,7 @@ def resolve_checkpoint(
     wanted = {"allow_patterns": [f"{inside}*"], "ignore_patterns": ignored}
     folder, commit = _find(model, revision, token, subfolder, **wanted, **download)
     if commit is not None:
+        check_downloaded(file for file in sorted(folder.iterdir()) if not file.name.endswith(LARGE))
         _check_weights(model, commit, folder, token, inside, download.get("local_files_only", False))
     return folder, commit
 
@@ -73,7 +75,11 @@ def fetch_weights(
     inside = f"{subfolder}/" if subfolder else ""
 
     def fetch(names: list[str]) -> None:
-        _fetch(model, commit, token, allow_patterns=[f"{inside}{name}" for name in names], **download)
+        missing = [folder / name for name in names if not (folder / name).is_file()]
+        try:
+            _fetch(model, commit, token, allow_patterns=[f"{inside}{name}" for name in names], **download)
+        finally:  # what has arrived before the connection broke stays, and later runs take it as it is
+            check_downloaded(missing)
 
     # A single file takes precedence over an index, so shards are needed only if the repository has no such file.
     fetch([*entry_names(folder), *(f"{name}/*" for name in FOLDERS)])

@@ -91,7 +91,7 @@ def change_source(file: Path, how: str) -> None:
     file.rename(file.with_name(f"{file.name}.kept"))
     if how == "replaced":
         file.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
-    elif how == "cut":
+    elif how == "cut short":
         file.write_bytes(content[: len(content) // 2])
 
 

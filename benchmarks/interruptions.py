@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,13 +25,13 @@ from random_model import Sizes, random_tokens, write_model
 
 TINY = Sizes(layers=4, experts=8, top_k=2, hidden=32, width=16)
 CASES = {  # of the random model
-    "default": "--num-experts 4 --self-share 0",
-    "own text": "--num-experts 4 --self-share 0.5 --sequence-length 16 --no-neuron-refit",
-    "oneshot, statistics": "--num-experts 4 --preset paper",
-    "several results": "--num-experts 6 4 --preset paper",
-    "merging": "--num-experts 4 --method hc_smoe --no-refit --self-share 0",
+    "default": "--batch-size 4 --num-experts 4 --self-share 0",
+    "own text": "--batch-size 4 --num-experts 4 --self-share 0.5 --sequence-length 16 --no-neuron-refit",
+    "oneshot, statistics": "--batch-size 4 --num-experts 4 --preset paper",
+    "several results": "--batch-size 4 --num-experts 6 4 --preset paper",
+    "merging": "--batch-size 4 --num-experts 4 --method hc_smoe --no-refit --self-share 0",
 }
-GIVEN = "--num-samples 24 --sequence-length 256 --no-neuron-refit"  # options for a model that is given
+GIVEN = "--batch-size 8 --num-samples 24 --sequence-length 256 --no-neuron-refit"  # options for a model that is given
 
 
 def main() -> None:
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
     total: Counter[str] = Counter()
     for number, (name, options) in enumerate(cases.items()):
         (work := folder / str(number)).mkdir()
-        words = [*f"--batch-size 4 --device cpu {options}".split(), "--dataset", data]
+        words = [*f"--device cpu {options}".split(), "--dataset", data]
         kills = args.kills * (number + 1) // len(cases) - args.kills * number // len(cases)
         found = kill_often(lambda output, words=words: ["compress", source, output, *words], kills, generator, work)
         print(f"{name}: {json.dumps(found)}", flush=True)
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
     return {name: total[name] for name in names} | {"source_untouched": untouched, "cases": list(cases)}
 
 
-def kill_often(command, kills: int, generator: random.Random, folder: Path) -> Counter[str]:
+def kill_often(command: Callable[[Path], list], kills: int, generator: random.Random, folder: Path) -> Counter[str]:
     """Start and kill runs until enough unfinished ones were killed, and compare every finished output.
 
     Args:

@@ -171,7 +171,7 @@ def test_a_pull_request_needs_no_write_permission(refused):
     assert hub.repositories["me/suggested"].commits() == []
 
 
-@pytest.mark.parametrize("name", ["me/commit-500", "me/weights"])
+@pytest.mark.parametrize("name", ["me/commit-500", "me/commit-cut", "me/weights"])
 def test_the_command_of_the_message(refused, name, tmp_path):
     """Run as it stands once the Hub is well again, it does what the push would have done."""
     hub, _, results = refused
@@ -183,6 +183,7 @@ def test_the_command_of_the_message(refused, name, tmp_path):
         assert files == SOURCE | {"README.md": b"by hand", "notes.txt": b"mine"}
     else:
         assert files == SOURCE | {".gitattributes": b""}
+        assert len(hub.repositories[name].commits()) == 1  # also where only the answer had been lost
 
 
 def test_an_interrupt(tmp_path, caplog):

@@ -41,3 +41,5 @@ def test_faults(name):
         pytest.skip("no disk can be mounted here; a limit on the size of files stands for the full one")
     assert name in rows, errors
     assert rows[name]["problems"] == []
+    kept = {"at the start": 0, "at a layer": 1, "while files are moved": 3}
+    assert rows[name]["layers kept"] == kept.get(name.partition(", ")[2], rows[name]["layers kept"])

@@ -66,18 +66,18 @@ def check_room(folder: Path, plans: Mapping[Path, Mapping[str, Sequence[OutputTe
 
     Args:
         folder: on that disk.
-        plans: tensors by file name, by working folder; what an interrupted run has written there is counted.
+        plans: tensors by file name, by working folder; nothing is refused to a run that has begun to fill them.
 
     Raises:
         OSError: the disk has too little room.
     """
-    planned = sum(tensor.size for plan in plans.values() for tensors in plan.values() for tensor in tensors)
-    files = [work / name for work, plan in plans.items() for name in plan]
-    written = sum(file.stat().st_blocks * 512 for file in files if file.exists())  # the rest of a file is a hole
+    if any((work / name).exists() for work, plan in plans.items() for name in plan):
+        return
+    needed = sum(tensor.size for plan in plans.values() for tensors in plan.values() for tensor in tensors)
     free = shutil.disk_usage(folder).free
-    if planned - written > free:
-        needed, left = (f"{size / 2**30:.3g} GiB" for size in (planned - written, free))
-        raise OSError(errno.ENOSPC, f"the weights of the result take {needed}, and {left} are free", str(folder))
+    if needed > free:
+        sizes = [f"{size / 2**30:.3g} GiB" for size in (needed, free)]
+        raise OSError(errno.ENOSPC, "the weights of the result take {}, and {} are free".format(*sizes), str(folder))
 
 
 class ShardWriter:

@@ -2,40 +2,53 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-__all__ = ["check_downloaded"]
+__all__ = ["whole_downloads"]
 
 PIECE = 1 << 22  # bytes that are hashed at a time
 
 
-def check_downloaded(files: Iterable[Path]) -> None:
-    """Refuse downloaded files that have arrived damaged, and remove them, so that they are downloaded again.
+@contextmanager
+def whole_downloads(repository: Path) -> Iterator[None]:
+    """Refuse files that arrive damaged while the context is open, and remove them, so that they are downloaded again.
+
+    What was in the cache before is taken as it is: its owner may have changed it.
 
     Args:
-        files: in the Hub's cache: links to files that are named by their SHA-256 (large ones) or their git object id.
-            Others are not checked.
+        repository: its folder in the Hub's cache, with links to files that are named by their SHA-256 (large ones) or
+            their git object id; files with other names are not checked.
 
     Raises:
         OSError: a file is damaged.
     """
-    damaged = [file for file in files if _is_damaged(file)]
-    for file in damaged:
-        file.resolve().unlink()
-        file.unlink()
-    if damaged:
-        raise OSError(
-            f"{damaged[0].name} has arrived damaged: its bytes are not those that the Hub has announced; it is "
-            "removed from the cache: check the connection, then give the same command again"
-        )
+    before = {file.name for file in repository.glob("blobs/*")}
+    try:
+        yield
+    finally:  # also where the connection broke: later runs take what has arrived as it is
+        links = [file for file in sorted(repository.glob("snapshots/**/*")) if file.is_symlink() and file.is_file()]
+        damaged = [file for file in links if _name(file) not in before and _is_damaged(file)]
+        for file in damaged:
+            file.resolve().unlink()
+            file.unlink()
+        if damaged:
+            raise OSError(
+                f"{damaged[0].name} has arrived damaged: its bytes are not those that the Hub has announced; it is "
+                "removed from the cache: check the connection, then give the same command again"
+            )
 
 
-def _is_damaged(file: Path) -> bool:
-    name = Path(os.readlink(file)).name if file.is_symlink() and file.is_file() else ""
-    return len(name) in HASHES and name != HASHES[len(name)](file)
+def _name(link: Path) -> str:
+    return Path(os.readlink(link)).name
+
+
+def _is_damaged(link: Path) -> bool:
+    name = _name(link)
+    return len(name) in HASHES and name != HASHES[len(name)](link)
 
 
 def _sha256(file: Path) -> str:

@@ -14,7 +14,7 @@ from ...paths import check_utf8
 from ...results.public_names import is_hub_id
 from ..format.sidecars import FOLDERS
 from ..format.weight_files import ADAPTER_NAME, PICKLED, check_whole_model, entry_names, no_weights, weight_names
-from .integrity import check_downloaded
+from .integrity import whole_downloads
 
 
 __all__ = ["check_checkpoint", "fetch_weights", "remote_dtypes", "resolve_checkpoint"]
@@ -48,7 +48,6 @@ def resolve_checkpoint(
     wanted = {"allow_patterns": [f"{inside}*"], "ignore_patterns": ignored}
     folder, commit = _find(model, revision, token, subfolder, **wanted, **download)
     if commit is not None:
-        check_downloaded(file for file in sorted(folder.iterdir()) if not file.name.endswith(LARGE))
         _check_weights(model, commit, folder, token, inside, download.get("local_files_only", False))
     return folder, commit
 
@@ -75,11 +74,7 @@ def fetch_weights(
     inside = f"{subfolder}/" if subfolder else ""
 
     def fetch(names: list[str]) -> None:
-        missing = [folder / name for name in names if not (folder / name).is_file()]
-        try:
-            _fetch(model, commit, token, allow_patterns=[f"{inside}{name}" for name in names], **download)
-        finally:  # what has arrived before the connection broke stays, and later runs take it as it is
-            check_downloaded(missing)
+        _fetch(model, commit, token, allow_patterns=[f"{inside}{name}" for name in names], **download)
 
     # A single file takes precedence over an index, so shards are needed only if the repository has no such file.
     fetch([*entry_names(folder), *(f"{name}/*" for name in FOLDERS)])
@@ -128,9 +123,12 @@ def _find(
 
 
 def _fetch(model: str, revision: str | None, token: Any, **download: Any) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.file_download import repo_folder_name
 
-    with _explained(model, revision):
+    cache = Path(download.get("cache_dir") or constants.HF_HUB_CACHE).expanduser()
+    folder = cache / repo_folder_name(repo_id=model, repo_type="model")
+    with whole_downloads(folder), _explained(model, revision):
         return Path(snapshot_download(model, revision=revision, token=token, **download))
 
 

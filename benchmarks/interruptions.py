@@ -1,94 +1,127 @@
-"""Kill a compression at random moments, resume it with the same command, and compare the output bit by bit.
+"""Kill compressions at random moments, resume each with the same command, and compare the output bit by bit.
 
 Every kill is followed by another start; a run that finishes before its kill is compared, and the next one starts over.
+After every kill, no file may have a final name that is not whole, and the source must be what it was.
 
+python benchmarks/interruptions.py --kills 100           # random models of 1.3 MB, in turn with the options of CASES
 python benchmarks/interruptions.py examples/tiny_moe/upcycled --dataset examples/tiny_moe/text/calibration --kills 20
 """
 
 import argparse
-import hashlib
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from forked_runs import digests, half_written, start, warm
+from random_model import Sizes, random_tokens, write_model
 
-TIMED = ("dern_report.json", "dern_report.html", "dern_report.png", "README.md")  # they contain times and memory
+
+TINY = Sizes(layers=4, experts=8, top_k=2, hidden=32, width=16)
+CASES = {  # of the random model
+    "default": "--batch-size 4 --num-experts 4 --self-share 0",
+    "own text": "--batch-size 4 --num-experts 4 --self-share 0.5 --sequence-length 16 --no-neuron-refit",
+    "oneshot, statistics": "--batch-size 4 --num-experts 4 --preset paper",
+    "several results": "--batch-size 4 --num-experts 6 4 --preset paper",
+    "merging": "--batch-size 4 --num-experts 4 --method hc_smoe --no-refit --self-share 0",
+}
+GIVEN = "--batch-size 8 --num-samples 24 --sequence-length 256 --no-neuron-refit"  # options for a model that is given
 
 
 def main() -> None:
-    """Run once without kills, then with kills, and print one JSON line."""
+    """Kill runs of all cases, and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("model", nargs="?", help="folder; by default random models, and the options of CASES")
+    parser.add_argument("--dataset", help="of the model that is given")
+    parser.add_argument("--kills", type=int, default=20, help="in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="write the JSON there too")
     args = parser.parse_args()
+    if (args.model is None) != (args.dataset is None):
+        parser.error("give a model with its --dataset, or neither")
     with tempfile.TemporaryDirectory() as folder:
         result = run(args, Path(folder))
     print(json.dumps(result))
     if args.output:
         args.output.write_text(json.dumps(result) + "\n", "utf-8")
-    if result["equal"] != result["runs"]:
-        sys.exit("a resumed run differs from the undisturbed one")
+    if result["equal"] != result["runs"] or result["half_written"] or not result["source_untouched"]:
+        sys.exit("something was lost")
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict:
-    """Start and kill runs until enough unfinished ones were killed, and compare every finished output."""
-    generator = random.Random(args.seed)
+    """Kill the runs of every case, as often as its share of the kills is."""
+    source, data = Path(args.model or folder / "model"), args.dataset or folder / "tokens.pt"
+    if args.model is None:
+        write_model(source, TINY)
+        torch.save(list(random_tokens(12, 24)), data)
+    before, generator = digests(source), random.Random(args.seed)
+    cases = CASES if args.model is None else {"given": GIVEN}
+    total: Counter[str] = Counter()
+    for number, (name, options) in enumerate(cases.items()):
+        (work := folder / str(number)).mkdir()
+        words = [*f"--device cpu {options}".split(), "--dataset", data]
+        kills = args.kills * (number + 1) // len(cases) - args.kills * number // len(cases)
+        found = kill_often(lambda output, words=words: ["compress", source, output, *words], kills, generator, work)
+        print(f"{name}: {json.dumps(found)}", flush=True)
+        total.update(found)
+    names = ("kills", "kills_with_work_done", "kills_while_publishing", "runs", "equal", "half_written")
+    untouched = digests(source) == before
+    return {name: total[name] for name in names} | {"source_untouched": untouched, "cases": list(cases)}
+
+
+def kill_often(command: Callable[[Path], list], kills: int, generator: random.Random, folder: Path) -> Counter[str]:
+    """Start and kill runs until enough unfinished ones were killed, and compare every finished output.
+
+    Args:
+        command: words for an output folder.
+        kills: number of them.
+        generator: of the moments.
+        folder: for outputs and logs.
+    """
+    warm(command(folder / "first"), folder)
     started = time.monotonic()
-    start(args, folder / "whole").wait()
+    assert start(command(folder / "whole"), folder / "log").wait() == 0, (folder / "log").read_text("utf-8")
     whole, expected = time.monotonic() - started, digests(folder / "whole")
-    kills = runs = equal = resumed = 0
-    while kills < args.kills:
-        process = start(args, folder / "killed")
-        try:
-            process.wait(generator.uniform(0.3, 1.0) * whole)  # the first third is imports
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            unfinished = (folder / "killed" / ".dern").exists() or not (folder / "killed").exists()
-            if unfinished:  # else it was about to exit
-                kills += 1
-                resumed += (folder / "killed" / ".dern" / "manifest.json").exists()
-                if kills < args.kills:
-                    continue
-                start(args, folder / "killed").wait()
-        runs += 1
-        found = digests(folder / "killed")
-        equal += found == expected
-        for name in sorted(found.keys() | expected.keys()):
-            if found.get(name) != expected.get(name):
-                print(f"{name} differs", flush=True)
-        shutil.rmtree(folder / "killed")
-        print(f"{kills} kills, {runs} finished runs, {equal} of them equal", flush=True)
-    return {"kills": kills, "kills_with_work_done": resumed, "runs": runs, "equal": equal, "seconds_of_a_run": whole}
+    output, count = folder / "killed", Counter({"kills": 0})
+    while count["kills"] < kills:
+        process = start(command(output), folder / "log")
+        code = process.wait(generator.uniform(0, whole))
+        if code is None and process.kill() == 0:
+            code = 0  # it has ended in between
+        if code is None:
+            count.update(state_of(output))
+            count["half_written"] += print_differing(half_written(output, expected))
+            if count["kills"] < kills:
+                continue
+            code = start(command(output), folder / "log").wait()
+        assert code == 0, (folder / "log").read_text("utf-8")
+        count["runs"] += 1
+        found = digests(output)
+        differing = [name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
+        count["equal"] += not print_differing(differing)
+        shutil.rmtree(output)
+    return count
 
 
-def start(args: argparse.Namespace, output: Path) -> subprocess.Popen:
-    """Start the compression command with quick settings."""
-    words = ["compress", args.model, str(output), "--dataset", args.dataset, "--num-samples", "24"]
-    words += ["--sequence-length", "256", "--batch-size", "8", "--no-neuron-refit"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "optimum_dern", *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-    )
+def state_of(output: Path) -> Counter[str]:
+    """Count a kill, by what it has left: layers that are finished, files that have been moved into place."""
+    manifests = [json.loads(file.read_text("utf-8")) for file in output.glob(".dern/**/manifest.json")]
+    moved = [file for file in output.rglob("config.json") if ".dern" not in file.parts]
+    done = any(manifest["layers"] for manifest in manifests)
+    return Counter({"kills": 1, "kills_with_work_done": int(done), "kills_while_publishing": int(bool(moved))})
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """Compute the SHA-256 of every output file without times in it."""
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in TIMED]
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+def print_differing(names: list[str]) -> int:
+    """Print the names of files that are not what they should be, and count them."""
+    for name in sorted(names):
+        print(f"{name} differs", flush=True)
+    return len(names)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import naming
 
-__all__ = ["parse_object", "read_object", "replace_json", "replace_rows", "replace_text"]
+
+__all__ = ["parse_object", "read_object", "replace_by_copy", "replace_json", "replace_rows", "replace_text"]
 
 
 def replace_text(path: Path, text: str, durable: bool = False) -> None:
@@ -21,14 +25,32 @@ def replace_text(path: Path, text: str, durable: bool = False) -> None:
     if path.exists() and not path.is_file():  # such as /dev/stdout, which nothing can replace
         path.write_text(text, "utf-8")
         return
+    with _replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def replace_by_copy(path: Path, source: Path) -> None:
+    """Replace a file of any kind atomically by a copy of another.
+
+    Args:
+        path: of the file; its folder must exist.
+        source: of the new content.
+    """
+    with _replacing(path) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Open the context in which a file beside another is written, which then takes its name; removed on an error."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

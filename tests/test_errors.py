@@ -1,13 +1,17 @@
 """Refusals are told apart from faults of the program by how they came about."""
 
+import errno
 import json
+import os
 from functools import partial
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from optimum_dern import DernCompressor, DernConfig
 from optimum_dern.checkpoint.output.manifest import only_process
-from optimum_dern.errors import describe_error, is_deliberate
+from optimum_dern.errors import describe_error, explained, is_deliberate, naming
 
 
 def caught(function):
@@ -62,6 +66,39 @@ def test_accidents(function):
     error = caught(function)
     assert not is_deliberate(error)
     assert describe_error(error) == f"{type(error).__name__}: {error}"
+
+
+SYSTEM = {  # what the machine refuses, as Python and as libraries tell it -> what to do
+    "disk": (OSError(errno.ENOSPC, "No space left on device", "a"), "device: a; free some space there"),
+    "quota": (OSError(errno.EDQUOT, "Disk quota exceeded", "a"), "free some space there"),
+    "copy": (OSError(errno.ENOSPC, "No space left on device", "a", None, "b"), "device: b; free some space"),
+    "safetensors": (SafetensorError("I/O error: No space left on device (os error 28)"), "free some space there"),
+    "read-only": (OSError(errno.EROFS, "Read-only file system", "a"), "have its permissions changed"),
+    "rights": (PermissionError(errno.EACCES, "Permission denied", "a"), "have its permissions changed"),
+    "files": (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+    "memory": (MemoryError(), "not enough memory (MemoryError); lower the batch size"),
+    "torch": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "lower the batch size"),
+    "GPU": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "lower the batch size"),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+def test_what_the_machine_refuses(name):
+    """It is no fault of the code, and the message says what to do, whoever tells it."""
+    error, mend = SYSTEM[name]
+    assert is_deliberate(error)
+    assert mend in describe_error(error) and describe_error(error).endswith("then give the same command again")
+    with pytest.raises(type(error)), explained("this file cannot be read", "mend it"):  # it is not the file's fault
+        raise error
+
+
+def test_a_write_names_its_file(tmp_path):
+    """The system's error of a descriptor names none."""
+    file = os.open(tmp_path / "file", os.O_RDONLY | os.O_CREAT)
+    with pytest.raises(OSError) as caught, naming(tmp_path / "file"):
+        os.write(file, b"x")
+    os.close(file)
+    assert caught.value.filename == str(tmp_path / "file")
 
 
 def test_an_error_that_was_never_raised():

@@ -3,6 +3,7 @@
 import json
 import os
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from optimum_dern import DernConfig
 from optimum_dern.checkpoint.output.manifest import Manifest
 from optimum_dern.reporting.presentation import write_presentation
 from optimum_dern.results.report import CompressionReport, ModelSize
-from optimum_dern.text_files import replace_json, replace_text
+from optimum_dern.text_files import replace_by_copy, replace_json, replace_text
 
 
 @pytest.fixture
@@ -41,6 +42,7 @@ def interrupt(source, target):
 
 
 WRITERS = {
+    "copy": (lambda folder, report: partial(replace_by_copy, folder / "file", Path(__file__)), "file"),
     "text": (lambda folder, report: partial(replace_text, folder / "file", "new"), "file"),
     "report": (lambda folder, report: partial(report.save, folder / "file"), "file"),
     "page": (lambda folder, report: partial(write_presentation, report, folder, draw=False), "dern_report.html"),

@@ -2,13 +2,17 @@
 
 import argparse
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
 from .. import versions
+from ..checkpoint.output.folder import WORK_NAME
 from ..errors import describe_error, is_deliberate
+from ..machine.signals import Terminated, ending_cleanly
 from ..machine.threads import choose_threads
 from ..paths import check_utf8
 from . import compress, merge, patterns, sample
@@ -81,15 +85,24 @@ def run_safely(run: Callable[[argparse.Namespace], None], args: argparse.Namespa
     if "torch" not in sys.modules:  # else torch has started its threads already
         choose_threads()
     try:
-        check_utf8(*vars(args).values())
-        run(args)
-    except KeyboardInterrupt:
-        print("optimum-dern: interrupted", file=sys.stderr)
-        sys.exit(130)
+        with ending_cleanly():
+            check_utf8(*vars(args).values())
+            run(args)
+    except KeyboardInterrupt as error:
+        print(f"optimum-dern: {_describe_interrupt(error, args)}", file=sys.stderr)
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))
     except Exception as error:  # the outermost boundary
         if args.traceback:
             raise
         fail(describe_error(error) + ("" if is_deliberate(error) else " (--traceback shows where)"))
+
+
+def _describe_interrupt(error: KeyboardInterrupt, args: argparse.Namespace) -> str:
+    """Say what has ended a command and, where it has left a part of its work, that this part is not lost."""
+    what = f"ended by {error}" if isinstance(error, Terminated) else "interrupted"
+    output = getattr(args, "output", None)
+    begun = isinstance(output, Path) and (output / WORK_NAME).is_dir()
+    return f"{what}; what is finished stays, the same command goes on from there" if begun else what
 
 
 def fail(message: str) -> NoReturn:

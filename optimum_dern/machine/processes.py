@@ -246,7 +246,8 @@ def _talk(collective: Callable, *args: Any, **kwargs: Any) -> Any:
         # Gloo's transport errors have no exception class of their own; only the file name in the message tells.
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
             raise
+        reason = str(error).splitlines()[0].partition(". This is")[0]  # without gloo's guesses
         raise ProcessFailed(
-            f"another process of the run has ended or does not answer ({str(error).splitlines()[0]}); the layers that "
-            "are finished stay: mend what has stopped it, and the same command goes on from there"
+            f"another process of the run has ended or does not answer ({reason}); the layers that are finished stay: "
+            "mend what has stopped it, and the same command goes on from there"
         ) from error

@@ -5,9 +5,9 @@ must be a process of its own, with the variables of `LoopbackHub.environment`: t
 imported.
 """
 
-from .protocol import BROKEN, READER, WRITER
+from .protocol import BROKEN, CUT, GARBLED, READER, WRITER
 from .repository import Commit, Repository
 from .server import LoopbackHub
 
 
-__all__ = ["BROKEN", "READER", "WRITER", "Commit", "LoopbackHub", "Repository"]
+__all__ = ["BROKEN", "CUT", "GARBLED", "READER", "WRITER", "Commit", "LoopbackHub", "Repository"]

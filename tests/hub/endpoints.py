@@ -6,7 +6,7 @@ import json
 import re
 
 from .card import card_problems
-from .protocol import BROKEN, READER, WRITER, Connection, Refusal
+from .protocol import BROKEN, CUT, GARBLED, READER, WRITER, Connection, Refusal
 from .repository import Commit, Repository, git_oid
 
 
@@ -22,12 +22,14 @@ class Handler(Connection):
         payload = json.loads(self.body) if self.stage == "create" else {}
         self.id = self.found.get("id") or (payload and f"{payload['organization'] or 'me'}/{payload['name']}") or None
         self.hub.requests.append((self.stage, self.id, self.headers.get("User-Agent", "")))
-        stage, status = self.hub.failures.get(self.id, (None, None))
-        if stage == self.stage and status == BROKEN:
+        stage, status, *path = self.hub.failures.get(self.id, (None, None))
+        fails = stage == self.stage and self.found.get("path") in (path or [self.found.get("path")])
+        if fails and status == BROKEN:
             self.close_connection = True
-        elif stage == self.stage:
+        elif fails and status not in (CUT, GARBLED):
             raise Refusal(status, f"{self.stage} fails on demand")
         else:
+            self.damage = status if fails else None
             getattr(self, f"_{self.stage}")()
 
     def _create(self) -> None:

@@ -2,14 +2,15 @@
 
 import json
 import re
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
-__all__ = ["BROKEN", "READER", "WRITER", "Connection", "Refusal"]
+__all__ = ["BROKEN", "CUT", "GARBLED", "READER", "WRITER", "Connection", "Refusal"]
 
 WRITER, READER = "hf_writer", "hf_reader"  # tokens
-BROKEN = 0  # instead of a status: close the connection without an answer
+BROKEN, CUT, GARBLED = 0, 1, 2  # instead of a status: no answer, half of one, and one with another content
 ID = r"(?P<id>[\w.-]+/[\w.-]+)"
 ROUTES = [  # stage, method, path
     ("create", "POST", r"/api/repos/create"),
@@ -24,6 +25,13 @@ ROUTES = [  # stage, method, path
     ("commit", "POST", rf"/api/models/{ID}/commit/(?P<revision>[^/]+)"),
     ("resolve", "GET", rf"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
 ]
+
+
+DAMAGES: dict[int | None, Callable[[bytes], bytes]] = {
+    None: lambda data: data,
+    CUT: lambda data: data[: len(data) // 2],
+    GARBLED: lambda data: data[: len(data) // 2] + bytes(255 - byte for byte in data[len(data) // 2 :]),
+}
 
 
 class Refusal(Exception):
@@ -44,7 +52,7 @@ class Connection(BaseHTTPRequestHandler):
         """Do not log requests."""
 
     def _handle(self) -> None:
-        self.body, self.hub = self._read(), self.server.hub
+        self.body, self.hub, self.damage = self._read(), self.server.hub, None
         parts = urlsplit(self.path)
         self.query, method = parse_qs(parts.query), self.command.replace("HEAD", "GET")
         for self.stage, verb, pattern in ROUTES:
@@ -74,10 +82,12 @@ class Connection(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, content: bytes | dict | list, headers: dict[str, str] | None = None) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        sent = DAMAGES[self.damage](data)
         self.send_response(status)
         kind = "application/octet-stream" if isinstance(content, bytes) else "application/json"
         for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(sent)
+            self.close_connection |= self.damage == CUT

@@ -18,14 +18,15 @@ class LoopbackHub:
     Attributes:
         url: for HF_ENDPOINT.
         repositories: by id.
-        failures: repository id -> (stage, status) that it answers with, `stage` being one of `protocol.ROUTES`.
+        failures: repository id -> (stage, status) that it answers with, `stage` being one of `protocol.ROUTES`, and
+            optionally the file that this is about.
         requests: (stage, repository id or None, user agent) in order.
         payloads: of the requests to create a repository.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
-        self.failures: dict[str, tuple[str, int]] = {}
+        self.failures: dict[str, tuple] = {}
         self.requests: list[tuple[str, str | None, str]] = []
         self.payloads: list[dict] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

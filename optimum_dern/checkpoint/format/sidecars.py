@@ -4,10 +4,11 @@ Only files that are known to belong to a checkpoint are copied: programs also re
 (adapters, other quantisations, trainer states), and would then load something else than the result.
 """
 
-import shutil
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from ...text_files import replace_by_copy
 
 
 __all__ = ["FOLDERS", "TOKENIZER", "companions", "copy_companions", "left_out", "remove_stale"]
@@ -68,7 +69,7 @@ def copy_companions(source: Path, target: Path, keep: bool = False, inputs_only:
     for name in companions(source, inputs_only):
         if not (keep and (target / name).exists()):
             (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, target / name)
+            replace_by_copy(target / name, source / name)
 
 
 def companions(source: Path, inputs_only: bool = False) -> list[str]:

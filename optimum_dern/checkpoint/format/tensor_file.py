@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...core.layer.workspace import Empty
+from ...errors import naming
 from ...text_files import parse_object
 
 
@@ -148,7 +149,7 @@ def create_file(
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
 
@@ -165,8 +166,9 @@ def write_bytes(info: TensorInfo, file: int, tensor: Tensor) -> memoryview:
         raise ValueError(f"a {tensor.dtype} {tuple(tensor.shape)} does not fit the place of {info}")
     data = memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
     done = 0
-    while done < len(data):
-        done += os.pwrite(file, data[done:], info.start + done)
+    with naming(info.path):
+        while done < len(data):
+            done += os.pwrite(file, data[done:], info.start + done)
     return data
 
 

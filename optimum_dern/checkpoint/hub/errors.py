@@ -1,5 +1,6 @@
 """Errors of a push to the Hub: what happened, what to do, and where the finished checkpoint is."""
 
+import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +81,8 @@ def _diagnose(error: BaseException, endpoint: str) -> tuple[int | None, str]:
         cause = cause.__cause__ or cause.__context__  # an upload's own error hides in a RuntimeError
     if cause is None and isinstance(error, LocalTokenNotFoundError):
         return None, "{}; {}".format(*MENDS[401])
-    if cause is None and isinstance(error, ValueError):
+    garbled = isinstance(error, UnicodeError | json.JSONDecodeError)  # an answer, not an argument
+    if cause is None and isinstance(error, ValueError) and not garbled:
         return None, str(error).strip()
     if cause is None:
         detail = f"{type(error).__name__}: {error}".strip(": ")

@@ -4,9 +4,11 @@ Names, shapes and dtypes of all tensors are known before the first is computed, 
 header at the start, and each tensor is written to its place when it is ready.  Complete shards are moved at the end.
 """
 
+import errno
 import hashlib
 import math
 import os
+import shutil
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +16,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ...errors import naming
 from ..format.reader import LazyTensor
 from ..format.tensor_file import DTYPES, TensorInfo, create_file, read_header, read_tensor, write_bytes
 from ..format.weight_files import SINGLE_NAME, write_index
 
 
-__all__ = ["OutputTensor", "ShardWriter", "parse_bytes", "plan_shards", "publish_shards"]
+__all__ = ["OutputTensor", "ShardWriter", "check_room", "parse_bytes", "plan_shards", "publish_shards"]
 
 
 class OutputTensor(NamedTuple):
@@ -56,6 +59,25 @@ def plan_shards(tensors: Sequence[OutputTensor], max_shard_size: int) -> dict[st
     if len(files) == 1:
         return {SINGLE_NAME: files[0]}
     return {f"model-{i:05d}-of-{len(files):05d}.safetensors": file for i, file in enumerate(files, 1)}
+
+
+def check_room(folder: Path, plans: Mapping[Path, Mapping[str, Sequence[OutputTensor]]]) -> None:
+    """Refuse shards that are larger than what the disk has left, before the hours that it takes to fill them.
+
+    Args:
+        folder: on that disk.
+        plans: tensors by file name, by working folder; nothing is refused to a run that has begun to fill them.
+
+    Raises:
+        OSError: the disk has too little room.
+    """
+    if any((work / name).exists() for work, plan in plans.items() for name in plan):
+        return
+    needed = sum(tensor.size for plan in plans.values() for tensors in plan.values() for tensor in tensors)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        sizes = [f"{size / 2**30:.3g} GiB" for size in (needed, free)]
+        raise OSError(errno.ENOSPC, "the weights of the result take {}, and {} are free".format(*sizes), str(folder))
 
 
 class ShardWriter:
@@ -99,8 +121,9 @@ class ShardWriter:
 
     def flush(self) -> None:
         """Wait until everything written is on disk (fsync)."""
-        for file in self._files.values():
-            os.fsync(file)
+        for path, file in self._files.items():
+            with naming(path):
+                os.fsync(file)
 
 
 def publish_shards(folder: Path, plan: Mapping[str, Sequence[OutputTensor]], output: Path) -> None:

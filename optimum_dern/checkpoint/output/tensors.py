@@ -74,6 +74,7 @@ class CheckpointOutput:
         self.finished[position] = report
         if not self.manifest.writes:
             return
+        self.reader.check_unchanged()  # before the manifest says that the layer is right
         if report is not None:
             self._write_experts(self.positions[position], report.retained)
         self.writer.flush()
@@ -90,6 +91,7 @@ class CheckpointOutput:
 
     def save(self) -> None:
         """Flush everything written so far to disk, and close the files."""
+        self.reader.check_unchanged()
         self.writer.flush()
         self.manifest.save()
         self.writer.close()

@@ -14,6 +14,7 @@ from ...paths import check_utf8
 from ...results.public_names import is_hub_id
 from ..format.sidecars import FOLDERS
 from ..format.weight_files import ADAPTER_NAME, PICKLED, check_whole_model, entry_names, no_weights, weight_names
+from .integrity import whole_downloads
 
 
 __all__ = ["check_checkpoint", "fetch_weights", "remote_dtypes", "resolve_checkpoint"]
@@ -122,9 +123,12 @@ def _find(
 
 
 def _fetch(model: str, revision: str | None, token: Any, **download: Any) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.file_download import repo_folder_name
 
-    with _explained(model, revision):
+    cache = Path(download.get("cache_dir") or constants.HF_HUB_CACHE).expanduser()
+    folder = cache / repo_folder_name(repo_id=model, repo_type="model")
+    with whole_downloads(folder), _explained(model, revision):
         return Path(snapshot_download(model, revision=revision, token=token, **download))
 
 

@@ -16,7 +16,7 @@ from ...checkpoint.output.folder import WORK_NAME, set_card_aside
 from ...checkpoint.output.manifest import Manifest, only_process, read_manifest
 from ...checkpoint.output.plan import OutputPlan, plan_output
 from ...checkpoint.output.publishing import MANIFEST_NAME, OWN_TEXT_NAME, write_report, write_sidecars
-from ...checkpoint.output.shards import OutputTensor, ShardWriter, plan_shards, publish_shards
+from ...checkpoint.output.shards import OutputTensor, ShardWriter, check_room, plan_shards, publish_shards
 from ...checkpoint.output.tensors import CheckpointOutput, copy_rest, copy_when_read_
 from ...checkpoint.source.loader import PartLoader
 from ...checkpoint.source.recorded import StatisticsWriter, publish_statistics
@@ -77,6 +77,8 @@ def compress_checkpoint(task: CheckpointTask) -> list[CompressionReport]:
         results = _open_results(task, names, work)
         unfinished = [result for result in results if result.manifest.report is None]
         if unfinished:
+            plans = {result.manifest.path.parent: result.shards for result in unfinished}
+            processes.on_main(lambda: check_room(task.output, plans))
             threads = processes.on_main(lambda: threads_of_run(work / "threads"))
             in_files = work if task.memory.experts_in_file else None
             workspace = open_workspace(in_files, task.memory.mapped, task.memory.max_elements)

@@ -2,15 +2,18 @@
 
 import copy
 import json
+import resource
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import make_model, random_tokens, same_state, sample_texts, state_of, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dern import CompressionReport, DernCompressor, DernConfig
 from optimum_dern.checkpoint.output import publishing, writer
+from optimum_dern.errors import describe_error
 
 
 FILES = {
@@ -148,6 +151,22 @@ def test_a_failing_save_leaves_the_earlier_one(tmp_path, monkeypatch, broken):
         compressor.save(model, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     assert same_state(state_of(AutoModelForCausalLM.from_pretrained(tmp_path)), earlier)
+
+
+def test_a_disk_that_is_full(tmp_path):
+    """The system refuses the weights: the error says what to do, and no file of the checkpoint is there."""
+    compressor, model = compress()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))  # bytes; stands for a disk, which needs a mount
+    try:
+        with pytest.raises((OSError, SafetensorError)) as caught:
+            compressor.save(model, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "free some space there" in describe_error(caught.value)
+    assert names(tmp_path) == set()
+    compressor.save(model, tmp_path)
+    assert names(tmp_path) == FILES
 
 
 def test_the_index_comes_last(tmp_path, monkeypatch):

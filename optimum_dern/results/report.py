@@ -41,6 +41,8 @@ class LayerReport:
     largest_output: float = 0.0  # largest absolute component of any original expert's output
     skipped: dict[str, str] = field(default_factory=dict)  # reason for each step that was skipped
     source_errors: dict[str, dict[str, float]] = field(default_factory=dict)  # per source: of pruning and the winner
+    dense: bool = False  # the layer has no router any more: all tokens use the retained experts, and the shared ones
+    divergence: float | None = None  # of the last hidden states, with this layer and those chosen before it dense
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ class CompressionReport:
     def ratio(self) -> float:
         """Size of the compressed model in bytes, relative to the original."""
         return self.after.bytes / self.before.bytes
+
+    @property
+    def dense_layers(self) -> list[int]:
+        """Decoder layers that the compression has made dense, in the order in which they were chosen."""
+        return [layer.layer for layer in self.layers if layer.dense]
 
     @property
     def evaluation_length(self) -> int | None:

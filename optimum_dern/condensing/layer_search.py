@@ -29,9 +29,9 @@ from .dense_form import possible_layers
 from .plan import CondensingPlan
 
 
-__all__ = ["search_layers"]
+__all__ = ["SEARCHED", "search_layers"]
 
-TOKENS = 4096  # on which models are compared, in whole batches
+SEARCHED = 4096  # on which models are compared, in whole batches
 
 Networks = Callable[[int], AbstractContextManager[nn.Module]]  # loads the dense network of a position
 
@@ -134,7 +134,7 @@ def _first(batches: Sequence[dict]) -> list[dict]:
     """Return the first batches that have enough tokens together."""
     chosen, tokens = [], 0
     for batch in batches:
-        if tokens < TOKENS:
+        if tokens < SEARCHED:
             chosen.append(batch)
             tokens += int(batch["attention_mask"].sum())
     return chosen

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..models.moe.structure import MoELayer, layers_by_position
+from ..models.moe.structure import MoELayer, find_moe_layers, layers_by_position
+from ..models.size import measure_model
+from ..results.report import ModelSize
 from .dense_form import dense_form, possible_layers, which_dense
 from .dense_network import check_condensable, dense_width, shared_experts
 
 
-__all__ = ["CondensingPlan", "condensed_copy", "make_dense_", "plan_condensing"]
+__all__ = ["CondensingPlan", "condensed_copy", "condensed_size", "make_dense_", "plan_condensing"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,22 @@ def condensed_copy(model: nn.Module, plan: CondensingPlan, positions: Collection
     model, plan = deepcopy((model, plan))
     make_dense_(model, plan, positions)
     return model
+
+
+def condensed_size(
+    model: nn.Module, layers: Sequence[MoELayer], which: int | Sequence[int], num_experts: int | None = None
+) -> ModelSize:
+    """Predict the size of a model with dense layers, which is the same whichever layers a search finds.
+
+    Args:
+        model: on the meta device.
+        layers: its MoE layers.
+        which: as in `plan_condensing`.
+        num_experts: as in `plan_condensing`.
+    """
+    plan = plan_condensing(model, layers, which, num_experts)
+    copy = condensed_copy(model, plan, [*plan.networks][: plan.num_layers])
+    return measure_model(copy, find_moe_layers(copy))
 
 
 def _check_experts(layer: MoELayer, count: int) -> None:

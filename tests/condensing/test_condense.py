@@ -18,6 +18,7 @@ from optimum_dern.condensing.dense_form import possible_layers
 from optimum_dern.condensing.layer_search import search_layers
 from optimum_dern.condensing.plan import CondensingPlan
 from optimum_dern.models.moe.structure import find_moe_layers, layers_by_position
+from optimum_dern.models.skeleton import build_like
 
 
 BATCHES = [padded_batch([20, 24], "left"), padded_batch([18, 9], "right", seed=5)]
@@ -217,3 +218,6 @@ def test_every_family(family):
     assert possible_layers(at) == (sorted(at) if family in ANY else [min(at)])
     (found,) = condense_layers(model, BATCHES, 1, 1)
     assert found.layer not in layers_by_position(model, find_moe_layers(model))
+    described = build_like(model, model.config)  # as its config says, so that plain transformers loads it
+    shapes = [{name: p.shape for name, p in one.named_parameters()} for one in (model, described)]
+    assert {name: shapes[1][name] for name in shapes[0]} == shapes[0]

@@ -47,7 +47,7 @@ def condense_checkpoint(task: CheckpointTask) -> list[CompressionReport]:
         The report of its one result.
 
     Raises:
-        ValueError: the output folder has an unfinished run of a different task, or a block that does not add its shared
+        ValueError: the output folder has an unfinished run of a different task, or a block does not add its shared
             experts' output as it is.
         RuntimeError: another run is using the output folder.
     """

@@ -23,6 +23,7 @@ MEASURED = {  # every method and preset, and what takes memory besides
     "greedy": {"method": "prune", "preset": "paper", "selection": "greedy"},
     "residual": {"method": "prune", "preset": "paper", "selection": "easy_ep"},
     "no neurons": {"neuron_refit": False},
+    "cd_moe, some layers": {"method": "cd_moe", "condensed_layers": [0]},
     "one shot": {"method": "prune", "calibration_order": "oneshot", "neuron_refit": False},
 }
 

@@ -51,11 +51,11 @@ def verdict(report: CompressionReport) -> str:
 def _dense(report: CompressionReport) -> str:
     """Say which layers are dense now."""
     routed = len(report.layers[0].retained)
-    kept = f"{routed} of its {report.before.experts} routed experts" if routed else "its shared experts alone"
-    many = "is a dense layer" if len(report.dense_layers) == 1 else "are dense layers"
+    kept = f"{routed} of {report.before.experts} routed experts" if routed else "the shared experts alone"
+    verb = "is" if len(report.dense_layers) == 1 else "are"
     return (
-        f"{_layers(report.dense_layers).capitalize()} {many} without a router now, each made of {kept}, which leaves "
-        f"{100 * report.ratio:.0f} % of the bytes; other layers stay as they were."
+        f"{_layers(report.dense_layers).capitalize()} {verb} dense now, without a router: {kept} work on every token, "
+        f"which leaves {100 * report.ratio:.0f} % of the bytes. Other layers stay as they were."
     )
 
 

@@ -102,7 +102,7 @@ def test_files_and_dtypes(sources, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("moment", ["layer", "search", "copy"])
 def test_resume(moment, sources, tmp_path, monkeypatch):
-    """Interrupted after a layer, in the search, or before the rest is copied: it ends the same way, without repeats."""
+    """Interrupted after a layer, in the search, or before it copies: it ends the same way, without repeats."""
     fields, source = {**FIELDS, "condensed_layers": 1, "num_experts": 1}, sources("qwen3_moe")
     DernCompressor(**fields).compress_checkpoint(source, tmp_path / "whole")
     places = {"search": f"{RUN}.search_layers", "copy": f"{RUN}.copy_rest"}
@@ -185,7 +185,7 @@ def test_as_published(sources, tmp_path):
     assert (layer.layer, layer.winner, layer.errors, layer.held_out_tokens) == (1, "condensed", {}, 0)
     assert layer.retained == [] and AutoConfig.from_pretrained(tmp_path / "out").first_k_dense_replace == 2
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
-    assert "# deepseek_v3, layer 1 dense" in card and "made of its shared experts alone" in card
+    assert "# deepseek_v3, layer 1 dense" in card and ": the shared experts alone work on every token" in card
     assert "--condensed-layers '[1]'" in card and "--num-experts 0" in card
 
 

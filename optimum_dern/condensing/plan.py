@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -79,8 +79,9 @@ def condensed_copy(model: nn.Module, plan: CondensingPlan, positions: Collection
         plan: of it.
         positions: layers that are dense in the copy.
     """
-    model, plan = deepcopy((model, plan))
-    make_dense_(model, plan, positions)
+    model, networks = deepcopy(model), deepcopy(plan.networks)
+    at = layers_by_position(model, find_moe_layers(model))
+    make_dense_(model, replace(plan, at=at, networks=networks), positions)
     return model
 
 

@@ -77,8 +77,8 @@ def compress_checkpoint(task: CheckpointTask) -> list[CompressionReport]:
         results = _open_results(task, names, work)
         unfinished = [result for result in results if result.manifest.report is None]
         if unfinished:
-            with opened(task, work) as task:
-                _compress(task, names, work, unfinished)
+            with opened(task, work) as opened_task:
+                _compress(opened_task, names, work, unfinished)
         reports = [
             CompressionReport.from_dict(processes.on_main(lambda r=result: r.manifest.report)) for result in results
         ]

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...data.labels import model_inputs
 from ...machine.progress import progress_bar
+from ...machine.scratch import CopiesInFiles
 from .calls import record_layer_calls
 from .stream import HiddenStream
 from .walks import LayerProvider
@@ -46,8 +47,9 @@ def visit_layers(
     """
     with provider.outside():
         device = model.get_input_embeddings().weight.device
-        inputs = [model_inputs(batch) for batch in batches]
-        stream = HiddenStream(record_layer_calls(model, decoder_layers, inputs), spill, device)
+        keep = torch.detach if spill is None else CopiesInFiles(spill).copy
+        calls = record_layer_calls(model, decoder_layers, [model_inputs(batch) for batch in batches], keep)
+        stream = HiddenStream(calls, spill, device)
     for position in progress_bar(range(len(decoder_layers))[:stop], description):
         with torch.no_grad(), provider.loaded(position), visit(position):
             stream.step(position, decoder_layers[position])

@@ -8,13 +8,15 @@ import pytest
 import torch
 from families import make_model
 from safetensors.torch import load_file
-from tiny import WIDTH, random_tokens, tiny_tokenizer
+from tiny import WIDTH, padded_batch, random_tokens, tiny_tokenizer
 from transformers import AutoConfig
 
 from optimum_dern import DernCompressor
 from optimum_dern.checkpoint.output.manifest import Manifest
 from optimum_dern.commands.main import main
+from optimum_dern.core.layer.workspace import MAX_ELEMENTS
 from optimum_dern.engine.run.prepare import prepare_task
+from optimum_dern.evaluation.loss.streamed import StreamedCheckpoint
 from optimum_dern.models.moe.structure import find_moe_layers, layers_by_position
 from optimum_dern.results.report import CompressionReport
 
@@ -82,12 +84,13 @@ def test_the_same_as_in_memory(family, which, dense, sources, tmp_path):
 
 
 def test_files_and_dtypes(sources, tmp_path, monkeypatch):
-    """Hidden states in files, several shards and another dtype change nothing else; experts default to a token's."""
+    """Hidden states and experts in files, and several shards, change nothing; experts default to a token's."""
     fields = {**FIELDS, "condensed_layers": 1}
     compressor = DernCompressor(**fields)
     expected = compressor.compress_checkpoint(sources("qwen3_moe"), tmp_path / "plain", dtype="bfloat16")
-    spilled = lambda *args: SimpleNamespace(spilled=True, experts_in_file=False, mapped=0, max_elements=1 << 20)  # noqa: E731
-    monkeypatch.setattr("optimum_dern.engine.run.prepare.plan_memory", spilled)
+    memory = SimpleNamespace(spilled=True, experts_in_file=True, mapped=160 << 20, max_elements=MAX_ELEMENTS)
+    monkeypatch.setattr("optimum_dern.engine.run.prepare.plan_memory", lambda *args: memory)
+    monkeypatch.setattr("optimum_dern.machine.scratch.SMALL", 0)
     options = {"dtype": "bfloat16", "max_shard_size": "20KB"}
     found = compressor.compress_checkpoint(sources("qwen3_moe"), tmp_path / "out", **options)
     assert len([*(tmp_path / "out").glob("model*.safetensors")]) > 2
@@ -190,12 +193,15 @@ def test_as_published(sources, tmp_path):
 
 
 def test_trained_copies_are_saved(sources, tmp_path):
-    """The report is known to be of a model with dense layers, even where all are."""
+    """The report is known to be of a model with dense layers, even where all are; such a model is still measured."""
     compressor = DernCompressor(**FIELDS, condensed_layers=[0, 1], num_experts=1)
     model = compressor.compress_model(make_model("qwen3_moe"))
     del model.dern_report
     compressor.save(model, tmp_path / "all")
     assert compressor.report.after.experts == 0 and not find_moe_layers(model)
+    batch = padded_batch([20, 14], "left")
+    (logits,) = StreamedCheckpoint(tmp_path / "all", torch.device("cpu")).stream_logits([batch])
+    assert torch.equal(logits, model(**batch).logits)
     with pytest.raises(ValueError, match="model.layers.0.mlp has routed experts in this model, and is dense in"):
         other = DernCompressor(**FIELDS, condensed_layers=[0], num_experts=1)
         other.compress_model(make_model("qwen3_moe"))

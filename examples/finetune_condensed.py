@@ -32,7 +32,7 @@ held_out = [batch for batches in texts.values() for batch in batches[:6]]  # 48 
 losses = {"original": evaluate_loss(model, held_out)}
 size = model.num_parameters()
 batches = load_batches(text, tokenizer, num_samples=128, sequence_length=256, seed=0)
-condensed = condense_layers(model, batches, num_layers=2, num_experts=2)  # of 4 layers with 16 experts
+condensed = condense_layers(model, batches, layers=2, num_experts=2)  # of 4 layers with 16 experts
 losses["condensed"] = evaluate_loss(model, held_out)
 
 model.requires_grad_(False)
@@ -62,7 +62,8 @@ tuned = AutoModelForCausalLM.from_pretrained("build/condensed", dtype=torch.floa
 losses["fine-tuned"] = evaluate_loss(tuned, held_out)
 
 for layer in condensed:
-    print(f"layer {layer.layer}: divergence {layer.divergence:.5f}, error {layer.error:.3f}, experts {layer.experts}")
+    error = layer.errors[layer.winner]
+    print(f"layer {layer.layer}: divergence {layer.divergence:.5f}, error {error:.3f}, experts {layer.retained}")
 print(f"{tuned.num_parameters() / size:.2f} of the parameters")
 print(f"\n{'nats per token on held-out text':32} {'loss':>8} {'perplexity':>10}")
 for name, result in losses.items():

@@ -71,6 +71,9 @@ class DernCompressor:
         from .checkpoint.output.publishing import keep_publishable_
         from .checkpoint.source.orientation import keep_orientation_
         from .checkpoint.source.provenance import model_source, source_config
+        from .condensing.condense import condense_in_memory_
+        from .condensing.layer import Fit
+        from .condensing.plan import plan_condensing
         from .engine.run.checks import warn_of_padding, with_dataset
         from .engine.run.in_memory import compress_in_memory_
         from .engine.run.model_batches import with_text_it_can_write
@@ -98,6 +101,9 @@ class DernCompressor:
         reports = []
         if num_experts < before.experts or self.config.narrows:
             reports = compress_in_memory_(model, layers, batches, config, num_experts)
+        elif config.condensed_layers is not None:
+            plan = plan_condensing(model, layers, config.condensed_layers, config.num_experts)
+            reports = condense_in_memory_(model, plan, batches, Fit.of(config))
         self.report = make_report(
             config,
             model.config.model_type,
@@ -179,6 +185,7 @@ class DernCompressor:
             RuntimeError: another run is at the output folder.
             ProcessFailed: another process of this run has ended.
         """
+        from .condensing.run.checkpoint import condense_checkpoint
         from .engine.run.checkpoint import compress_checkpoint
         from .engine.run.checks import configs_for
         from .engine.run.prepare import CheckpointRequest, prepare_task
@@ -207,7 +214,8 @@ class DernCompressor:
             },
         )
         with joined_processes(device) as processes:
-            reports = compress_checkpoint(prepare_task(request, processes))
+            run = compress_checkpoint if self.config.condensed_layers is None else condense_checkpoint
+            reports = run(prepare_task(request, processes))
         self.report = reports[-1]
         several = isinstance(num_experts, Sequence) or isinstance(sparsity, Sequence)
         return reports if several else self.report

@@ -11,6 +11,7 @@ from typing import Any
 
 __all__ = [
     "check_choice",
+    "checked_layers",
     "checked_protection",
     "checked_similarity",
     "checked_value",
@@ -28,7 +29,6 @@ KINDS = {
     str: (str, "a name"),
 }
 COUNTS = (
-    "num_experts",
     "cluster_iterations",
     "refit_sweeps",
     "num_samples",
@@ -39,6 +39,7 @@ COUNTS = (
     "width_multiple_of",
 )
 RANGES = {
+    "num_experts": (lambda value: value >= 0, "of at least 1"),  # 0 is refused where it means nothing
     **dict.fromkeys(COUNTS, (lambda value: value >= 1, "of at least 1")),
     **dict.fromkeys(("refit_ridge", "cluster_tolerance"), (lambda value: value > 0, "above 0")),
     "sparsity": (lambda value: 0 <= value < 1, "of at least 0 and below 1 (the fraction dropped)"),
@@ -78,6 +79,23 @@ def checked_value(option: Field, value: Any) -> Any:
     if not of_kind or (isinstance(value, Real) and not _is_finite(value)) or not holds(value):
         raise ValueError(f"{option.name}={value!r}, but it must be {words} {range_words}".rstrip())
     return kind(value)
+
+
+def checked_layers(given: Any) -> int | list[int]:
+    """Check a number of layers, or the indices of some; those come out ascending, each once.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    numbers = list(given) if several else [given]
+    whole = all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers)
+    if not numbers or not whole or min(numbers) < (0 if several else 1):
+        raise ValueError(
+            f"condensed_layers={given!r}, but it must be a list of decoder layers, such as [3, 5], or a whole number "
+            "of layers of at least 1"
+        )
+    return sorted({int(number) for number in numbers}) if several else int(given)
 
 
 def checked_similarity(given: Any) -> tuple[float, float, float]:

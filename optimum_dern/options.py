@@ -10,6 +10,7 @@ from typing import Any
 
 from .option_checks import (
     check_choice,
+    checked_layers,
     checked_protection,
     checked_similarity,
     checked_value,
@@ -58,6 +59,15 @@ PRESETS = {  # from the most to the least work; docs/source/presets.md measures 
     },
 }
 RETIRED = {"layer_budget": "uniform"}  # fields of earlier releases, with the only value that still means something
+NOT_OF_CONDENSED = (
+    "calibration_order",
+    "selection",
+    "router_refit",
+    "neuron_refit",
+    "drift_correction",
+    "refit_sweeps",
+    "experts_multiple_of",
+)
 PARTS_OF_REFIT = ("router_refit", "neuron_refit", "drift_correction", "refit_ridge", "refit_sweeps")
 OFF = {
     "router_refit": False,
@@ -128,6 +138,12 @@ class DernOptions:
         "uniform",
         "with a width: uniform, the same for every expert; or global, that width on average, each expert as many as "
         "its neurons are worth beside those of the others, with zeros in the place of the rest, which saves no memory",
+        group="how much",
+    )
+    condensed_layers: int | list[int] | None = _option(
+        None,
+        "with method cd_moe: make these decoder layers dense, or that many, which a search finds, each of its shared "
+        "and num_experts routed experts (default: as many as a token uses); the other layers stay as they are",
         group="how much",
     )
     method: str = _option(
@@ -285,6 +301,9 @@ class DernOptions:
         for option in fields(DernOptions):
             setattr(self, option.name, checked_value(option, getattr(self, option.name)))
         defaults = {**PRESETS[self.preset], "selection": "router", **_method_defaults(self.method)}
+        if self.condensed_layers is not None:
+            self.condensed_layers = checked_layers(self.condensed_layers)
+            defaults["calibration_order"] = "oneshot"
         defaults["recombine"] |= self._describes_recombination()
         for name in ("refit", "calibration_order", "recombine", *defaults):  # the first ones decide about others
             if getattr(self, name) is None:
@@ -351,6 +370,8 @@ class DernOptions:
                 idle["importance"] = "width or width_sparsity (or method='dern' with recombine=True)"
             elif not self.importance_weighting:
                 idle["importance"] = "importance_weighting=True"
+        if self.condensed_layers is not None:
+            idle |= dict.fromkeys(NOT_OF_CONDENSED, "condensed_layers=None (all layers, in another form)")
         if self.calibration_order == "oneshot":
             idle["drift_correction"] = "calibration_order='sequential'"
         if self.recombine is not None and not self.recombine:
@@ -367,14 +388,36 @@ class DernOptions:
                 given = f"{name}={getattr(self, name)!r}"
                 raise ValueError(f"{given} has no effect without {needed}; give {needed}, or leave {name} out")
 
+    def _check_condensed(self) -> None:
+        """Refuse what contradicts dense layers beside others that stay as they are."""
+        if self.condensed_layers is None:
+            if self.num_experts == 0:
+                raise ValueError(
+                    "num_experts=0, but it must be a whole number of at least 1; 0 is for condensed_layers, of the "
+                    "shared experts alone"
+                )
+            return
+        if self.method != "cd_moe":
+            raise ValueError(
+                f"condensed_layers={self.condensed_layers} needs method='cd_moe', not {self.method!r}; give that, or "
+                "leave condensed_layers out"
+            )
+        for name in ("sparsity", "width", "width_sparsity", "protect_experts"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is of experts behind a router, which condensed_layers="
+                    f"{self.condensed_layers} leaves as they are; leave one of the two out"
+                )
+
     def _check_amount(self) -> None:
         if self.sparsity is not None and self.num_experts is not None:
             raise ValueError(
                 f"both sparsity={self.sparsity} and num_experts={self.num_experts} are given; give one of them"
             )
+        self._check_condensed()
         if _is_narrowing(self.method) and not self.narrows:
             self.width_sparsity = 0.25
-        if self.sparsity is None and self.num_experts is None:
+        if self.sparsity is None and self.num_experts is None and self.condensed_layers is None:
             self.sparsity = 0.0 if self.narrows else 0.5
         if self.self_share + (self.random_share or 0) >= 1:
             raise ValueError(

@@ -23,6 +23,7 @@ def test_defaults():
     expected = {
         "sparsity": 0.5,
         "num_experts": None,
+        "condensed_layers": None,
         "width": None,
         "width_sparsity": None,
         "width_multiple_of": 1,
@@ -97,6 +98,10 @@ def test_explicit_fields_win_over_the_preset(preset, field, value):
     [
         ({"refit": False}, {"router_refit": False, "neuron_refit": False, "drift_correction": 0}),
         ({"calibration_order": "oneshot"}, {"drift_correction": 0}),
+        (
+            {"method": "cd_moe", "condensed_layers": [5, 3], "num_experts": 0},
+            {"neuron_refit": False, "drift_correction": 0, "calibration_order": "oneshot", "sparsity": None},
+        ),
         ({"preset": "paper", "refit": True, "calibration_order": "sequential"}, {"router_refit": False}),
     ],
 )
@@ -126,7 +131,16 @@ def test_what_would_have_no_effect_is_off(fields, off):
         ({"sparsity": 1.0}, "below 1"),
         ({"sparsity": -0.1}, "at least 0"),
         ({"sparsity": float("nan")}, "sparsity=nan"),
-        ({"num_experts": 0}, "whole number of at least 1"),
+        ({"num_experts": 0}, "whole number of at least 1; 0 is for condensed_layers"),
+        ({"condensed_layers": 2}, "condensed_layers=2 needs method='cd_moe', not 'dern'"),
+        ({"method": "cd_moe", "condensed_layers": 0}, "a list of decoder layers, such as"),
+        ({"method": "cd_moe", "condensed_layers": []}, "condensed_layers=.., but it must be a list"),
+        ({"method": "cd_moe", "condensed_layers": [1.5]}, "or a whole number of layers of at least 1"),
+        ({"method": "cd_moe", "condensed_layers": True}, "condensed_layers=True"),
+        ({"method": "cd_moe", "condensed_layers": 2, "sparsity": 0.5}, "sparsity=0.5 is of experts behind a router"),
+        ({"method": "cd_moe", "condensed_layers": 2, "width": 8}, "width=8 is of experts behind a router"),
+        ({"method": "cd_moe", "condensed_layers": 2, "neuron_refit": True}, "without condensed_layers=None"),
+        ({"method": "cd_moe", "condensed_layers": [2], "calibration_order": "sequential"}, "has no effect without"),
         ({"num_experts": 4.0}, "whole number"),
         ({"num_experts": True}, "whole number"),
         ({"preset": "best"}, "'recommended', 'fast', 'paper'"),

@@ -15,9 +15,9 @@ ORDER = """
     core.layer core.neurons core.router core.criteria core.pictures core.dern core.refits core.merging
     machine results models.moe models data data.made methods option_checks options config reporting
     checkpoint.format checkpoint.source checkpoint.hub checkpoint.output
-    engine.measure engine.layer engine.walk engine.cost engine.run compressor
+    engine.measure engine.layer engine.walk condensing engine.cost engine.run condensing.run compressor
     evaluation.loss evaluation.agreement evaluation.tasks evaluation.compare integration
-    search patterns attribution model_merging condensing
+    search patterns attribution model_merging
     commands.shared commands.look commands __main__
 """.split()
 MOST = 10  # modules in a room

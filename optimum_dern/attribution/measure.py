@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.format.conversion import NameMap
 from ..checkpoint.source.find import find_checkpoint
-from ..checkpoint.source.loader import PartLoader
 from ..checks.arguments import check_argument
 from ..checks.batches import check_batches
 from ..core.layer.mixture import Routing
@@ -62,10 +60,7 @@ def attribute_experts(
     check_model(found.skeleton, layers)
     for batches in texts.values():
         check_batches(batches, found.skeleton.get_input_embeddings().weight.shape[0], masked=True)
-    reader = found.open_weights()
-    loader = PartLoader(
-        found.skeleton, layers, reader, NameMap(found.skeleton, list(reader.infos)), default_device(device)
-    )
+    loader = found.open_loader(default_device(device))
     batches = [(domain, batch) for domain, own in texts.items() for batch in own]
     sums: dict[int, dict[str, DomainSums]] = {}
     tops: dict[int, TopTokens] = {}
@@ -94,8 +89,7 @@ def attribute_experts(
         finally:
             handle.remove()
 
-    inputs = [{key: batch[key] for key in ("input_ids", "attention_mask")} for _, batch in batches]
-    visit_layers(found.skeleton, loader.decoder_layers, inputs, loader, visit, "Measuring experts")
+    visit_layers(found.skeleton, loader.decoder_layers, [b for _, b in batches], loader, visit, "Measuring experts")
     tokens = {domain: sum(int(batch["attention_mask"].sum()) for batch in own) for domain, own in texts.items()}
     positions = sorted(sums)
     examples = [_examples(tops[position], batches, tokenizer) for position in positions]

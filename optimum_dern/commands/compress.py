@@ -34,6 +34,7 @@ EPILOG = """examples:
   optimum-dern compress ./mixtral out --num-experts 4 --dataset notes.txt --evaluate held_out.txt
   optimum-dern compress ./olmoe out --preset paper --dataset wikitext2
   optimum-dern compress ./olmoe out --num-experts 48 32 16 --dataset c4          # out/48-experts, out/32-experts, ...
+  optimum-dern compress ./qwen3 out --method cd_moe --condensed-layers 8 --dataset c4          # 8 dense layers
   optimum-dern compress ./olmoe more --preset paper --sparsity 0.3 --statistics out/dern_statistics.safetensors
   accelerate launch --num_processes 4 -m optimum_dern compress ./olmoe out --dataset c4
   optimum-dern compress ./olmoe out --method prune --selection reap --dataset code.jsonl=2 wikitext2=1
@@ -191,6 +192,8 @@ def _print_result(folder: Path, report: Any) -> None:
         _size_row("active per token", report.before.active_parameters, report.after.active_parameters),
         _size_row("bytes", report.before.bytes, report.after.bytes),
     ]
+    if report.dense_layers:
+        rows.append(("dense layers", "", ", ".join(map(str, sorted(report.dense_layers))), ""))
     if report.evaluation_length:
         rows.append(("text, tokens a sequence", *[f"{report.evaluation_length:,}"] * 2, ""))
     for name, pair in report.evaluation.items():

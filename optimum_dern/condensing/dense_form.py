@@ -70,10 +70,8 @@ def dense_form(
     config, kinds = layers[min(layers)].config, which_dense(layers[min(layers)].config, positions)
     if kinds is None:
         raise ValueError(f"the config of {config.model_type} cannot say that layers {sorted(positions)} are dense")
-    before, reason = (
-        build_like(model, deepcopy(model.config)),
-        "",
-    )  # a built model may be tied otherwise than a loaded one
+    before = build_like(model, deepcopy(model.config))  # a built model may be tied otherwise than a loaded one
+    reason = ""
     for settings in ({**kinds, "intermediate_size": width}, kinds):
         whole, part = deepcopy((model.config, config))  # together, so that one stays inside the other
         for key, value in settings.items():

@@ -17,7 +17,7 @@ from ..models.moe.view import layer_activation, read_layer
 from .dense_form import PROJECTIONS
 
 
-__all__ = ["check_condensable", "fill_", "joined_neurons", "shared_experts"]
+__all__ = ["check_condensable", "dense_width", "fill_", "joined_neurons", "shared_experts"]
 
 
 def check_condensable(layer: MoELayer, network: nn.Module) -> None:
@@ -63,6 +63,12 @@ def shared_experts(layer: MoELayer) -> nn.Module | None:
             f"{layer.top_k} condenses its routed experts alone"
         )
     return layer.block.get_submodule(path)
+
+
+def dense_width(layer: MoELayer, count: int) -> int:
+    """Return the neurons of a layer's shared experts and a number of its routed ones together."""
+    shared = shared_experts(layer)
+    return count * layer.width + (0 if shared is None else len(shared.gate_proj.weight))
 
 
 def joined_neurons(layer: MoELayer, chosen: Sequence[int], weights: Tensor) -> Segments:

@@ -5,95 +5,124 @@ Each time, of the layers that are left, the one is condensed with which, beside 
     mean over tokens of JS( softmax h(x) || softmax h'(x) )
 
 is least; h and h' are what the last decoder layer gives in the original and in the condensed model.
+
+Every time is one pass through the decoder, in which each layer is loaded once: models that try another layer have the
+same hidden states up to that, and from there on each has its own.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..core.merging.condense import jensen_shannon
 from ..data.labels import model_inputs, real_tokens
+from ..engine.measure.expert_run import chunked_experts
+from ..engine.walk.calls import own_containers, record_layer_calls
+from ..engine.walk.stream import HiddenStream
+from ..engine.walk.walks import LayerProvider, LayersInMemory
 from ..machine.progress import progress_bar
-from ..models.forward import StopForward, run_until_stopped
+from ..models.moe.structure import find_decoder_layers
+from .dense_form import possible_layers
+from .plan import CondensingPlan
 
 
-__all__ = ["FoundLayers", "last_outputs", "replaced_blocks", "search_layers"]
+__all__ = ["SEARCHED", "search_layers"]
 
-TOKENS = 4096  # on which models are compared, in whole batches
+SEARCHED = 4096  # on which models are compared, in whole batches
 
-
-class FoundLayers(NamedTuple):
-    """Layers in the order in which they were chosen, with the divergence that the model has with each one more."""
-
-    positions: list[int]
-    divergences: list[float]
+Networks = Callable[[int], AbstractContextManager[nn.Module]]  # loads the dense network of a position
 
 
 @torch.no_grad()
 def search_layers(
     model: nn.Module,
-    last: nn.Module,
+    plan: CondensingPlan,
     batches: Sequence[dict],
-    networks: Mapping[int, tuple[str, nn.Module]],
-    count: int,
-    possible: Callable[[list[int]], list[int]],
-) -> FoundLayers:
+    networks: Networks,
+    provider: LayerProvider | None = None,
+    spill: Path | None = None,
+) -> dict[int, float]:
     """Search layers to condense, each time the one of which the model's last hidden states change least.
 
     Args:
-        model: as it was before, and is afterwards.
-        last: its last decoder layer.
+        model: in evaluation mode; as it was before, and is afterwards.
+        plan: which layers may be chosen, and how many are.
         batches: calibration batches, of which the first are used.
-        networks: by position, the name of a block and the dense network in its place.
-        count: how many layers.
-        possible: returns the layers that may be next, from those that are chosen.
+        networks: loads the dense network that takes the place of a layer's block while its context is open.
+        provider: loads the decoder layers; by default the model has them in memory.
+        spill: folder for files of hidden states; in memory by default.
+
+    Returns:
+        By position, in the order in which they were chosen, the divergence that the model has with each one more.
     """
-    batches = _first(batches)
-    original, found = last_outputs(model, last, batches), FoundLayers([], [])
-    for _ in progress_bar(range(count), "Searching layers"):
-        tried = {}
-        for position in possible(found.positions):
-            with replaced_blocks(model, [networks[p] for p in (*found.positions, position)]):
-                tried[position] = _divergence(original, last_outputs(model, last, batches))
+    batches, provider = _first(batches), provider or LayersInMemory()
+    masks = [batch["attention_mask"].bool() for batch in batches]
+    _, decoder_layers = find_decoder_layers(model, plan.at[min(plan.at)])
+    with provider.outside():
+        calls = record_layer_calls(model, decoder_layers, [model_inputs(batch) for batch in batches])
+        device = model.get_input_embeddings().weight.device
+    original: list[Tensor] | None = None
+    found: dict[int, float] = {}
+    for number in range(plan.num_layers):
+        trials = [position for position in possible_layers(plan.at, found) if position in plan.networks]
+        stream = HiddenStream(own_containers(calls), spill, device)
+        streams: dict[int | None, HiddenStream] = {None: stream}  # by the layer tried; of none, what they branch from
+        for position in progress_bar(range(len(decoder_layers)), f"Searching layer {number + 1} of {plan.num_layers}"):
+            network = networks(position) if position in found or position in trials else nullcontext()
+            with provider.loaded(position), _run_like_others(plan, position), network as block:
+                _pass(model, plan, position, decoder_layers[position], streams, block, position in found)
+        if original is None:
+            original = _real(streams[None], masks)
+        tried = {position: _divergence(original, _real(streams[position], masks)) for position in trials}
         best = min(tried, key=tried.get)  # of equals the first
-        found.positions.append(best)
-        found.divergences.append(tried[best])
+        found[best] = tried[best]
     return found
 
 
+def _pass(
+    model: nn.Module,
+    plan: CondensingPlan,
+    position: int,
+    decoder_layer: nn.Module,
+    streams: dict[int | None, HiddenStream],
+    network: nn.Module | None,
+    chosen: bool,
+) -> None:
+    """Take all streams through one decoder layer; where its condensation is tried, one branches off."""
+    others = [*streams.values()]
+    if network is not None and not chosen:
+        streams[position] = streams[None].fork()
+    if network is not None:
+        with replaced_block(model, plan.at[position].name, network):
+            for stream in others if chosen else [streams[position]]:
+                stream.step(position, decoder_layer)
+    for stream in [] if chosen else others:
+        stream.step(position, decoder_layer)
+
+
+def _run_like_others(plan: CondensingPlan, position: int) -> AbstractContextManager:
+    """Run the experts of a layer, where it has some, as all runs of this package do."""
+    return chunked_experts(plan.at[position]) if position in plan.at else nullcontext()
+
+
 @contextmanager
-def replaced_blocks(model: nn.Module, networks: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
-    """Put networks in the place of named modules of a model while the context is open."""
-    own = [(name, model.get_submodule(name)) for name, _ in networks]
+def replaced_block(model: nn.Module, name: str, network: nn.Module) -> Iterator[None]:
+    """Put a network in the place of a named module of a model while the context is open."""
+    own = model.get_submodule(name)
+    model.set_submodule(name, network)
     try:
-        for name, network in networks:
-            model.set_submodule(name, network)
         yield
     finally:
-        for name, module in own:
-            model.set_submodule(name, module)
+        model.set_submodule(name, own)
 
 
-def last_outputs(model: nn.Module, last: nn.Module, batches: Sequence[dict]) -> list[Tensor]:
-    """Run a model on batches; return what its last decoder layer gives for the real tokens of each: (n, d)."""
-    outputs: list[Tensor] = []
-
-    def receive(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        outputs.append((output if isinstance(output, Tensor) else output[0]).flatten(0, -2))
-        raise StopForward
-
-    handle = last.register_forward_hook(receive)
-    try:
-        for batch in batches:
-            inputs = {name: value.to(model.device) for name, value in model_inputs(batch).items()}
-            run_until_stopped(model, **inputs, use_cache=False)
-    finally:
-        handle.remove()
-    masks = [batch["attention_mask"].bool() for batch in batches]
-    return [found[real_tokens(mask, found.device)] for found, mask in zip(outputs, masks, strict=True)]
+def _real(stream: HiddenStream, masks: Sequence[Tensor]) -> list[Tensor]:
+    """Return the hidden states (n, d) of the real tokens of each micro-batch."""
+    flat = (hidden.flatten(0, -2) for hidden in stream)  # (B S, d)
+    return [hidden[real_tokens(mask, hidden.device)] for hidden, mask in zip(flat, masks, strict=True)]
 
 
 def _divergence(original: Sequence[Tensor], condensed: Sequence[Tensor]) -> float:
@@ -105,7 +134,7 @@ def _first(batches: Sequence[dict]) -> list[dict]:
     """Return the first batches that have enough tokens together."""
     chosen, tokens = [], 0
     for batch in batches:
-        if tokens < TOKENS:
+        if tokens < SEARCHED:
             chosen.append(batch)
             tokens += int(batch["attention_mask"].sum())
     return chosen

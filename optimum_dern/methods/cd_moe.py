@@ -6,8 +6,8 @@ A plain checkpoint can hold this where as many experts stay as a token uses: wit
 are chosen, each with the same weight u, and w_i / u goes into their down projections.  So the layers are dense in all
 but name, and no code has to know.
 
-The paper condenses only some layers, with a search for them, which is `condensing.condense_layers`; here all layers
-are condensed, since a config has one number of experts.
+The paper condenses only some layers, with a search for them, which `condensed_layers` asks for (`condensing`).  Here
+all layers are condensed, since a config has one number of experts.
 """
 
 from collections.abc import Sequence

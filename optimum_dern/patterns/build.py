@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.format.conversion import NameMap
 from ..checkpoint.source.find import Source, find_checkpoint
-from ..checkpoint.source.loader import PartLoader
 from ..checkpoint.source.recorded import identify_model
 from ..checks.arguments import check_argument, check_number
 from ..checks.batches import check_batches
@@ -110,9 +108,7 @@ def _run(
     stop: int | None = None,
 ) -> tuple[dict[int, dict[str, Tensor]], dict[str, int]]:
     """Sum the scores by position and task, and count the tokens of the tasks."""
-    model, reader = found.skeleton, found.open_weights()
-    layers = find_moe_layers(model)
-    loader = PartLoader(model, layers, reader, NameMap(model, list(reader.infos)), default_device(device))
+    loader = found.open_loader(default_device(device))
     batches = [(name, batch) for name, own in tasks.items() for batch in own]
     sums: dict[int, dict[str, Tensor]] = {}
 
@@ -136,8 +132,8 @@ def _run(
         finally:
             handle.remove()
 
-    inputs = [{key: batch[key] for key in ("input_ids", "attention_mask")} for _, batch in batches]
-    visit_layers(model, loader.decoder_layers, inputs, loader, visit, "Scoring experts", stop)
+    text = [batch for _, batch in batches]
+    visit_layers(found.skeleton, loader.decoder_layers, text, loader, visit, "Scoring experts", stop)
     tokens = {name: sum(int(batch["attention_mask"].sum()) for batch in own) for name, own in tasks.items()}
     return sums, tokens
 

@@ -57,6 +57,7 @@ def model_card(report: CompressionReport, image: str | None = None) -> Any:
         after=report.after,
         sizes=_size_rows(report),
         method=report.method,
+        dense=bool(report.dense_layers),
         config=report.config,
         model_type=report.model_type,
         calibration=report.calibration,
@@ -94,7 +95,8 @@ def _size_rows(report: CompressionReport) -> list[dict[str, str]]:
         "active_parameters": "active parameters per token",
         "bytes": "bytes",
     }
-    return [
+    made = [{"name": "layers made dense", "before": "", "after": f"{len(report.dense_layers)}"}]
+    return (made if report.dense_layers else []) + [
         {"name": label, "before": f"{getattr(report.before, name):,}", "after": f"{getattr(report.after, name):,}"}
         for name, label in names.items()
     ]

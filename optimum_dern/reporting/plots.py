@@ -69,6 +69,8 @@ def image_description(report: CompressionReport) -> str:
     """Describe the picture in words, as its alternative text."""
     parts = [f"{name} {p['before']['loss']:.3f} to {p['after']['loss']:.3f}" for name, p in report.evaluation.items()]
     losses = f"Loss before and after: {', '.join(parts)}. " if parts else ""
+    if report.dense_layers:
+        return f"{losses}{len(report.dense_layers)} layers are dense; the numbers are in dern_report.json."
     stay = f"{report.after.experts} of {report.before.experts} experts stay in each of {len(report.layers)} layers"
     return f"{losses}{stay}; the numbers are in dern_report.json."
 

@@ -36,7 +36,7 @@ def reproduction_command(report: CompressionReport) -> str:
         flag = f"--{field.name.replace('_', '-')}"
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) or (isinstance(value, list) and len(value) == 1):  # a number alone is a count
             words += [flag, json.dumps(value)]
         else:
             words += [flag, *map(str, value if isinstance(value, list) else [value])]

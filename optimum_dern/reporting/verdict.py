@@ -1,6 +1,7 @@
 """Title and summary in one or two sentences of a compression, for the top of a page or a card."""
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 from ..results.report import CompressionReport
@@ -8,6 +9,7 @@ from ..results.report import CompressionReport
 
 __all__ = ["mean_losses", "title", "verdict"]
 
+MOST_NAMED = 8  # layers
 SHARES = {
     Fraction(1, 4): "a quarter",
     Fraction(1, 3): "a third",
@@ -20,6 +22,8 @@ SHARES = {
 def title(report: CompressionReport) -> str:
     """Make the title of a compressed model from the name of its source, and what its layers keep."""
     name = report.source.rstrip("/").split("/")[-1] if report.source else report.model_type
+    if report.dense_layers:
+        return f"{name}, {_layers(report.dense_layers)} dense"
     parts = [f"{report.after.experts} of {report.before.experts} experts"]
     if _kept_width(report) != report.before.width:
         parts.append(f"{_kept_width(report):g} of {report.before.width} neurons")
@@ -29,6 +33,8 @@ def title(report: CompressionReport) -> str:
 def verdict(report: CompressionReport) -> str:
     """Summarise a compression: how many experts are kept, how much smaller the model is, and how its loss changed."""
     before, after, width = report.before, report.after, _kept_width(report)
+    if report.dense_layers:
+        return _with_losses(_dense(report), report)
     if (after.experts, width) == (before.experts, before.width):
         return f"Nothing was compressed: every layer keeps its {before.experts} routed experts."
     share = SHARES.get(Fraction(after.experts, before.experts))
@@ -38,7 +44,32 @@ def verdict(report: CompressionReport) -> str:
         kept = f"all of its {before.experts} routed experts"
     narrower = f" with {width:g} of their {before.width} neurons" if width != before.width else ""
     narrower += " on average, the others being zero" if report.kept_width is not None else ""
-    gain = f"Each layer keeps {kept}{narrower}, which leaves {100 * report.ratio:.0f} % of the bytes."
+    return _with_losses(
+        f"Each layer keeps {kept}{narrower}, which leaves {100 * report.ratio:.0f} % of the bytes.", report
+    )
+
+
+def _dense(report: CompressionReport) -> str:
+    """Say which layers are dense now."""
+    routed = len(report.layers[0].retained)
+    kept = f"{routed} of {report.before.experts} routed experts" if routed else "the shared experts alone"
+    verb = "is" if len(report.dense_layers) == 1 else "are"
+    return (
+        f"{_layers(report.dense_layers).capitalize()} {verb} dense now, without a router: {kept} work on every token, "
+        f"which leaves {100 * report.ratio:.0f} % of the bytes. Other layers stay as they were."
+    )
+
+
+def _layers(positions: Sequence[int]) -> str:
+    """Name some layers, or count them where they are many."""
+    if len(positions) > MOST_NAMED:
+        return f"{len(positions)} layers"
+    *first, last = map(str, sorted(positions))
+    return f"layers {', '.join(first)} and {last}" if first else f"layer {last}"
+
+
+def _with_losses(gain: str, report: CompressionReport) -> str:
+    """Add to what was gained whether the model was trained since, and what the gain costs in quality."""
     gain += f" It was trained after the compression: {report.training}." if report.training else ""
     losses = mean_losses(report)
     if losses is None:

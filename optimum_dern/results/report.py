@@ -42,6 +42,8 @@ class LayerReport:
     skipped: dict[str, str] = field(default_factory=dict)  # reason for each step that was skipped
     source_errors: dict[str, dict[str, float]] = field(default_factory=dict)  # per source: of pruning and the winner
     widths: list[int] | None = None  # neurons of each retained expert, where zero padding stands in the place of some
+    dense: bool = False  # the layer has no router any more: all tokens use the retained experts, and the shared ones
+    divergence: float | None = None  # of the last hidden states, with this layer and those chosen before it dense
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ class CompressionReport:
         """Neurons of a retained expert that are not zero padding, on average; None without padding."""
         widths = [width for layer in self.layers for width in layer.widths or ()]
         return sum(widths) / len(widths) if widths else None
+
+    @property
+    def dense_layers(self) -> list[int]:
+        """Decoder layers that the compression has made dense, in the order in which they were chosen."""
+        return [layer.layer for layer in self.layers if layer.dense]
 
     @property
     def evaluation_length(self) -> int | None:

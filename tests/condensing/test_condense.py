@@ -1,5 +1,8 @@
 """Condensed layers: what they compute, what is searched, what plain transformers loads, and what is refused."""
 
+from contextlib import nullcontext
+from copy import deepcopy
+
 import pytest
 import tiny
 import torch
@@ -12,8 +15,10 @@ from transformers import AutoModelForCausalLM
 from optimum_dern import DernCompressor
 from optimum_dern.condensing import condense_layers
 from optimum_dern.condensing.dense_form import possible_layers
-from optimum_dern.condensing.layer_search import replaced_blocks, search_layers
+from optimum_dern.condensing.layer_search import search_layers
+from optimum_dern.condensing.plan import CondensingPlan
 from optimum_dern.models.moe.structure import find_moe_layers, layers_by_position
+from optimum_dern.models.skeleton import build_like
 
 
 BATCHES = [padded_batch([20, 24], "left"), padded_batch([18, 9], "right", seed=5)]
@@ -43,17 +48,17 @@ def test_the_dense_layer(family, width):
     (found,) = condense_layers(model, BATCHES, 1, 2, refit=False)
     dense, block = block_of(model, found.layer), block_of(original, found.layer)
     layer = next(layer for layer in layers if layer.block is block)
-    assert dense.gate_proj.weight.shape == (width, 32) and len(set(found.experts)) == 2
+    assert dense.gate_proj.weight.shape == (width, 32) and len(set(found.retained)) == 2
     real = torch.cat([batch["attention_mask"].flatten().bool() for batch in BATCHES])
     index, weight = (torch.cat([args[n] for args in routed[layer.name]])[real] for n in (1, 2))
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     expected = torch.zeros(5, 32) if not hasattr(block, "shared_experts") else block.shared_experts(x)
     expected = block.shared_mlp(x) if hasattr(block, "shared_mlp") else expected
-    for expert, given in zip(found.experts, found.weights, strict=True):
+    for expert in found.retained:
         mean = weight[index == expert].mean()
         one, ones = torch.full((5, 1), expert), torch.ones(5, 1)
         expected = expected + mean * layer.experts(x, one, ones)
-        assert given == pytest.approx(mean.item(), rel=1e-5)
+        assert found.saliency[expert] == pytest.approx(mean.item(), rel=1e-5)
     torch.testing.assert_close(dense(x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -90,7 +95,7 @@ def test_shared_experts_alone():
     model, original = make_model("deepseek_v3"), make_model("deepseek_v3")
     (found,) = condense_layers(model, BATCHES, 1, 0, refit=False)
     dense, shared = block_of(model, found.layer), block_of(original, found.layer).shared_experts
-    assert (found.layer, found.experts) == (1, [])
+    assert (found.layer, found.retained) == (1, [])
     assert torch.equal(dense.gate_proj.weight[:WIDTH], shared.gate_proj.weight)
     assert torch.equal(dense.down_proj.weight[:, :WIDTH], shared.down_proj.weight)
     assert not dense.gate_proj.weight[WIDTH:].any() and not dense.down_proj.weight[:, WIDTH:].any()
@@ -110,24 +115,27 @@ def test_the_search_against_loops():
     """Of the layers left, the one is taken that brings the least mean divergence, token by token."""
     with torch.no_grad():
         model = tiny.make_model("qwen3_moe", num_hidden_layers=4)
-        networks = {p: (f"model.layers.{p}.mlp", torch.nn.Linear(32, 32, bias=False)) for p in (0, 1, 3)}
-        for number, (_, network) in enumerate(networks.values()):
+        at = layers_by_position(model, find_moe_layers(model))
+        networks = {p: torch.nn.Linear(32, 32, bias=False) for p in (0, 1, 3)}
+        for number, network in enumerate(networks.values()):
             network.weight.copy_(torch.randn(32, 32, generator=torch.Generator().manual_seed(number)) * 0.1)
         before = state_of(model)
-        original, chosen, divergences = [last_hidden(model, batch) for batch in BATCHES], [], []
+        original, expected = [last_hidden(model, batch) for batch in BATCHES], {}
         for _ in range(2):
             tried = {}
-            for p in (p for p in networks if p not in chosen):
-                with replaced_blocks(model, [networks[q] for q in (*chosen, p)]):
-                    pairs = zip(original, (last_hidden(model, batch) for batch in BATCHES), strict=True)
-                    pairs = [(a.softmax(0), b.softmax(0)) for one in pairs for a, b in zip(*one, strict=True)]
+            for p in (p for p in networks if p not in expected):
+                other = deepcopy(model)
+                for q in (*expected, p):
+                    other.set_submodule(at[q].name, networks[q])
+                pairs = zip(original, (last_hidden(other, batch) for batch in BATCHES), strict=True)
+                pairs = [(a.softmax(0), b.softmax(0)) for one in pairs for a, b in zip(*one, strict=True)]
                 values = [jensenshannon(*pair) ** 2 for pair in pairs]
                 tried[p] = sum(values) / len(values)
-            chosen.append(min(tried, key=tried.get))
-            divergences.append(tried[chosen[-1]])
-        possible = lambda taken: [p for p in networks if p not in taken]  # noqa: E731
-        found = search_layers(model, model.model.layers[-1], BATCHES, networks, 2, possible)
-    assert found.positions == chosen and found.divergences == pytest.approx(divergences, rel=1e-4)
+            best = min(tried, key=tried.get)
+            expected[best] = tried[best]
+        plan = CondensingPlan(at, networks, {}, 1, 2, searched=True)
+        found = search_layers(model, plan, BATCHES, lambda position: nullcontext(networks[position]))
+    assert list(found) == list(expected) and found == pytest.approx(expected, rel=1e-4)
     assert same_state(before, state_of(model))
 
 
@@ -150,8 +158,9 @@ def test_the_refit_lowers_the_error():
     )
     assert [layer.layer for layer in refitted] == [1, 2]
     for before, after in zip(plain, refitted, strict=True):
-        assert after.refitted and not before.refitted and before.experts == after.experts
-        assert after.error < 0.9 * before.error
+        assert (before.winner, after.winner) == ("condensed", "condensed+refit")
+        assert before.retained == after.retained and before.errors["condensed"] == after.errors["condensed"]
+        assert after.errors["condensed+refit"] < 0.9 * before.errors["condensed"]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +174,7 @@ def test_the_refit_lowers_the_error():
         ("qwen2_moe", (1, 2), "its block also has shared_expert_gate.weight"),
         ("gpt_oss", (1, 2), "cannot say"),
         ("laguna", (1, TOP_K), "other dense layers of this model have 48 neurons, .* keep fewer experts"),
-        ("qwen3_moe", (3, 2), "num_layers=3, but the model has 2 MoE layers; give 1 to 2"),
+        ("qwen3_moe", (3, 2), "3 layers are to become dense, but the model has 2 MoE layers; give 1 to 2"),
         ("qwen3_moe", (1, 0), "num_experts=0, .* 8 routed experts, and no shared ones; give 1 to 8"),
         ("deepseek_v3", (1, 9), "num_experts=9, .* 8 routed experts; give 0 to 8"),
     ],
@@ -209,3 +218,6 @@ def test_every_family(family):
     assert possible_layers(at) == (sorted(at) if family in ANY else [min(at)])
     (found,) = condense_layers(model, BATCHES, 1, 1)
     assert found.layer not in layers_by_position(model, find_moe_layers(model))
+    described = build_like(model, model.config)  # as its config says, so that plain transformers loads it
+    shapes = [{name: p.shape for name, p in one.named_parameters()} for one in (model, described)]
+    assert {name: shapes[1][name] for name in shapes[0]} == shapes[0]

@@ -60,6 +60,16 @@ class Manifest:
         """The run's report, once all tensors are written and the files only need to be moved; None before."""
         return self.state.get("report")
 
+    def choose_layers(self, chosen: Mapping[int, float | None]) -> None:
+        """Note which layers of those that are finished belong to the result, with a figure each, in their order."""
+        self.state["chosen"] = list(chosen.items())
+        self.save()
+
+    @property
+    def chosen_layers(self) -> dict[int, float | None] | None:
+        """The layers noted by `choose_layers`; None before."""
+        return None if "chosen" not in self.state else dict(self.state["chosen"])
+
     def complete(self, report: dict[str, Any]) -> None:
         """Note that all tensors are on disk, with the run's report."""
         self.state["report"] = report

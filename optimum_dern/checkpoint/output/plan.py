@@ -4,12 +4,12 @@ It is made from names and shapes alone, before any weight is read.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...models.moe.sizes import expert_shapes, routing_shapes
 from ...models.moe.structure import MoELayer, find_decoder_layers
@@ -18,7 +18,10 @@ from ..format.reader import CheckpointReader
 from .shards import OutputTensor
 
 
-__all__ = ["OutputPlan", "layer_parameters", "plan_output"]
+__all__ = ["OutputPlan", "layer_parameters", "plan_dense_output", "plan_output"]
+
+
+Form = tuple[str, tuple[int, ...]]  # a tensor's dtype and shape
 
 
 @dataclass
@@ -57,9 +60,8 @@ def plan_output(
         ValueError: the experts are stored in a layout that is not supported.
     """
     plan = OutputPlan()
-    decoder, decoder_layers = find_decoder_layers(model, layers[0])
     replaced: set[str] = set()
-    shapes: dict[str, tuple[int, ...]] = {}  # of all tensors to write
+    forms: dict[str, Form] = {}  # of the tensors to write in their places
     for layer in layers:
         if layer.twins:
             raise ValueError(f"two stacks share the experts of {layer.name}; compress this model in memory instead")
@@ -73,20 +75,44 @@ def plan_output(
             )
         after = names.original(model, layer_parameters(layer, num_experts, width))
         for name, tensor in after.items():
-            shapes[name] = _shape(reader.infos[name].shape, before[name].shape, tensor.shape)
+            stored = reader.infos[name]
+            forms[name] = stored.dtype, _shape(stored.shape, before[name].shape, tensor.shape)
         plan.rewritten[layer.name] = list(after)
         replaced |= before.keys()
-    usual = reader.infos[next(iter(shapes))].dtype
-    for name, info in reader.infos.items():
-        if name not in replaced:
-            if name not in names.target and names.is_extra_layer(name, decoder, len(decoder_layers)):
-                continue
-            plan.copied.add(name)
-            shapes[name] = info.shape
-        if name in shapes:
-            stored = dtype if dtype and info.dtype == usual else info.dtype
-            plan.tensors.append(OutputTensor(name, stored, shapes[name]))
-    plan.tensors.sort(key=lambda tensor: _natural(tensor.name))
+    _complete_(plan, find_decoder_layers(model, layers[0]), reader, names, replaced, forms, dtype)
+    return plan
+
+
+def plan_dense_output(
+    model: Any,
+    layers: Sequence[MoELayer],
+    reader: CheckpointReader,
+    names: NameMap,
+    dense: nn.Module,
+    dtype: str | None = None,
+) -> OutputPlan:
+    """Plan the tensors of a checkpoint some of whose MoE layers have become dense.
+
+    Args:
+        model: without weights, with its MoE layers.
+        layers: those that become dense.
+        reader: of the source checkpoint.
+        names: mapping from the source's tensors to the model's parameters.
+        dense: the model with dense layers.
+        dtype: safetensors dtype for the tensors stored in the same one as the experts; by default that of the source.
+    """
+    plan = OutputPlan()
+    replaced: set[str] = set()
+    forms: dict[str, Form] = {}
+    for layer in layers:
+        stored = reader.infos[names.sources(f"{layer.experts_name}.")[0]].dtype
+        network = dense.get_submodule(layer.name)
+        parameters = {f"{layer.name}.{name}": parameter for name, parameter in network.named_parameters()}
+        after = names.original(dense, parameters)
+        forms |= {name: (stored, tuple(tensor.shape)) for name, tensor in after.items()}
+        plan.rewritten[layer.name] = list(after)
+        replaced |= {*names.sources(f"{layer.name}.")}
+    _complete_(plan, find_decoder_layers(model, layers[0]), reader, names, replaced, forms, dtype)
     return plan
 
 
@@ -102,6 +128,27 @@ def layer_parameters(layer: MoELayer, num_experts: int, width: int | None = None
     shapes = {f"{layer.experts_name}.{name}": shape for name, shape in experts.items()}
     shapes |= {f"{layer.name}.{path}": shape for path, shape in routing_shapes(layer, num_experts).items()}
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _complete_(
+    plan: OutputPlan,
+    decoder: tuple[str, nn.ModuleList],
+    reader: CheckpointReader,
+    names: NameMap,
+    replaced: Collection[str],
+    forms: Mapping[str, Form],
+    dtype: str | None,
+) -> None:
+    """Add all tensors to a plan: those of `forms`, the experts' first, and the source's that they do not replace."""
+    usual, forms = next(iter(forms.values()))[0], dict(forms)
+    for name, info in reader.infos.items():
+        extra = name not in names.target and names.is_extra_layer(name, decoder[0], len(decoder[1]))
+        if name not in replaced and not extra:
+            plan.copied.add(name)
+            forms[name] = info.dtype, info.shape
+    for name, (stored, shape) in forms.items():
+        plan.tensors.append(OutputTensor(name, dtype if dtype and stored == usual else stored, shape))
+    plan.tensors.sort(key=lambda tensor: _natural(tensor.name))
 
 
 def _shape(stored: Sequence[int], before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:

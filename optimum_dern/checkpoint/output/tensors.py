@@ -85,6 +85,19 @@ class CheckpointOutput:
         if self.manifest.writes and name in self.plan.copied and name not in self.manifest.tensors:
             self.manifest.tensors[name] = self.writer.write(name, tensor.to(self._dtype(name)))
 
+    def write(self, tensors: Mapping[str, Tensor], retained: list[int] | None = None) -> None:
+        """Write tensors that take the place of others.
+
+        Args:
+            tensors: by their names in the checkpoint.
+            retained: experts whose router rows they are; those of the source are copied, not rounded.
+        """
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != self.writer.places[name].shape:  # fused, and stored transposed
+                tensor = tensor.transpose(-1, -2)
+            tensor = self._in_stored_dtype(name, tensor.cpu(), retained)
+            self.manifest.tensors[name] = self.writer.write(name, tensor)
+
     def missing(self) -> set[str]:
         """Return the names of the tensors that are still to be copied from the source."""
         return self.plan.copied - self.manifest.tensors.keys() if self.manifest.writes else set()
@@ -106,17 +119,10 @@ class CheckpointOutput:
             is_router = not parameter.startswith(f"{layer.experts_name}.")
             groups = self.names.by_expert(self.model, parameter, value.shape)
             if groups is None:
-                self._write(self.names.original(self.model, {parameter: value}), retained if is_router else None)
+                self.write(self.names.original(self.model, {parameter: value}), retained if is_router else None)
             for expert, group in enumerate(groups or []):  # one by one, as conversion copies them
                 pieces = self.names.original(self.model, {parameter: value[expert : expert + 1]}).values()
-                self._write(dict(zip(group, pieces, strict=True)))
-
-    def _write(self, tensors: Mapping[str, Tensor], retained: list[int] | None = None) -> None:
-        for name, tensor in tensors.items():
-            if tuple(tensor.shape) != self.writer.places[name].shape:  # fused, and stored transposed
-                tensor = tensor.transpose(-1, -2)
-            tensor = self._in_stored_dtype(name, tensor.cpu(), retained)
-            self.manifest.tensors[name] = self.writer.write(name, tensor)
+                self.write(dict(zip(group, pieces, strict=True)))
 
     def _in_stored_dtype(self, name: str, tensor: Tensor, retained: list[int] | None) -> Tensor:
         """Convert a tensor to the output's dtype; unchanged router rows (`retained`) are copied, not rounded."""

@@ -70,9 +70,16 @@ def _check_model(model: Any, report: CompressionReport) -> None:
     """Refuse a model that is neither the compressed one nor trained from it, by its expert counts."""
     if getattr(model, "dern_report", None) is report:
         return
-    found = [layer.num_experts for layer in find_moe_layers(model)]
-    expected = [len(layer.retained) for layer in report.layers] or [report.after.experts] * len(found)
-    if found != expected or not found:
+    layers = find_moe_layers(model)
+    found, dense = [layer.num_experts for layer in layers], {layer.name for layer in report.layers if layer.dense}
+    routed = [len(layer.retained) for layer in report.layers if not layer.dense]
+    expected = routed or [report.after.experts] * len(found)
+    if routed_now := sorted(dense.intersection(layer.name for layer in layers)):
+        raise ValueError(
+            f"{routed_now[0]} has routed experts in this model, and is dense in the one that was compressed; give "
+            "what compress_model returned, or what was trained from it"
+        )
+    if found != expected or not (found or dense):
         (now, counts), (then, reported) = ((len(many), sorted(set(many))) for many in (found, expected))
         raise ValueError(
             f"this model has {now} MoE layers with {counts} experts, the one that was compressed {then} with "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...models.loading import parse_dtype
+from ...models.moe.structure import find_moe_layers
 from ...models.skeleton import build_skeleton
 from ...text_files import read_object
 from ..format.conversion import NameMap
@@ -16,6 +17,7 @@ from ..format.quantisation import check_quantisation
 from ..format.reader import CheckpointReader
 from ..format.weight_files import has_weights, weight_names
 from .completeness import check_complete
+from .loader import PartLoader
 from .resolve import fetch_weights, remote_dtypes, resolve_checkpoint
 from .ties import match_ties_
 
@@ -48,6 +50,15 @@ class Source:
         reader = CheckpointReader(self.folder)
         _match_(self.skeleton, reader)
         return reader
+
+    def open_loader(self, device: torch.device) -> PartLoader:
+        """Open the weights as `open_weights` does, to be loaded part by part into the skeleton.
+
+        Args:
+            device: to load them to.
+        """
+        model, reader = self.skeleton, self.open_weights()
+        return PartLoader(model, find_moe_layers(model), reader, NameMap(model, list(reader.infos)), device)
 
 
 def find_checkpoint(

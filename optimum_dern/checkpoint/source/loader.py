@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...core.layer.workspace import IN_MEMORY
 from ...models.moe.structure import MoELayer, find_decoder_layers, layers_by_position
 from ..format.conversion import NameMap, load_tensors_, release_
 from ..format.reader import CheckpointReader, LazyTensor
@@ -20,7 +21,7 @@ class PartLoader:
 
     Args:
         model: the whole model, without weights.
-        layers: its MoE layers.
+        layers: its MoE layers; none where all have become dense.
         reader: of its checkpoint.
         names: mapping from the checkpoint's tensors to the model's parameters.
         device: to load weights to.
@@ -30,9 +31,11 @@ class PartLoader:
         self, model: Any, layers: Sequence[MoELayer], reader: CheckpointReader, names: NameMap, device: torch.device
     ) -> None:
         self.model, self.reader, self.names, self.device = model, reader, names, device
-        self.decoder, self.decoder_layers = find_decoder_layers(model, layers[0])
+        self.decoder, self.decoder_layers = find_decoder_layers(model, layers[0] if layers else None)
         self.positions = layers_by_position(model, layers)
-        self.empty = layers[0].workspace.empty  # allocates large tensors, in files where the workspace has them there
+        self.empty = (
+            layers[0].workspace if layers else IN_MEMORY
+        ).empty  # allocates large tensors, in files where the workspace has them there
 
     @contextmanager
     def outside(self, head: bool = False) -> Iterator[None]:

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ...checkpoint.output.shards import parse_bytes
     from ...checkpoint.source.find import find_checkpoint
+    from ...condensing.plan import condensed_size
     from ...engine.cost.duration import measure_rate, predict_seconds
     from ...engine.cost.memory import plan_memory
     from ...engine.layer.narrowing import padding_notice, written_width
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
     count = check_request(config, model, layers)
     before = measure_model(model, layers)
     after = predict_size(model, layers, count, written_width(layers[0], config))
+    if config.condensed_layers is not None:
+        after = condensed_size(model, layers, config.condensed_layers, config.num_experts)
     bound, device = parse_bytes(args.max_memory) if args.max_memory else None, default_device()
     config = with_text_it_can_write(config, model, lambda: check_fits(model, device, bound))
     sequences = 0  # where compress runs no text through the model
@@ -77,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
         "moe_layers": [layer.name for layer in layers],
         "experts": [before.experts, after.experts],
         "width": [before.width, after.width],
+        "dense_layers": config.condensed_layers,
         "experts_per_token": layers[0].top_k,
         "router_groups": layers[0].num_groups,
         "selection": config.selection,
@@ -113,6 +117,9 @@ def _print_facts(facts: dict) -> None:
     groups = f" in {facts['router_groups']} groups" if facts["router_groups"] > 1 else ""
     print(f"{facts['experts_per_token']} of {facts['experts'][0]} experts{groups} per token\n")
     rows = [("experts per layer", *map(str, facts["experts"])), ("neurons per expert", *map(str, facts["width"]))]
+    if facts["dense_layers"] is not None:
+        which = facts["dense_layers"]
+        rows.append(("dense layers", "", f"{which}, to be searched" if isinstance(which, int) else str(which)))
     for name in ("parameters", "active_parameters", "bytes"):
         rows.append((name.replace("_", " "), *(f"{value:,}" for value in facts[name])))
     print_table(("", "original", "compressed"), rows)

@@ -149,6 +149,9 @@ def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field, several
         group.add_argument(flag, action=_AmountsAction, nargs="+", type=kind, metavar=AMOUNTS[field.name], **options)
     elif "bool" in str(field.type):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+    elif field.name == "condensed_layers":
+        options["help"] += "; several are layers, one is how many, and [3] is layer 3 alone"
+        group.add_argument(flag, action=_LayersAction, nargs="+", type=_layers, metavar="N", **options)
     elif field.name == "dataset":
         group.add_argument(flag, action=_DatasetAction, nargs="+", metavar="SOURCE", **options)
     elif field.name == "similarity_weights":
@@ -206,6 +209,25 @@ class _DatasetAction(argparse.Action):
             except ValueError:
                 mix[value] = 1.0  # the "=" belongs to the name
         setattr(namespace, self.dest, values[0] if list(mix) == values[:1] else mix)
+
+
+class _LayersAction(argparse.Action):
+    """One number stays a number; several, or a list, become one list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        flat = [number for value in values for number in (value if isinstance(value, list) else [value])]
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else flat)
+
+
+def _layers(text: str) -> int | list[int]:
+    """Parse a whole number, or several of them in brackets."""
+    several = text.startswith("[") and text.endswith("]")
+    try:
+        return [int(part) for part in text[1:-1].split(",")] if several else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a layer's number; MODEL and OUTPUT come before this option"
+        ) from None
 
 
 def _json_object_or_path(text: str) -> dict | str:

@@ -13,7 +13,7 @@ from ...config import DernConfig
 from ...core.layer.cost import experts_operations
 from ...machine.torch_state import finish
 from ...models.moe.structure import MoELayer
-from .phases import layer_phases, layer_shape
+from .phases import layer_phases, result_shape
 
 
 __all__ = ["count_operations", "measure_rate", "predict_seconds"]
@@ -39,7 +39,7 @@ def predict_seconds(
 
 def count_operations(layer: MoELayer, tokens: int, config: DernConfig, num_experts: int) -> float:
     """Count the floating-point operations of compressing one layer; a multiply-add counts as two."""
-    shape = layer_shape(layer, tokens, num_experts)
+    shape = result_shape(layer, tokens, config, num_experts)
     attention = 8.0 * tokens * shape.inputs**2
     run = attention + experts_operations(shape)
     sequential = config.calibration_order == "sequential"

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...condensing.layer_search import SEARCHED
 from ...config import DernConfig
+from ...core.layer.cost import LayerShape
 from ...core.layer.workspace import MAX_ELEMENTS
 from ...models.moe.structure import MoELayer, find_decoder_layers
 from ..layer.importance import gradient_needed
-from ..layer.narrowing import written_width
-from .phases import layer_phases, layer_shape
+from .phases import layer_phases, pass_tokens, result_shape
 
 
 __all__ = ["INTERPRETER", "MemoryPlan", "plan_memory"]
@@ -32,7 +33,7 @@ class MemoryPlan:
     layer: int  # the largest decoder layer
     working: int  # beside it: candidates, refits, and the layer's inputs and outputs on the calibration tokens
     hidden: int  # hidden states of all calibration tokens
-    scratch: int = 0  # largest size of the files that hold experts
+    scratch: int = 0  # largest size of the files that hold experts, or the networks of dense layers
     spilled: bool = False  # the hidden states are in a file
     experts_in_file: bool = False  # a layer's weights and the candidates' experts are in files, too
     max_elements: int = MAX_ELEMENTS  # elements of a step's largest temporary tensors
@@ -103,13 +104,14 @@ def _plans(
     streams += config.corrects_drift  # and that of the original model
     if gradient_needed(config):  # before all else: what enters every layer, and a gradient
         streams = max(streams, len(decoder_layers) + 2)
-    hidden = streams * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
-
+    rows = streams * tokens
+    if isinstance(config.condensed_layers, int):  # a stream for every layer that is tried
+        rows = max(rows, (len(layers) + 2) * min(tokens, SEARCHED + pass_tokens(tokens, config)))
+    hidden = rows * model.config.get_text_config().hidden_size * model.dtype.itemsize
     neurons = _neurons(layers, config)
 
     def plan(spilled: bool, in_file: bool, max_elements: int = MAX_ELEMENTS) -> MemoryPlan:
-        width = written_width(layers[0], config)
-        shapes = [layer_shape(layer, tokens, count, max_elements, width) for layer in layers for count in counts]
+        shapes = [result_shape(layer, tokens, config, count, max_elements) for layer in layers for count in counts]
         phases = [phase for shape in dict.fromkeys(shapes) for phase in layer_phases(shape, config, len(counts) > 1)]
         return MemoryPlan(
             interpreter=INTERPRETER,
@@ -117,7 +119,7 @@ def _plans(
             layer=largest,
             working=neurons + max(phase.tokens + (0 if in_file else phase.experts) for phase in phases),
             hidden=hidden,
-            scratch=largest + max(phase.experts for phase in phases) if in_file else 0,
+            scratch=_network_bytes(config, shapes) + (largest + max(p.experts for p in phases) if in_file else 0),
             spilled=spilled,
             experts_in_file=in_file,
             max_elements=max_elements,
@@ -137,6 +139,15 @@ def _neurons(layers: Sequence[MoELayer], config: DernConfig) -> int:
         return 0
     ranked = RANKED if config.width_budget == "global" else 0
     return (MEASURED + ranked) * sum(layer.num_experts * layer.width for layer in layers)
+
+
+def _network_bytes(config: DernConfig, shapes: Sequence[LayerShape]) -> int:
+    """Return the bytes of the networks of all layers that may become dense."""
+    which = config.condensed_layers
+    if which is None:
+        return 0
+    count = len(shapes) if isinstance(which, int) else len(which)
+    return count * shapes[0].narrower.expert * shapes[0].itemsize
 
 
 def _bytes(module: nn.Module) -> int:

@@ -7,22 +7,26 @@ layer's inputs and outputs on the calibration tokens, the candidates, and their 
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from ...condensing.dense_network import dense_width
 from ...config import DernConfig
 from ...core.criteria.registry import CRITERIA
 from ...core.layer.cost import Cost, LayerShape, experts_operations, held_by_chunk
 from ...core.layer.statistics import measure_experts_cost
 from ...core.layer.workspace import MAX_ELEMENTS
+from ...core.merging.condense import condense_experts_cost
 from ...core.neurons.sensitivity import sensitivity_cost
 from ...core.neurons.statistics import measure_neurons_cost
 from ...core.pictures.similarity_map import similarity_map_cost
+from ...core.refits.down_projections import refit_down_cost
 from ...data.batches import TOKENS
 from ...methods import get_method
 from ...models.moe.structure import MoELayer
 from ..layer.importance import gradient_needed
+from ..layer.narrowing import written_width
 from ..layer.steps import first_steps, further_steps, sampled_tokens
 
 
-__all__ = ["Phase", "layer_phases", "layer_shape"]
+__all__ = ["Phase", "layer_phases", "layer_shape", "pass_tokens", "result_shape"]
 
 
 class Phase(NamedTuple):
@@ -66,6 +70,24 @@ def layer_shape(
     )
 
 
+def result_shape(
+    layer: MoELayer, tokens: int, config: DernConfig, num_experts: int, max_elements: int = MAX_ELEMENTS
+) -> LayerShape:
+    """Read the sizes of a layer and of what a config makes of it; a dense layer is one wide expert.
+
+    Args:
+        layer: with its original experts.
+        tokens: calibration tokens of this process.
+        config: of the compression.
+        num_experts: N, experts that the layer keeps where it keeps its router.
+        max_elements: elements that a step's temporary tensors may have.
+    """
+    if config.condensed_layers is None:
+        return layer_shape(layer, tokens, num_experts, max_elements, written_width(layer, config))
+    chosen = layer.top_k if config.num_experts is None else config.num_experts
+    return layer_shape(layer, tokens, 1, max_elements, dense_width(layer, chosen))
+
+
 def layer_phases(shape: LayerShape, config: DernConfig, shared: bool = False) -> list[Phase]:
     """List the phases of compressing one layer, in the order in which they run.
 
@@ -75,6 +97,8 @@ def layer_phases(shape: LayerShape, config: DernConfig, shared: bool = False) ->
         shared: the original experts stay in memory, since other results of the same pass need them.
     """
     standing = Standing(shape, config)
+    if config.condensed_layers is not None:
+        return list(_condensing_phases(standing))
     return [*_original_phases(standing), *_fitting_phases(standing, 0 if shared else standing.original)]
 
 
@@ -93,7 +117,7 @@ class Standing:
         residual = CRITERIA[config.selection].needs == "residual"
         received = shape.itemsize * shape.tokens * (shape.inputs + shape.outputs * residual)
         self.tokens = self.choices + self.output + received
-        self.passed = shape._replace(tokens=_pass_tokens(shape, config))  # of a micro-batch
+        self.passed = shape._replace(tokens=pass_tokens(shape.tokens, config))  # of a micro-batch
         self.forward = self.passed.tokens * (2 * shape.itemsize + shape.number) * shape.outputs
         self.original = shape.experts * shape.expert * shape.itemsize
         self.candidate = shape.retained * shape.narrower.expert * shape.itemsize
@@ -101,11 +125,31 @@ class Standing:
         self.candidates, self.sets = self.method.candidates(config) if config.guard else (1, 1)
 
 
+def _measured(standing: Standing) -> Phase:
+    """Return the phase in which the original layer is run and measured."""
+    run = standing.forward + measure_experts_cost(standing.passed).held
+    return Phase("measure", standing.tokens + run, 0, measure_experts_cost(standing.shape).operations)
+
+
+def _condensing_phases(standing: Standing) -> Iterator[Phase]:
+    """Yield the phases of making a layer dense; the original one stays in memory."""
+    shape, config = standing.shape, standing.config
+    yield _measured(standing)
+    dense = shape.fitted(shape.tokens)._replace(top_k=1)
+    chosen = condense_experts_cost(shape._replace(retained=dense.width // shape.width))
+    outputs, weights = 2 * standing.output, shape.number * dense.expert  # beside the routed experts, and of the block
+    yield Phase("condense", standing.tokens + outputs + chosen.held, 0, chosen.operations)
+    run = outputs + shape.number * shape.tokens * (shape.inputs + shape.outputs) + held_by_chunk(dense)
+    yield Phase("join", standing.tokens + run, 2 * weights, 2 * experts_operations(dense))
+    if config.refit:
+        cost = refit_down_cost(dense, sweeps=1)
+        yield Phase("refit", standing.tokens + run + cost.held, 2 * weights + cost.experts, cost.operations)
+
+
 def _original_phases(standing: Standing) -> Iterator[Phase]:
     """Yield the phases that run while the original experts are in memory."""
     shape, config = standing.shape, standing.config
-    run = standing.forward + measure_experts_cost(standing.passed).held
-    yield Phase("measure", standing.tokens + run, 0, measure_experts_cost(shape).operations)
+    yield _measured(standing)
     if (loss := gradient_needed(config)) is not None:
         yield _backward(standing, loss)
     if config.corrects_drift:
@@ -163,10 +207,10 @@ def _fitting_phases(standing: Standing, gone: int) -> Iterator[Phase]:
         yield Phase("run", standing.tokens + run, standing.candidate - gone, 0.0)
 
 
-def _pass_tokens(shape: LayerShape, config: DernConfig) -> int:
-    """Return the most tokens that go through the layer at once."""
+def pass_tokens(tokens: int, config: DernConfig) -> int:
+    """Return how many of some calibration tokens go through a layer at once, at most."""
     most = TOKENS if config.batch_size is None else config.batch_size * config.sequence_length
-    return min(shape.tokens, max(most, config.sequence_length))
+    return min(tokens, max(most, config.sequence_length))
 
 
 def _judged(standing: Standing) -> Cost:

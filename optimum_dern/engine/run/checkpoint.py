@@ -3,7 +3,7 @@
 import copy
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from logging import getLogger
@@ -39,7 +39,7 @@ from .checkpoint_run import CheckpointTask, describe_recording, fingerprint, res
 from .run_report import make_report
 
 
-__all__ = ["compress_checkpoint"]
+__all__ = ["compress_checkpoint", "open_manifest", "opened", "publish", "warn_left_out", "working_folder"]
 
 logger = getLogger(__name__)
 
@@ -73,18 +73,14 @@ def compress_checkpoint(task: CheckpointTask) -> list[CompressionReport]:
     """
     processes = task.processes
     names = NameMap(task.model, list(task.reader.infos))
-    with _working_folder(task.output, processes) as work:
+    with working_folder(task.output, processes) as work:
         results = _open_results(task, names, work)
         unfinished = [result for result in results if result.manifest.report is None]
         if unfinished:
             plans = {result.manifest.path.parent: result.shards for result in unfinished}
             processes.on_main(lambda: check_room(task.output, plans))
-            threads = processes.on_main(lambda: threads_of_run(work / "threads"))
-            in_files = work if task.memory.experts_in_file else None
-            workspace = open_workspace(in_files, task.memory.mapped, task.memory.max_elements)
-            with computing_with(threads), workspace as workspace:
-                layers = [replace(layer, workspace=workspace) for layer in task.layers]
-                _compress(replace(task, layers=layers), names, work, unfinished)
+            with opened(task, work) as opened_task:
+                _compress(opened_task, names, work, unfinished)
         reports = [
             CompressionReport.from_dict(processes.on_main(lambda r=result: r.manifest.report)) for result in results
         ]
@@ -92,6 +88,16 @@ def compress_checkpoint(task: CheckpointTask) -> list[CompressionReport]:
             report.source_folder, report.own_text = task.reader.folder.resolve(), list(task.own_text)
         processes.on_main(lambda: _publish_all(task, results, reports, work))
     return reports
+
+
+@contextmanager
+def opened(task: CheckpointTask, work: Path) -> Iterator[CheckpointTask]:
+    """Compute with the threads of the run, and in the memory that is planned for it, while the context is open."""
+    threads = task.processes.on_main(lambda: threads_of_run(work / "threads"))
+    in_files = work if task.memory.experts_in_file else None
+    workspace = open_workspace(in_files, task.memory.mapped, task.memory.max_elements)
+    with computing_with(threads), workspace as workspace:
+        yield replace(task, layers=[replace(layer, workspace=workspace) for layer in task.layers])
 
 
 def _open_results(task: CheckpointTask, names: NameMap, work: Path) -> list[Result]:
@@ -102,7 +108,7 @@ def _open_results(task: CheckpointTask, names: NameMap, work: Path) -> list[Resu
     results = []
     for config, count, name in zip(task.configs, task.counts, result_names(task.counts), strict=True):
         manifest = processes.on_main(
-            lambda c=config, n=count, f=work / name: _open_manifest(f, fingerprint(task, [c], n))
+            lambda c=config, n=count, f=work / name: open_manifest(f, fingerprint(task, [c], n))
         )
         manifest.writes = processes.is_main
         width = written_width(task.layers[0], config)
@@ -112,7 +118,8 @@ def _open_results(task: CheckpointTask, names: NameMap, work: Path) -> list[Resu
     return results
 
 
-def _open_manifest(folder: Path, fingerprint: dict[str, Any]) -> Manifest:
+def open_manifest(folder: Path, fingerprint: dict[str, Any]) -> Manifest:
+    """Open the manifest of a working folder, with what an earlier, interrupted run of the same kind has noted."""
     folder.mkdir(exist_ok=True)
     manifest = Manifest(folder, fingerprint)
     manifest.save()
@@ -160,7 +167,7 @@ def _open_output(task: CheckpointTask, loader: PartLoader, result: Result) -> Ch
 
 
 @contextmanager
-def _working_folder(output: Path, processes: Processes) -> Iterator[Path]:
+def working_folder(output: Path, processes: Processes) -> Iterator[Path]:
     """Open the working folder inside an output folder, locked against other runs; removed on success."""
     with ExitStack() as stack:
         yield processes.on_main(lambda: stack.enter_context(_locked(output / WORK_NAME)))
@@ -221,16 +228,40 @@ def _publish_all(
         result.folder.mkdir(exist_ok=True)
         _publish(task, result, report)
     publish_statistics(work, task.output)
+    warn_left_out(task)
+
+
+def warn_left_out(task: CheckpointTask) -> None:
+    """Name the files beside the source's weights that are not copied."""
     if others := left_out(task.reader.folder):
         logger.warning("not copied, because not known to belong to a model: %s", listed(others, 20))
 
 
 def _publish(task: CheckpointTask, result: Result, report: CompressionReport) -> None:
-    """Move a result's files into the output folder, the weights last, so that an incomplete folder never loads."""
-    output, manifest = result.folder, result.manifest
     model, layers = copy.deepcopy((task.model, list(task.layers)))  # other results start from the original counts
     write_width_(model, layers, result.width)
     write_counts_(model, layers, result.num_experts)
+    publish(task, model, result.folder, result.shards, result.manifest, report)
+
+
+def publish(
+    task: CheckpointTask,
+    model: Any,
+    output: Path,
+    shards: Mapping[str, Sequence[OutputTensor]],
+    manifest: Manifest,
+    report: CompressionReport,
+) -> None:
+    """Write a result's files into its output folder, the weights last, so that an incomplete folder never loads.
+
+    Args:
+        task: whose source they are from.
+        model: without weights, with the config of the result.
+        output: folder.
+        shards: tensors by file name.
+        manifest: of the working folder that they are in.
+        report: of the run.
+    """
     stale = {*output.glob("model*.safetensors"), *output.glob("model*.index.json")}
     set_card_aside(output)
     copy_companions(task.reader.folder, output)
@@ -238,6 +269,6 @@ def _publish(task: CheckpointTask, result: Result, report: CompressionReport) ->
     replace_json(output / MANIFEST_NAME, {"tensors": dict(sorted(manifest.tensors.items()))})
     write_sidecars(model, output, report, task.reader.config)
     write_report(output, report)  # replaces the card of an earlier checkpoint, too
-    for file in stale - {output / name for name in result.shards}:
+    for file in stale - {output / name for name in shards}:
         file.unlink()
-    publish_shards(manifest.path.parent, result.shards, output)
+    publish_shards(manifest.path.parent, shards, output)

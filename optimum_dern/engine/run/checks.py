@@ -5,6 +5,7 @@ from dataclasses import replace
 from logging import getLogger
 from typing import Any
 
+from ...condensing.plan import plan_condensing
 from ...config import DernConfig
 from ...core.criteria.registry import CRITERIA, NEEDS, check_criterion
 from ...core.neurons.importance import check_importance
@@ -64,6 +65,9 @@ def check_request(config: DernConfig, model: Any, layers: list[MoELayer]) -> int
     """
     check_names(config)
     check_model(model, layers)
+    if config.condensed_layers is not None:
+        plan_condensing(model, layers, config.condensed_layers, config.num_experts)
+        return layers[0].num_experts  # in the layers that do not become dense
     if getattr(get_method(config.method), "needs_router_logits", False):
         check_router_logits(config.method, layers)
     if find_width(layers[0], config) < layers[0].width:
@@ -179,6 +183,11 @@ def configs_for(
     amounts = list(amounts) if isinstance(amounts, Sequence) else [amounts]
     if not amounts:
         raise ValueError(f"{name} is an empty list; give at least one")
+    if len(amounts) > 1 and config.condensed_layers is not None:
+        raise ValueError(
+            f"{name}={amounts} with condensed_layers={config.condensed_layers}: a run condenses layers in one way; "
+            "give one number, and run again for the others"
+        )
     return [replace(config, **{"num_experts": None, "sparsity": None, name: amount}) for amount in amounts]
 
 
@@ -194,6 +203,8 @@ def resolve_counts(configs: Sequence[DernConfig], model: Any, layers: list[MoELa
         ValueError: a count is impossible, is that of the original model, or is asked for twice.
     """
     counts = [check_request(config, model, layers) for config in configs]
+    if configs[0].condensed_layers is not None:
+        return counts
     if layers[0].num_experts in counts and find_width(layers[0], configs[0]) == layers[0].width:
         raise ValueError(
             f"nothing to compress: every layer would keep all of its {layers[0].num_experts} experts; "

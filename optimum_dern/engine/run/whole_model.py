@@ -7,11 +7,8 @@ from typing import Any
 
 import torch
 
-from ...checkpoint.format.conversion import NameMap
 from ...checkpoint.source.find import Source
-from ...checkpoint.source.loader import PartLoader
 from ...machine.progress import total_memory
-from ...models.moe.structure import find_moe_layers
 from ...results.public_names import public_source
 from ..cost.memory import INTERPRETER
 from .own_text import CannotWrite
@@ -47,9 +44,7 @@ def check_fits(model: Any, device: torch.device, bound: int | None) -> None:
 @contextmanager
 def whole_model(source: Source, device: torch.device) -> Iterator[None]:
     """Load all weights of a checkpoint into its skeleton while the context is open."""
-    reader, model = source.open_weights(), source.skeleton
-    names = NameMap(model, list(reader.infos))
-    loader = PartLoader(model, find_moe_layers(model), reader, names, device)
+    loader = source.open_loader(device)
     with ExitStack() as stack:
         stack.enter_context(loader.outside(head=True))
         for position in range(len(loader.decoder_layers)):

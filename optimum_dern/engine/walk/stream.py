@@ -1,6 +1,7 @@
 """The hidden states of all calibration sequences, moved through the decoder one layer at a time."""
 
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from ...machine.scratch import CopiesInFiles
 from ...models.forward import StopForward
-from .calls import Call, LayerState
+from .calls import Call, LayerState, own_containers
 
 
 __all__ = ["HiddenStream"]
@@ -39,6 +40,13 @@ class HiddenStream:
             () for _ in calls[0]
         ]  # other outputs of the previous layer, where the next one takes any
         self.hands_on = any(_is_state(value) for layer in calls for call in layer for value in call.kwargs.values())
+
+    def fork(self) -> "HiddenStream":
+        """Copy the stream where it is, to go on through other layers."""
+        other = copy(self)
+        other.calls, other.states = own_containers(self.calls), list(self.states)
+        other.hidden = list(self.hidden) if self.files is None else [self.files.copy(hidden) for hidden in self.hidden]
+        return other
 
     @torch.no_grad()
     def step(self, position: int, layer: nn.Module) -> None:

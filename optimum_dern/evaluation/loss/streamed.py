@@ -7,13 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint.format.conversion import NameMap
 from ...checkpoint.source.find import find_checkpoint
-from ...checkpoint.source.loader import PartLoader
-from ...engine.walk.calls import record_layer_calls, replay_last_hidden
-from ...engine.walk.stream import HiddenStream
-from ...machine.progress import progress_bar
-from ...models.moe.structure import find_moe_layers
+from ...engine.walk.calls import replay_last_hidden
+from ...engine.walk.visit import visit_layers
 from .perplexity import TextLoss, evaluate_texts
 
 
@@ -33,20 +29,14 @@ class StreamedCheckpoint:
 
     def __init__(self, model: str | Path, device: torch.device, **source: Any) -> None:
         found = find_checkpoint(model, **source)
-        reader, self.skeleton = found.open_weights(), found.skeleton
-        self.config = self.skeleton.config
-        names = NameMap(self.skeleton, list(reader.infos))
-        self.loader = PartLoader(self.skeleton, find_moe_layers(self.skeleton), reader, names, device)
+        self.skeleton, self.config = found.skeleton, found.skeleton.config
+        self.loader = found.open_loader(device)
 
     @torch.no_grad()
     def stream_logits(self, batches: Sequence[dict]) -> Iterator[Tensor]:
         """Yield the logits of every batch, (batch, sequence, vocabulary), one batch at a time."""
         loader, decoder_layers = self.loader, self.loader.decoder_layers
-        with loader.outside():
-            stream = HiddenStream(record_layer_calls(self.skeleton, decoder_layers, batches))
-        for position in progress_bar(range(len(decoder_layers)), "Evaluating layers"):
-            with loader.loaded(position):
-                stream.step(position, decoder_layers[position])
+        stream = visit_layers(self.skeleton, decoder_layers, batches, loader, description="Evaluating layers")
         with loader.outside(head=True):
             for batch, hidden in zip(batches, stream.hidden, strict=True):
                 inputs = {name: value.to(loader.device) for name, value in batch.items()}

@@ -95,8 +95,18 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     return [replace(first, twins=tuple(twins)) for first, *twins in same.values()]
 
 
-def find_decoder_layers(model: nn.Module, layer: MoELayer) -> tuple[str, nn.ModuleList]:
-    """Find the list of decoder layers that contains a MoE layer (the outermost ModuleList), and its name."""
+def find_decoder_layers(model: nn.Module, layer: MoELayer | None) -> tuple[str, nn.ModuleList]:
+    """Find the list of a model's decoder layers, and its name.
+
+    Args:
+        model: its weights need not be loaded.
+        layer: a MoE layer, whose outermost list it is; None in a model without any.
+
+    Raises:
+        ValueError: there is no such list.
+    """
+    if layer is None:
+        return _find_dense_decoder_layers(model)
     parts = layer.name.split(".")
     for end in range(1, len(parts)):
         name = ".".join(parts[:end])
@@ -104,6 +114,16 @@ def find_decoder_layers(model: nn.Module, layer: MoELayer) -> tuple[str, nn.Modu
         if isinstance(module, nn.ModuleList):
             return name, module
     raise ValueError(f"{layer.name!r} is not inside a list of decoder layers; this architecture is not supported")
+
+
+def _find_dense_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the list of decoder layers of a model without experts, by its length."""
+    inside = {id(module) for module in model.get_decoder().modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and id(module) in inside:
+            if len(module) == model.config.get_text_config().num_hidden_layers:
+                return name, module
+    raise ValueError(f"{type(model).__name__} has no list of decoder layers; this architecture is not supported")
 
 
 def layers_by_position(model: nn.Module, layers: list[MoELayer]) -> dict[int, MoELayer]:
@@ -118,8 +138,7 @@ def layers_by_position(model: nn.Module, layers: list[MoELayer]) -> dict[int, Mo
             f"{type(model).__name__} has several stacks of MoE layers ({', '.join(lists)}); "
             "compress the part that holds the language model alone"
         )
-    prefix = lists[0]
-    return {int(layer.name.removeprefix(f"{prefix}.").split(".")[0]): layer for layer in layers}
+    return {int(layer.name.removeprefix(f"{lists[0]}.").split(".")[0]): layer for layer in layers}
 
 
 def _is_experts(name: str, module: nn.Module) -> bool:

@@ -32,6 +32,7 @@ function headlineCard(title, kind, big, words, rows) {
 
 function gain() {
   const { before, after } = report;
+  const dense = report.layers.filter((layer) => layer.dense).length;
   const arrow = (name, form) => `${form(before[name])} → ${form(after[name])}`;
   return headlineCard(
     "What was gained",
@@ -39,7 +40,7 @@ function gain() {
     `−${(100 * (1 - report.ratio)).toFixed(0)} % bytes`,
     `${arrow("bytes", bytes)}, an ordinary checkpoint that needs no further code.`,
     [
-      ["Experts a layer", arrow("experts", count)],
+      ...(dense ? [["Layers made dense", count(dense)]] : [["Experts a layer", arrow("experts", count)]]),
       ...(after.width === before.width ? [] : [["Neurons an expert", arrow("width", count)]]),
       ["Parameters", arrow("parameters", short)],
       ["Active for a token", arrow("active_parameters", short)],

@@ -31,6 +31,10 @@ function layerDetails() {
 }
 
 function summary(layer, kept) {
+  if (layer.dense) {
+    const own = writtenError(layer) === null ? "" : ` Its output is off by ${percent(writtenError(layer))}.`;
+    return `${layerName(layer)} is dense: all tokens use the same ${plural(kept, "routed expert")}.${own}`;
+  }
   const dropped = layer.saliency.length - kept;
   const share = sum(layer.load.filter((_, expert) => !stays[selected].has(expert)));
   const moved =
@@ -49,6 +53,7 @@ function steps(name) {
     pruned: "plain pruning",
     recombined: "recombined neurons",
     merged: "merged experts",
+    condensed: "a dense layer",
     refit: "refit of the down projections",
     router: "of the router",
     neurons: "of gate and up",

@@ -87,7 +87,9 @@ function optionsCard() {
   const limits = [
     "Calibration text decides what a compressed model keeps: on text unlike it the loss may rise further than shown.",
     "The error of a layer's output is no measure of the model's; only the loss is.",
-    "One token's work hardly changes: as many experts as before are active for it.",
+    ...(report.layers.some((layer) => layer.dense)
+      ? []
+      : ["One token's work hardly changes: as many experts as before are active for it."]),
   ].map((text) => html("li", {}, text));
   return html(
     "div",

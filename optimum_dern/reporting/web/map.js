@@ -49,7 +49,7 @@ function experts() {
     }),
     text:
       `${plural(report.layers.length, "layer")} of ${plural(columns, "expert")}, of which ` +
-      `${report.after.experts} stay in each. The table lists them.`,
+      `${report.layers[0].retained.length} stay in each. The table lists them.`,
     draw: (width) => drawMap(width, columns, by),
     marks: {
       hint: "Point at an expert, or press the arrow keys; click or Enter opens its layer below.",

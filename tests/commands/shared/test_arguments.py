@@ -45,6 +45,10 @@ def test_no_option_is_the_default():
         ("--refit-ridge 1e-3 --seed 7", {"refit_ridge": 1e-3, "seed": 7}),
         ("--refit-sweeps 2 --no-guard", {"refit_sweeps": 2, "guard": False}),
         ('--protect-experts {"0":[1],"3":[2,2]}', {"protect_experts": {0: [1], 3: [2]}}),
+        ("--method cd_moe --condensed-layers 3 5", {"method": "cd_moe", "condensed_layers": [3, 5]}),
+        ("--method cd_moe --condensed-layers [3] [5,4]", {"method": "cd_moe", "condensed_layers": [3, 4, 5]}),
+        ("--method cd_moe --condensed-layers [3]", {"method": "cd_moe", "condensed_layers": [3]}),
+        ("--method cd_moe --condensed-layers 3", {"method": "cd_moe", "condensed_layers": 3}),
         ("--cluster-init random --router-update rows", {"cluster_init": "random", "router_update": "rows"}),
     ],
 )

@@ -25,6 +25,7 @@ MEASURED = {  # every method and preset, and what takes memory besides
     "importance": {"preset": "paper", "importance": "slim"},
     "widths": {"method": "camera_p", "width_budget": "global"},
     "no neurons": {"neuron_refit": False},
+    "cd_moe, some layers": {"method": "cd_moe", "condensed_layers": [0]},
     "one shot": {"method": "prune", "calibration_order": "oneshot", "neuron_refit": False},
 }
 

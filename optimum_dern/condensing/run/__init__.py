@@ -1,0 +1,1 @@
+"""Condensing as a run of the compressor from disk to disk."""

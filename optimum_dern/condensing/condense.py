@@ -130,7 +130,7 @@ def _measure(model: nn.Module, layer: MoELayer, position: int, batches: Sequence
 
 def _condensed(measured: MeasuredLayer, num_experts: int, refit: bool) -> tuple[Segments, CondensedLayer]:
     """Choose a layer's experts, and return the neurons of the dense network with what becomes of the layer."""
-    layer, held_out = measured.layer, measured.labels.held_out
+    layer, held_out = measured.layer, measured.labels.held_out_on(measured.target.device)
     observed = replace(measured.observe(held_out), beside=output_beside(measured))
     chosen, weights = condense_experts(observed, num_experts), mean_weights(observed)
     neurons, target = joined_neurons(layer, chosen, weights), observed.target + observed.beside

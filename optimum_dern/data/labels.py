@@ -4,7 +4,7 @@ They follow the order in which the sequences were drawn, whichever micro-batches
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,12 +33,13 @@ ENOUGH_TOKENS, ENOUGH_PER_NEURON = 65_536, 32
 
 @dataclass(frozen=True)
 class TokenLabels:
-    """Labels of T calibration tokens, padding left out."""
+    """Labels of T calibration tokens on the CPU, padding left out."""
 
     held_out: Tensor  # (T,) bool: tokens for judging candidates
     source: Tensor  # (T,) int64: index of the token's source
     names: tuple[str, ...]  # of the sources
-    order: Tensor  # (T,) int64 on the CPU: number of each token among those of all processes
+    order: Tensor  # (T,) int64: number of each token among those of all processes
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def empty(cls) -> "TokenLabels":
@@ -46,9 +47,11 @@ class TokenLabels:
         number = torch.empty(0, dtype=torch.int64)
         return cls(torch.empty(0, dtype=torch.bool), number, (), number)
 
-    def on(self, device: torch.device) -> "TokenLabels":
-        """Return the labels on a device, all but the order."""
-        return TokenLabels(self.held_out.to(device), self.source.to(device), self.names, self.order)
+    def held_out_on(self, device: torch.device) -> Tensor:
+        """Return `held_out` on a device, to which it is copied once for all layers there."""
+        if device not in self._copies:
+            self._copies[device] = self.held_out.to(device)
+        return self._copies[device]
 
 
 def label_tokens(batches: Sequence[Mapping[str, Any]], processes: Processes = ALONE) -> TokenLabels:
@@ -144,5 +147,4 @@ def evenly_spaced(order: Tensor, wanted: int, processes: Processes = ALONE) -> T
     Returns:
         (T,) bool, True for all tokens if there are no more than wanted.
     """
-    total = int(processes.reduce(torch.tensor(len(order), device=processes.device)))
-    return order * wanted % max(total, 1) < wanted
+    return order * wanted % max(processes.total(len(order)), 1) < wanted

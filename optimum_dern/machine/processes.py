@@ -75,6 +75,10 @@ class Processes:
         """The function that reduces a tensor over all processes."""
         return alone if self.count == 1 else self._reduce_all
 
+    def total(self, number: int) -> int:
+        """Add up a whole number over all processes; a single process asks no GPU for it."""
+        return number if self.count == 1 else int(self.reduce(torch.tensor(number, device=self.device)))
+
     def _reduce_all(self, local: Tensor, operation: str = "sum") -> Tensor:
         local = local.contiguous()
         _talk(dist.all_reduce, local, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[operation])

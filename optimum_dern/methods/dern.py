@@ -117,10 +117,9 @@ def _facts(recombined: Recombination, retained: torch.Tensor) -> dict[str, objec
     quantiles, moved = {}, 0.0
     if similarity.numel():
         ranks = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
-        index = (ranks * (len(similarity) - 1)).round().long()  # torch.quantile is limited to 2^24 values
-        values = similarity.sort().values[index.to(similarity.device)].double()
-        share = (recombined.destination >= 0).double().mean()
-        *values, moved = torch.cat([values, share.view(1)]).tolist()
+        index = (ranks * (len(similarity) - 1)).round().long().tolist()  # torch.quantile is limited to 2^24 values
+        sizes, share = similarity.sort().values, (recombined.destination >= 0).double().mean()
+        *values, moved = torch.stack([*(sizes[i].double() for i in index), share]).tolist()
         quantiles = {f"{rank:.2f}": value for rank, value in zip(ranks.tolist(), values, strict=True)}
     flow = segment_flow(recombined.destination, retained)
     return {"moved_share": moved, "similarity_quantiles": quantiles, "segment_flow": flow}

@@ -51,9 +51,15 @@ RUNS = {  # name: family and options; from disk also the plan of what is in file
     "disk, hidden states in files": ("qwen3_moe", {"preset": "fast", "plan": 1}),
     "disk, little memory": ("qwen3_moe", {"preset": "fast", "plan": 1, "max_elements": 1024}),
 }
-# Waits a layer: of the runs of experts, each of which asks how many tokens each expert gets, and of all else.
-MOST_WAITS = {"recommended": 60, "recommended, 16 experts": 60, "fast": 50, "paper": 50}
-RUN_OF_EXPERTS = "_pairs"
+# Waits a layer, all in: here of three micro-batches and up to seven minibatches.
+MOST_WAITS = {
+    "recommended": 55,
+    "recommended, 16 experts": 50,
+    "recommended, shared experts": 75,  # recombines and refits the router, too
+    "fast": 30,
+    "paper": 25,
+}
+RUN_OF_EXPERTS = "slots_by_expert"  # asks how many tokens each expert gets
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +86,7 @@ def test_equal_to_the_cpu(name, results):
 def test_waits(name, results):
     """A host waits for its device only so often a layer, which does not depend on experts and tokens."""
     found = results[name]
-    waits = [wait for wait in found["waits"] if not wait[1].endswith(RUN_OF_EXPERTS)]
-    assert sum(count for *_, count in waits) <= MOST_WAITS[name] * found["layers"], waits
+    assert 0 < sum(count for *_, count in found["waits"]) <= MOST_WAITS[name] * found["layers"], found["waits"]
 
 
 @pytest.mark.parametrize("name", ["recommended, 16 experts", "disk, little memory"])
@@ -96,7 +101,11 @@ def test_no_line_waits_for_every_expert(name, results):
 
 
 def test_waits_of_a_minibatch(results):
-    """Once for how many of its tokens each expert gets, and never else."""
+    """None: how many of its tokens each expert gets is found for all minibatches of a pass at once."""
     found = results["recommended"]
     assert found["minibatches"] > 4 * found["layers"]
     assert not [wait for wait in found["waits"] if wait[1].endswith(("_gradients", "_move", "_reduced"))]
+    runs = sum(count for _, line, count in found["waits"] if line.endswith(RUN_OF_EXPERTS))
+    passes = sum(count for _, line, count in found["waits"] if line.endswith("_minibatches"))
+    micro_batches, others = 3 * 3, 4  # three runs of the layer; the search for a set, two candidates, a spare
+    assert runs <= (micro_batches + others) * found["layers"] + passes, found["waits"]

@@ -153,7 +153,7 @@ def _eliminate(trial: Trial, places: Places) -> Tensor:
         losses = trial.losses_without(dropped).masked_fill_(~candidates, torch.inf)
         last = num_experts - 1 - losses.flip(0).argmin()
         dropped.index_fill_(0, last.view(1), True)
-    return (~dropped).nonzero().flatten()
+    return dropped.int().argsort(stable=True)[: places.count]  # those not dropped, in order
 
 
 def _prepare(layer: ObservedLayer, most_tokens: int | None = None) -> Trial:
@@ -169,7 +169,8 @@ def _prepare(layer: ObservedLayer, most_tokens: int | None = None) -> Trial:
         part = slice(start, start + chunk)
         hidden = routing.hidden[part]
         index = everyone.expand(len(hidden), -1)
-        routed = Routing(hidden, index, torch.ones_like(index, dtype=dtype))
+        slots = torch.arange(index.numel(), device=index.device).view(index.shape).unbind(1)  # every token, of each
+        routed = Routing(hidden, index, torch.ones_like(index, dtype=dtype), slots=slots)
         outputs = target.new_zeros(len(hidden), num_experts, target.shape[1], dtype=dtype)  # (n, E, o)
         for batch in expert_batches(segments, routed, layer.activation):
             outputs[batch.token, batch.expert] = expert_output(segments, batch)

@@ -65,7 +65,9 @@ def recombine_layer(
         ValueError: importance that is not finite.
     """
     dropped = dropped_experts(len(segments.up), retained)
-    destination, similarity = _assign(segments, dropped, retained, similarity_weights, threshold, map_experts)
+    gone, kept = torch.cat([dropped, retained]).cpu().split([len(dropped), len(retained)])
+    gone, kept = gone.tolist(), kept.tolist()
+    destination, similarity = _assign(segments, gone, kept, similarity_weights, threshold, map_experts)
 
     if neurons is not None:
         check_scores(neurons)
@@ -76,8 +78,7 @@ def recombine_layer(
     )  # only ratios count: no underflow
     importance = importance.expand(segments.up.shape[:2])  # (E, f)
 
-    width, kept = segments.up.shape[1], retained.tolist()
-    received = _received(destination, len(kept))
+    width, received = segments.up.shape[1], _received(destination, len(kept))
 
     def cluster(position: int) -> tuple[Tensor]:
         moved, expert = received[position], kept[position]
@@ -87,7 +88,7 @@ def recombine_layer(
         start = initial_centroids(pool, response, width, init, seed + position)
         return (spherical_kmeans(pool, weights, start, iterations, tolerance, segments.workspace.max_elements)[0],)
 
-    result = segments.select(retained)  # indexing copies: the input stays as it was
+    result = segments.select(torch.tensor(kept))  # indexing copies: the input stays as it was
     receiving = [position for position, moved in enumerate(received) if len(moved)]
     for position, (centroids,) in zip(receiving, map_experts(cluster, receiving), strict=True):
         for part, value in zip(result.parts, segments.split(centroids), strict=True):
@@ -131,19 +132,22 @@ def assign_segments(
 
 
 def _assign(
-    segments: Segments, dropped: Tensor, retained: Tensor, weights: Sequence[float], threshold: float, map_experts: Map
+    segments: Segments,
+    dropped: list[int],
+    retained: list[int],
+    weights: Sequence[float],
+    threshold: float,
+    map_experts: Map,
 ) -> tuple[Tensor, Tensor]:
     """Run `assign_segments` per dropped expert; return destinations and best cosines, (E - N, f) each."""
 
     def vectors(expert: int) -> Tensor:
         return similarity_vectors(segments.select(slice(expert, expert + 1)).to(segments.compute_dtype), weights)[0]
 
-    max_elements, kept = segments.workspace.max_elements, retained.tolist()
-
     def assign(expert: int) -> tuple[Tensor, Tensor]:
-        return assign_segments(vectors(expert), map(vectors, kept), threshold, max_elements)
+        return assign_segments(vectors(expert), map(vectors, retained), threshold, segments.workspace.max_elements)
 
-    nearest = list(map_experts(assign, dropped.tolist()))
+    nearest = list(map_experts(assign, dropped))
     if not nearest:
         none = segments.up.new_zeros(0, segments.up.shape[1], dtype=segments.compute_dtype)
         return none.long(), none

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .segments import Segments
+from .slots import slots_by_expert
 
 
 __all__ = ["Activation", "Routing", "expert_batches", "neuron_activations", "routed_output"]
@@ -26,12 +27,21 @@ class Routing(NamedTuple):
     index: Tensor  # (T, k) expert of each slot, all different for one token
     weight: Tensor  # (T, k) gate weight applied to the expert's output (or input, see below)
     weighs_input: bool = False  # an expert contributes e(w x), as in Llama 4, instead of w e(x)
+    slots: tuple[Tensor, ...] | None = None  # of each expert, by `slots_by_expert`, where they are known
 
     def select(self, tokens: Tensor | slice) -> "Routing":
         """Select tokens by index, mask or slice."""
         if isinstance(tokens, Tensor) and tokens.dtype == torch.bool:
             tokens = tokens.nonzero().flatten()  # once instead of in each of the three
-        return self._replace(hidden=self.hidden[tokens], index=self.index[tokens], weight=self.weight[tokens])
+        return Routing(self.hidden[tokens], self.index[tokens], self.weight[tokens], self.weighs_input)
+
+    def chunks(self, size: int, num_experts: int) -> Iterator["Routing"]:
+        """Split the tokens into chunks of at most `size`; a GPU is asked once for the slots of all of them."""
+        if len(self.index) <= size:
+            yield self
+            return
+        for number, slots in enumerate(slots_by_expert(self.index.split(size), num_experts)):
+            yield self.select(slice(number * size, (number + 1) * size))._replace(slots=slots)
 
     def inputs(self, token: Tensor, slot: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the expert inputs (n, d) of (token, slot) pairs, times the gate weights if these scale the inputs."""
@@ -98,20 +108,18 @@ def expert_batches(
     """
     dtype, chunk = segments.compute_dtype, segments.workspace.chunk_tokens
     top_k = routing.index.shape[1]
-    for expert, pairs in _pairs(routing.index.flatten(), len(segments.up), experts):
-        for pair in pairs.split(chunk) if len(pairs) else ():
-            token, slot = pair // top_k, pair % top_k  # (n,), (n,)
+    for expert, slots in _slots(routing, len(segments.up), experts):
+        for part in slots.split(chunk) if len(slots) else ():
+            token, slot = part // top_k, part % top_k  # (n,), (n,)
             hidden = routing.inputs(token, slot, dtype)
             neurons = neuron_activations(segments, expert, hidden, activation)
             yield ExpertBatch(expert, token, slot, routing.output_weights(token, slot, dtype), neurons)
 
 
-def _pairs(index: Tensor, num_experts: int, experts: list[int] | None) -> Iterable[tuple[int, Tensor]]:
-    """Find where each expert is chosen in the flattened indices (T k,), in ascending order: (n,) per expert."""
-    if experts is not None:
-        return ((expert, (index == expert).nonzero().flatten()) for expert in experts)
-    counts = index.new_zeros(num_experts).index_add_(0, index, torch.ones_like(index))  # bincount makes the host wait
-    return enumerate(index.argsort(stable=True).split(counts.tolist()))
+def _slots(routing: Routing, num_experts: int, experts: list[int] | None) -> Iterable[tuple[int, Tensor]]:
+    """Return the slots (n,) in which each expert is chosen, with the expert."""
+    slots = routing.slots or next(slots_by_expert([routing.index], num_experts))
+    return enumerate(slots) if experts is None else ((expert, slots[expert]) for expert in experts)
 
 
 def expert_output(segments: Segments, batch: ExpertBatch) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cost import Cost, LayerShape, experts_operations, held_by_chunk
 from .mixture import Activation, Routing, expert_batches, expert_output
-from .reduction import Reduce
+from .reduction import Reduce, alone
 from .segments import Segments
 
 
@@ -58,7 +58,8 @@ class ExpertStatistics:
 
     def reduced(self, reduce: Reduce) -> "ExpertStatistics":
         """Combine the statistics of all processes."""
-        tokens = reduce(torch.tensor(self.tokens, device=self.count.device))
+        asked = "cpu" if reduce is alone else self.count.device  # only other processes need the number on a GPU
+        tokens = reduce(torch.tensor(self.tokens, device=asked))
         operations = {f.name: "max" if f.name in MAXIMA else "sum" for f in fields(self)[1:]}
         reduced = {name: reduce(getattr(self, name), operation) for name, operation in operations.items()}
         return ExpertStatistics(int(tokens), **reduced)

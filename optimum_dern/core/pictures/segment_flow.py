@@ -22,9 +22,10 @@ def segment_flow(destination: Tensor, retained: Tensor) -> dict[str, object]:
         `width` (f), `moved` (of every dropped expert, ascending), `received` (of every retained expert), and `links`:
         [dropped expert, retained expert, segments] of the largest streams, in the order of the experts.
     """
-    retained = retained.cpu()
+    streams = torch.stack([(destination == position).sum(1) for position in range(len(retained))], dim=1)
+    retained, streams = torch.cat([retained.unsqueeze(0), streams]).cpu().tensor_split([1])  # a GPU is asked once
+    retained = retained[0]
     dropped = dropped_experts(len(destination) + len(retained), retained)
-    streams = torch.stack([(destination == position).sum(1) for position in range(len(retained))], dim=1).cpu()
     largest = streams.flatten().argsort(descending=True, stable=True)[:MAX_LINKS].sort().values
     source, target = largest // len(retained), largest % len(retained)
     links = torch.stack([dropped[source], retained[target], streams[source, target]], dim=1)

@@ -48,15 +48,17 @@ def similarity_map(segments: Segments, weights: Sequence[float], seed: int = 0) 
     experts = _sample(count, MAX_EXPERTS, generator)
     size = sum(part.shape[-1] for part in segments.parts)  # numbers in a segment
     rows = _sample(width, MAX_ELEMENTS // (len(experts) * size), generator)
-    cosines = _expert_cosines(segments, experts, rows)
-    nearest = (cosines - 2 * torch.eye(len(experts), dtype=cosines.dtype)).argmax(dim=1)  # exclude the expert itself
     neurons = _sample(width, min(MAX_NEURONS, MAX_PRODUCTS // (len(experts) * width * size)), generator)
+    drawn = experts, rows, neurons
+    there = torch.cat(drawn).to(segments.up.device).split([len(part) for part in drawn])  # one copy for all
+    cosines = _expert_cosines(segments, *there[:2]).cpu()
+    nearest = (cosines - 2 * torch.eye(len(experts), dtype=cosines.dtype)).argmax(dim=1)  # exclude the expert itself
     order = nearest.argsort(stable=True)  # experts with the same nearest one together
-    chosen, looked_at = experts[order].to(segments.up.device), neurons.to(segments.up.device)
     others, counts = nearest[order].unique_consecutive(return_counts=True)
+    chosen = experts[order].to(segments.up.device).split(counts.tolist())
     found = [
-        _best_matches(segments, alike, looked_at, experts[other].item(), weights).float()
-        for other, alike in zip(others.tolist(), chosen.split(counts.tolist()), strict=True)
+        _best_matches(segments, alike, there[2], experts[other].item(), weights).float()
+        for other, alike in zip(others.tolist(), chosen, strict=True)
     ]
     best = torch.cat(found).cpu()[order.argsort()]  # (experts, neurons)
     ranks = [round(rank * (len(neurons) - 1)) for rank in RANKS]
@@ -90,15 +92,13 @@ def _sample(count: int, limit: int, generator: torch.Generator) -> Tensor:
 
 
 def _expert_cosines(segments: Segments, experts: Tensor, rows: Tensor) -> Tensor:
-    """Compute the cosines (experts, experts) of experts as vectors of all their weights, in float64 on the CPU."""
-    experts, rows = experts.to(segments.up.device), rows.to(segments.up.device)
+    """Compute the cosines (experts, experts) of experts as vectors of all their weights, in float64."""
     gram = torch.zeros(len(experts), len(experts), dtype=torch.float64, device=experts.device)
     for part in segments.parts:
         step = max(1, BLOCK // (len(experts) * part.shape[-1]))
         for block in rows.split(step):
             values = _rows(part, experts, block).to(segments.compute_dtype).flatten(1)
             gram += values @ values.T
-    gram = gram.cpu()
     norms = gram.diagonal().sqrt().clamp(min=1e-300)
     return (gram / norms / norms[:, None]).nan_to_num(0).clamp(-1, 1)
 

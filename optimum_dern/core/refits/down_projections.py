@@ -23,6 +23,7 @@ from ..layer.cost import Cost, LayerShape, experts_operations, held_by_chunk
 from ..layer.mixture import Activation, Routing, expert_batches, neuron_activations
 from ..layer.reduction import Reduce, alone
 from ..layer.segments import Segments
+from ..layer.slots import slots_by_expert
 
 
 __all__ = ["refit_down_cost", "refit_down"]
@@ -137,13 +138,12 @@ def _part_source(segments: Segments, routing: Routing, activation: Activation) -
 
 def _computed_parts(segments: Segments, routing: Routing, activation: Activation) -> Callable[[int], Iterable[Part]]:
     """Return a function from expert to its parts, computed anew each time from its tokens, which are found once."""
-    index, top_k, dtype = routing.index.flatten(), routing.index.shape[1], segments.compute_dtype
-    counts = index.new_zeros(len(segments.down)).index_add_(0, index, torch.ones_like(index))
-    pairs = index.argsort(stable=True).split(counts.tolist())  # the host waits once for all experts
+    top_k, dtype = routing.index.shape[1], segments.compute_dtype
+    slots = routing.slots or next(slots_by_expert([routing.index], len(segments.down)))
 
     def compute(expert: int) -> Iterator[Part]:
-        for pair in pairs[expert].split(segments.workspace.chunk_tokens):
-            token, slot = pair // top_k, pair % top_k  # (n,), (n,)
+        for part in slots[expert].split(segments.workspace.chunk_tokens):
+            token, slot = part // top_k, part % top_k  # (n,), (n,)
             neurons = neuron_activations(segments, expert, routing.inputs(token, slot, dtype), activation)
             weight = routing.output_weights(token, slot, dtype)
             yield Part(token, weight * neurons, weight)

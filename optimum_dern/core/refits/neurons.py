@@ -28,6 +28,7 @@ from ..layer.cost import Cost, LayerShape, experts_operations
 from ..layer.mixture import Activation, Routing, expert_batches, expert_inputs, expert_output
 from ..layer.reduction import Reduce, alone
 from ..layer.segments import Segments
+from ..layer.slots import slots_by_expert
 from ..layer.traced import TracedActivation
 
 
@@ -111,11 +112,11 @@ def descend_neurons(
     scaled = segments if bias is None else segments._replace(output_bias=bias / scale)
     step, generator = 0, torch.Generator().manual_seed(seed)
     while True:
-        for tokens in _minibatches(order, highest + 1, steps, target.device, generator):
+        for tokens, routed in _minibatches(order, highest + 1, steps, routing, len(segments.up), generator):
             step += 1
             kept = max(1 / step, 1 / (AVERAGED_PASSES * steps))
             current = _with_parts(scaled, [part.value for part in moving])
-            own = _gradients(current, routing.select(tokens), target[tokens] / scale, activation)
+            own = _gradients(current, routed, target[tokens] / scale, activation)
             for expert, gradients in _reduced(own, segments.workspace.max_elements, reduce):
                 for part, gradient in zip(moving, gradients, strict=True):
                     _move(part, expert, gradient, rate, step)
@@ -150,12 +151,14 @@ def _with_parts(segments: Segments, parts: list[Tensor]) -> Segments:
 
 
 def _minibatches(
-    order: Tensor, total: int, steps: int, device: torch.device, generator: torch.Generator
-) -> Iterator[Tensor]:
-    """Yield this process's tokens of each minibatch of a pass, which together are all of its tokens."""
+    order: Tensor, total: int, steps: int, routing: Routing, num_experts: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Routing]]:
+    """Yield this process's tokens (n,) of each minibatch of a pass, together all of its tokens, and their routing."""
     turn = torch.randperm(total, generator=generator)[order] * steps // total  # (T,) number of the minibatch
-    tokens = turn.argsort(stable=True).to(device)
-    yield from tokens.split(turn.bincount(minlength=steps).tolist())
+    tokens = turn.argsort(stable=True).to(routing.index.device).split(turn.bincount(minlength=steps).tolist())
+    slots = slots_by_expert([routing.index[part] for part in tokens], num_experts)  # the host waits once in a pass
+    for part, own in zip(tokens, slots, strict=True):
+        yield part, routing.select(part)._replace(slots=own)
 
 
 def _gradients(
@@ -222,7 +225,8 @@ def descend_neurons_cost(shape: LayerShape) -> Cost:
     """Cost of all useful passes of `descend_neurons`: weights, running means of them and their steps, a minibatch."""
     weights = shape.retained * shape.expert
     tokens = -(-shape.tokens // count_steps(shape.tokens, shape.retained // shape.top_k))
+    slots = 8 * shape.tokens * shape.top_k  # the indices of all minibatches
     batch = tokens * (shape.top_k * (6 * shape.width + shape.outputs) + shape.inputs + 2 * shape.outputs)
     products = 2 + 1 / shape.projections  # forward, by the projections, and by the neurons
     operations = count_passes(shape.tokens) * products * experts_operations(shape)
-    return Cost(shape.number * (batch + 3 * shape.expert), 3 * shape.number * weights, operations)
+    return Cost(slots + shape.number * (batch + 3 * shape.expert), 3 * shape.number * weights, operations)

@@ -46,9 +46,8 @@ def fit_output_biases(
     gram = torch.zeros(count, count, dtype=torch.float64, device=target.device)
     right = gram.new_zeros(count, target.shape[1])
     chunk = 2 * segments.workspace.chunk_tokens
-    for start in range(0, len(target), chunk):
-        part = routing.select(slice(start, start + chunk))
-        residual = (target[start : start + chunk] - routed_output(segments, part, activation)).double()
+    for part, wanted in zip(routing.chunks(chunk, count), target.split(chunk), strict=True):
+        residual = (wanted - routed_output(segments, part, activation)).double()
         given = torch.ones_like(part.weight) if part.weighs_input else part.weight
         weights = gram.new_zeros(len(residual), count).scatter_(1, part.index, given.double())  # (n, N)
         gram += weights.T @ weights

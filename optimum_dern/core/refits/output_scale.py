@@ -46,12 +46,11 @@ def fit_scales(
     gram = torch.zeros(count * count, dtype=torch.float64, device=target.device)
     right = gram.new_zeros(count)
     chunk = 2 * segments.workspace.chunk_tokens
-    for start in range(0, len(target), chunk):
-        part = routing.select(slice(start, start + chunk))
+    for part, wanted in zip(routing.chunks(chunk, count), target.split(chunk), strict=True):
         outputs = target.new_zeros(len(part.index), top_k, target.shape[1])  # (n, k, o)
         for batch in expert_batches(segments, part, activation):
             outputs[batch.token, batch.slot] = (batch.weight * expert_output(segments, batch)).to(outputs)
-        residual = target[start : start + chunk] - outputs.sum(1)
+        residual = wanted - outputs.sum(1)
         pairs = part.index.unsqueeze(2) * count + part.index.unsqueeze(1)  # (n, k, k)
         gram.index_add_(0, pairs.flatten(), (outputs @ outputs.mT).double().flatten())
         right.index_add_(0, part.index.flatten(), (outputs @ residual.unsqueeze(2)).double().flatten())

@@ -99,13 +99,12 @@ def _token_grams(
     """Compute the Gram matrix of [e_1 .. e_k, y'] per token, and its vectors' products with the residual y - y'."""
     top_k, grams, products = routing.index.shape[1], [], []
     chunk = 2 * segments.workspace.chunk_tokens
-    for start in range(0, max(1, len(target)), chunk):  # all tokens of a process may be held out
-        part = routing.select(slice(start, start + chunk))
+    for part, wanted in zip(routing.chunks(chunk, len(segments.up)), target.split(chunk), strict=True):
         outputs = target.new_zeros(len(part.index), top_k + 1, target.shape[1])  # (n, k + 1, o)
         for batch in expert_batches(segments, part, activation):
             outputs[batch.token, batch.slot] = expert_output(segments, batch)
         outputs[:, -1] = (part.weight.to(outputs).unsqueeze(1) @ outputs[:, :-1]).squeeze(1)
-        residual = target[start : start + chunk] - outputs[:, -1]
+        residual = wanted - outputs[:, -1]
         grams.append(outputs @ outputs.mT)
         products.append((outputs @ residual.unsqueeze(-1)).squeeze(-1))
     return torch.cat(grams), torch.cat(products)

@@ -9,9 +9,8 @@ __all__ = ["add_moved_rows", "dropped_experts", "retain"]
 
 def dropped_experts(num_experts: int, retained: Tensor) -> Tensor:
     """Return the indices (E - N,) of the experts that are not retained, ascending."""
-    dropped = torch.ones(num_experts, dtype=torch.bool, device=retained.device)
-    dropped[retained] = False
-    return dropped.nonzero().squeeze(1)
+    stays = torch.zeros(num_experts, dtype=torch.int64, device=retained.device).index_fill_(0, retained, 1)
+    return stays.argsort(stable=True)[: num_experts - len(retained)]  # a GPU need not be asked how many they are
 
 
 def retain(tensor: Tensor, retained: Tensor, dim: int = 0) -> Tensor:

@@ -113,6 +113,7 @@ class Standing:
     def __init__(self, shape: LayerShape, config: DernConfig) -> None:
         self.shape, self.config, self.method = shape, config, get_method(config.method)
         self.choices = shape.tokens * shape.top_k * (8 + shape.itemsize)  # experts and gate weights of every token
+        self.routed = self.choices + 8 * shape.tokens * shape.top_k  # of a variant, with the slots of each expert
         self.output = shape.number * shape.tokens * shape.outputs
         residual = CRITERIA[config.selection].needs == "residual"
         received = shape.itemsize * shape.tokens * (shape.inputs + shape.outputs * residual)
@@ -185,20 +186,20 @@ def _fitting_phases(standing: Standing, gone: int) -> Iterator[Phase]:
     shape, config, sets, tokens = standing.shape, standing.config, standing.sets, standing.tokens
     kept, judged = standing.candidates * standing.candidate - gone, _judged(standing)
     operations = standing.candidates * judged.operations
-    yield Phase("judge", tokens + sets * standing.choices + judged.held, kept, operations)
+    yield Phase("judge", tokens + sets * standing.routed + judged.held, kept, operations)
     if config.refit:
         sample = shape.fitted(sampled_tokens(config, shape.retained * shape.narrower.width, shape.top_k, shape.tokens))
         tokens += sample.tokens * (shape.itemsize * shape.inputs + shape.number * shape.outputs)  # what a fit sees
         for step in first_steps(config):
             for cost in step.costs(sample):
-                held = tokens + sets * standing.choices + cost.held
+                held = tokens + sets * standing.routed + cost.held
                 beside = kept + standing.refitted  # the best so far
                 operations = standing.candidates * (cost.operations + judged.operations)
                 yield Phase(type(step).__name__, held, beside + cost.experts, operations)
         finalist = standing.candidate + standing.refitted - gone
         for step in further_steps(config):
             for cost in step.costs(sample if step.sampled else shape.fitted(shape.tokens)):
-                held = tokens + 2 * standing.choices + cost.held
+                held = tokens + 2 * standing.routed + cost.held
                 yield Phase(type(step).__name__, held, finalist + cost.experts, cost.operations + judged.operations)
     written = 2 * standing.candidate + standing.refitted * bool(config.refit) - gone
     yield Phase("write", standing.tokens + standing.choices, written, 0.0)

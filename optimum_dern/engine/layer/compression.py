@@ -12,6 +12,7 @@ from ...core.criteria.registry import select
 from ...core.criteria.selection import Places
 from ...core.criteria.super_experts import find_super_experts
 from ...core.pictures.similarity_map import similarity_map
+from ...machine.transfers import read_together
 from ...methods import Candidate, LayerProblem, get_method
 from ...models.moe.view import release_experts_
 from ...results.report import LayerReport
@@ -46,12 +47,13 @@ def compress_layer_(
     """
     layer, statistics, seed = measured.layer, measured.statistics, config.seed + measured.position
     held_out = measured.labels.held_out & config.guard  # without a guard nothing is judged
-    observed = measured.observe(held_out)
+    device = measured.target.device
+    observed = measured.observe(measured.labels.held_out_on(device) & config.guard)
     if get_method(config.method).needs_beside:
         observed = replace(observed, beside=output_beside(measured))
     places = find_places(measured, config, num_experts, earlier)
     scores, retained = select(config.selection, observed, places, seed)
-    retained = retained.to(measured.routing.index.device)
+    retained = retained.to(device)
     neurons = None if config.importance is None else neuron_statistics(measured, observed, config)
     problem = LayerProblem(
         observed,
@@ -70,14 +72,17 @@ def compress_layer_(
     release_experts_(layer)
     judged = choose_variant(candidates, _objective(measured, held_out, num_experts * width, config), config)
     measured.write_(judged.winner.candidate)
+    load = statistics.count / statistics.count.sum().clamp(min=1)
+    shown = (load, scores, judged.winner.candidate.retained, statistics.output_max.max())
+    load, saliency, chosen, (largest,) = read_together(*shown)
     return LayerReport(
         name=layer.name,
         layer=measured.position,
         tokens=statistics.tokens,
-        held_out_tokens=int(measured.processes.reduce(held_out.sum())),
-        load=(statistics.count / statistics.count.sum().clamp(min=1)).tolist(),
-        saliency=scores.tolist(),
-        retained=judged.winner.candidate.retained.tolist(),
+        held_out_tokens=measured.processes.total(int(held_out.sum())),
+        load=load,
+        saliency=saliency,
+        retained=[int(expert) for expert in chosen],
         errors={name: error.total for name, error in judged.errors.items()},
         source_errors=judged.source_errors(),
         winner=judged.winner.name,
@@ -87,7 +92,7 @@ def compress_layer_(
         skipped={**facts.get("skipped", {}), **judged.skipped},
         similarity_map=likeness,
         protected=sorted(places.protected),
-        largest_output=statistics.output_max.max().item(),
+        largest_output=largest,
         widths=judged.winner.candidate.widths,
         seconds=time.perf_counter() - started,
     )

@@ -6,9 +6,11 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...core.layer.mixture import Activation, Routing, routed_output
-from ...core.layer.reduction import Reduce, alone, any_process
+from ...core.layer.reduction import Reduce, alone
+from ...core.layer.slots import slots_by_expert
 from ...data.labels import evenly_spaced
 from ...models.moe.view import layer_activation
 from ..measure.measured import MeasuredLayer
@@ -23,7 +25,7 @@ class Objective:
     """The output that candidates are to reproduce, the tokens they are fitted on, and those they are judged on."""
 
     measured: MeasuredLayer
-    held_out: Tensor  # (T,) bool: tokens for judging; the others are for fitting
+    held_out: Tensor  # (T,) bool on the CPU: tokens for judging; the others are for fitting
     wanted: int  # about how many tokens closed-form refits use, over all processes
 
     @property
@@ -59,39 +61,60 @@ class Objective:
     @cached_property
     def fitted_order(self) -> Tensor:
         """(n,) on the CPU: numbers of the tokens for fitting among those of all processes."""
-        return self.measured.order[~self._held_out]
+        return self.measured.order[~self.held_out]
 
     @cached_property
     def judges(self) -> bool:
         """Whether any process has held-out tokens."""
-        device = self.measured.processes.device
-        return any_process(torch.tensor(bool(self._held_out.any()), device=device), self.reduce)
-
-    @cached_property
-    def _held_out(self) -> Tensor:
-        return self.held_out.cpu()
+        return self.measured.processes.total(int(self.held_out.sum())) > 0
 
     @cached_property
     def _tokens(self) -> tuple[Tensor, ...]:
-        """The tokens sampled, fitted and judged: found on the CPU, so that a GPU is not asked how many they are."""
-        sampled = evenly_spaced(self.measured.order, self.wanted, self.measured.processes) & ~self._held_out
-        found = [mask.nonzero().flatten() for mask in (sampled, ~self._held_out, self._held_out)]
-        return torch.cat(found).to(self.held_out.device).split([len(part) for part in found])
+        """The tokens sampled, fitted and judged, and the sources of the latter: found on the CPU and copied together.
 
-    def data(self, routing: Routing, tokens: Tensor) -> tuple[Routing, Tensor, Activation]:
-        """Return the routing and target of some tokens (n,), weighted by token, and the activation function."""
-        chosen, goal = routing.select(tokens), self.measured.goal
+        So a GPU is not asked how many they are.
+        """
+        sampled = evenly_spaced(self.measured.order, self.wanted, self.measured.processes) & ~self.held_out
+        found = [mask.nonzero().flatten() for mask in (sampled, ~self.held_out, self.held_out)]
+        found.append(self.measured.labels.source[self.held_out])
+        return torch.cat(found).to(self.target.device).split([len(part) for part in found])
+
+    @cached_property
+    def _slots(self) -> WeakTensorKeyDictionary:
+        """Slots of the experts among the tokens sampled and judged, by the indices of the routing that they are of."""
+        return WeakTensorKeyDictionary()
+
+    def data(self, variant: Variant, tokens: str) -> tuple[Routing, Tensor, Activation]:
+        """Return the routing and target of some tokens, weighted by token, and the activation function.
+
+        Args:
+            variant: whose routing.
+            tokens: "sampled", "fitted" or "judged".
+        """
+        rows, goal = getattr(self, tokens), self.measured.goal
+        chosen = variant.routing.select(rows)
+        if tokens != "fitted":  # whose slots are found by minibatch
+            chosen = chosen._replace(slots=self._slots_of(variant)[tokens])
         if goal is not None:
-            chosen = chosen._replace(weight=chosen.weight * goal.token_weight[tokens].to(chosen.weight))
-        return chosen, self.target[tokens], self.activation
+            chosen = chosen._replace(weight=chosen.weight * goal.token_weight[rows].to(chosen.weight))
+        return chosen, self.target[rows], self.activation
+
+    def _slots_of(self, variant: Variant) -> dict[str, tuple[Tensor, ...]]:
+        """Find the experts' slots once for all variants of one routing: a GPU has to be asked how many they are."""
+        index, parts = variant.routing.index, ("sampled", "judged")
+        if index not in self._slots:
+            batches = [index[getattr(self, part)] for part in parts]
+            found = slots_by_expert(batches, len(variant.candidate.segments.up))
+            self._slots[index] = dict(zip(parts, found, strict=True))
+        return self._slots[index]
 
     def error(self, variant: Variant) -> HeldOutError:
         """Return a variant's relative squared error on the held-out tokens of all processes."""
         if variant.error is not None:
             return variant.error
-        routing, target, activation = self.data(variant.routing, self.judged)
-        output, labels = routed_output(variant.candidate.segments, routing, activation), self.measured.labels
-        return relative_errors(output, target, labels.source[self.judged], labels.names, self.reduce)
+        routing, target, activation = self.data(variant, "judged")
+        output = routed_output(variant.candidate.segments, routing, activation)
+        return relative_errors(output, target, self._tokens[3], self.measured.labels.names, self.reduce)
 
 
 def relative_errors(

@@ -61,7 +61,7 @@ class Scale:
     sampled = True
 
     def __call__(self, variant: Variant, objective: Objective) -> Iterator[Variant]:
-        data = objective.data(variant.routing, objective.sampled)
+        data = objective.data(variant, "sampled")
         segments = variant.candidate.segments
         segments = scale_outputs(segments, fit_scales(segments, *data, objective.reduce))
         yield variant.after("scale", segments)
@@ -78,7 +78,7 @@ class BiasRefit:
 
     def __call__(self, variant: Variant, objective: Objective) -> Iterator[Variant]:
         if variant.candidate.segments.output_bias is not None:
-            data = objective.data(variant.routing, objective.sampled)
+            data = objective.data(variant, "sampled")
             segments = fit_output_biases(variant.candidate.segments, *data, objective.reduce)
             yield variant.after("bias", segments)
 
@@ -95,7 +95,7 @@ class DownRefit:
     sampled = True
 
     def __call__(self, variant: Variant, objective: Objective) -> Iterator[Variant]:
-        data = objective.data(variant.routing, objective.sampled)
+        data = objective.data(variant, "sampled")
         refitted = refit_down(variant.candidate.segments, *data, self.ridges, self.sweeps, objective.reduce)
         yield from (variant.after("refit", segments) for segments in refitted)
 
@@ -122,7 +122,7 @@ class RouterRefit:
         rule = next((rule for rule in rules if rule is not None), None)
         if rule is None:
             raise UnknownRouter("its weights follow no rule that is known")
-        data = objective.data(variant.routing, objective.sampled)
+        data = objective.data(variant, "sampled")
         rows = refit_router(rows, candidate.segments, *data, rule, self.ridge, bias=bias, reduce=reduce)
         candidate = replace(candidate, router_rows=rows)
         moved = replace(variant, candidate=candidate, routing=objective.measured.reroute(candidate))
@@ -144,7 +144,7 @@ class NeuronRefit:
     sampled = False
 
     def __call__(self, variant: Variant, objective: Objective) -> Iterator[Variant]:
-        data = objective.data(variant.routing, objective.fitted)
+        data = objective.data(variant, "fitted")
         passes = count_passes(objective.measured.statistics.tokens) if objective.judges else UNJUDGED_PASSES
         error = objective.error(variant) if objective.judges else None
         descent = descend_neurons(

@@ -42,7 +42,7 @@ class MeasuredLayer:
     routing: Routing  # T real tokens, routed by the original router
     target: Tensor  # (T, o) the layer's routed output
     statistics: ExpertStatistics  # of the tokens of all processes
-    labels: TokenLabels  # sources of the tokens, and those held out, on which the guard judges the candidates
+    labels: TokenLabels  # on the CPU: sources of the tokens, and those held out, which the guard judges by
     masks: Sequence[Tensor]  # per micro-batch, (batch, sequence) bool, True for a real token
     block_calls: Sequence[tuple[tuple, dict]]  # arguments of the MoE block per micro-batch, to route tokens again
     order: Tensor  # (T,) index of each token among those of all processes

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from ...core.layer.mixture import Routing
-from ...core.layer.reduction import any_process
 from ...core.layer.segments import Segments
 from ...core.layer.statistics import ExpertStatistics
 from ...data.labels import TokenLabels
 from ...machine.processes import ALONE, Processes
+from ...machine.transfers import read_together
 from ...models.moe.structure import MoELayer
 from ...models.moe.view import read_layer
 from .expert_run import ExpertRun
@@ -43,22 +43,17 @@ def measure_layer(
     Raises:
         ValueError: no token reached the layer; weights, inputs or outputs are not finite, or overflow its dtype.
     """
-    segments = run.weights.segments
-    _check_weights(layer, segments)
-    _check_inputs(layer, run.routing, processes)
     statistics = run.statistics.reduced(processes.reduce)
-    if any_process(run.overflows, processes.reduce):
-        raise ValueError(_overflow(layer))
-    _check_range(layer, segments, statistics)
-    if any_process(~_finite(run.target), processes.reduce):
-        raise ValueError(f"the outputs of {layer.name} contain NaN or infinity; check the weights and the dtype")
+    broken = torch.stack([~_finite(run.routing.hidden), run.overflows, ~_finite(run.target)])
+    reached = processes.total(len(run.routing.index)) > 0
+    _check(layer, run.weights.segments, statistics, reached, processes.reduce(broken.int(), "max"))
     return MeasuredLayer(
         layer=layer,
         position=position,
         routing=run.routing,
         target=run.target,
         statistics=statistics,
-        labels=labels.on(run.target.device),
+        labels=labels,
         masks=masks,
         block_calls=tuple(run.block_calls),
         order=labels.order,
@@ -83,11 +78,10 @@ def unseen_layer(
     """
     weights = read_layer(layer)
     segments = weights.segments
-    _check_weights(layer, segments)
     (experts, _, size), device = segments.down.shape, segments.down.device
     if statistics is None:
         statistics = ExpertStatistics.zeros(experts, size)
-    _check_range(layer, segments, statistics)
+    _check(layer, segments, statistics)
     sums = {name: value.to(device) for name, value in vars(statistics).items() if isinstance(value, Tensor)}
     hidden = torch.empty(0, segments.up.shape[-1] - segments.biased, dtype=segments.up.dtype, device=device)
     index = torch.empty(0, layer.top_k, dtype=torch.long, device=device)
@@ -97,7 +91,7 @@ def unseen_layer(
         routing=Routing(hidden, index, torch.empty(0, layer.top_k, dtype=segments.up.dtype, device=device)),
         target=torch.empty(0, size, dtype=segments.compute_dtype, device=device),
         statistics=replace(statistics, **sums),
-        labels=TokenLabels.empty().on(device),
+        labels=TokenLabels.empty(),
         masks=(),
         block_calls=(),
         order=torch.zeros(0, dtype=torch.int64),
@@ -106,40 +100,48 @@ def unseen_layer(
     )
 
 
-def _check_inputs(layer: MoELayer, routing: Routing, processes: Processes) -> None:
-    if not any_process(torch.tensor(len(routing.index) > 0, device=routing.index.device), processes.reduce):
-        raise ValueError(f"no calibration token reached {layer.name}; give more calibration text")
-    if any_process(~_finite(routing.hidden), processes.reduce):
-        raise ValueError(f"the inputs of {layer.name} contain NaN or infinity; try another dtype, such as bfloat16")
+def _check(
+    layer: MoELayer,
+    segments: Segments,
+    statistics: ExpertStatistics,
+    reached: bool = True,
+    broken: Tensor | None = None,
+) -> None:
+    """Refuse a layer whose weights, inputs or outputs are no usable numbers; a GPU is asked once for all of it.
 
-
-def _check_weights(layer: MoELayer, segments: Segments) -> None:
-    parts = [part for part in (segments.gate, segments.up, segments.down) if part is not None]
-    finite = torch.stack([_finite(part[i]) for part in parts for i in range(len(part))])
-    broken = (~finite).view(len(parts), -1).any(0).nonzero().flatten().tolist()
-    if broken:
-        raise ValueError(
-            f"the weights of experts {broken} of {layer.name} contain NaN or infinity; where the checkpoint's own are "
-            "finite, they are too large for the dtype: give bfloat16 or float32"
-        )
-
-
-def _check_range(layer: MoELayer, segments: Segments, statistics: ExpertStatistics) -> None:
-    """Refuse statistics that are not finite, and expert outputs that overflow the layer's dtype."""
+    Args:
+        layer: whose experts.
+        segments: their weights.
+        statistics: of their outputs.
+        reached: whether there is any token.
+        broken: (3,) whether the inputs are not finite, outputs overflow in float16, and outputs are not finite.
+    """
+    weights = segments.parts
+    finite = torch.stack([_finite(part[i]) for part in weights for i in range(len(part))]).view(len(weights), -1)
     sums = [value for value in vars(statistics).values() if isinstance(value, Tensor)]
-    if not torch.stack([torch.isfinite(value).all() for value in sums]).all():
+    usable = torch.stack([torch.isfinite(value).all() for value in sums]).all()
+    broken = torch.zeros(3, device=finite.device) if broken is None else broken
+    intact, (usable,), (largest,), (inputs, overflows, outputs) = read_together(
+        finite.all(0), usable, statistics.output_max.max(), broken
+    )
+    if experts := [expert for expert, holds in enumerate(intact) if not holds]:
+        raise ValueError(
+            f"the weights of experts {experts} of {layer.name} contain NaN or infinity; where the checkpoint's own "
+            "are finite, they are too large for the dtype: give bfloat16 or float32"
+        )
+    if not reached:
+        raise ValueError(f"no calibration token reached {layer.name}; give more calibration text")
+    if inputs:
+        raise ValueError(f"the inputs of {layer.name} contain NaN or infinity; try another dtype, such as bfloat16")
+    if overflows or (usable and largest > torch.finfo(segments.up.dtype).max):
+        raise ValueError(
+            f"experts of {layer.name} overflow float16 (65504) on the calibration tokens: the model itself computes "
+            "infinities there; load or compress it in bfloat16 or float32 (dtype='bfloat16', --dtype bfloat16)"
+        )
+    if outputs or not usable:
         raise ValueError(f"the outputs of {layer.name} contain NaN or infinity; check the weights and the dtype")
-    if statistics.output_max.max() > torch.finfo(segments.up.dtype).max:
-        raise ValueError(_overflow(layer))
 
 
 def _finite(values: Tensor) -> Tensor:
     """Return whether all values are finite, from their smallest and largest: no array of booleans is made."""
     return torch.stack(values.aminmax()).isfinite().all() if values.numel() else values.isfinite().all()
-
-
-def _overflow(layer: MoELayer) -> str:
-    return (
-        f"experts of {layer.name} overflow float16 (65504) on the calibration tokens: the model itself computes "
-        "infinities there; load or compress it in bfloat16 or float32 (dtype='bfloat16', --dtype bfloat16)"
-    )

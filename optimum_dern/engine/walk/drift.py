@@ -86,7 +86,7 @@ def measure_drift(
     if changes:
         return None
     weight = 1 / torch.cat(sizes).clamp(min=1e-6)  # (T, 1)
-    mean = processes.reduce(weight.sum()) / processes.reduce(torch.tensor(float(len(weight)), device=weight.device))
+    mean = processes.reduce(weight.sum()) / processes.reduce(weight.new_full((), len(weight)))
     return Drift(torch.cat(errors), weight / mean)
 
 

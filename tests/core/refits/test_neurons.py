@@ -98,11 +98,14 @@ def test_it_finds_a_layer_that_is_there(monkeypatch):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_processes_share_the_same_minibatches(count):
-    """Whoever holds which token, a minibatch has the same ones, and a pass has each once."""
+    """Whoever holds which token, a minibatch has the same ones, and a pass has each once, with its own routing."""
+    routing = make_routing(tokens=50)
 
     def passes(order):
-        generator = torch.Generator().manual_seed(3)
-        return [batch for _ in range(2) for batch in neuron_refit._minibatches(order, 50, 4, "cpu", generator)]
+        own, generator = routing.select(order), torch.Generator().manual_seed(3)
+        made = [batch for _ in range(2) for batch in neuron_refit._minibatches(order, 50, 4, own, 6, generator)]
+        assert all(torch.equal(routed.index, own.index[tokens]) for tokens, routed in made)
+        return [tokens for tokens, _ in made]
 
     whole = passes(torch.arange(50))
     assert sorted(torch.cat(whole[:4]).tolist()) == list(range(50)) and len(whole) == 8

@@ -92,8 +92,8 @@ def kill_often(command: Callable[[Path], list], kills: int, generator: random.Ra
     while count["kills"] < kills:
         process = start(command(output), folder / "log")
         code = process.wait(generator.uniform(0, whole))
-        if code is None and process.kill() == 0:
-            code = 0  # it has ended in between
+        if code is None and (process.kill() == 0 or is_finished(output)):
+            code = 0  # it has ended, or was about to
         if code is None:
             count.update(state_of(output))
             count["half_written"] += print_differing(half_written(output, expected))
@@ -107,6 +107,11 @@ def kill_often(command: Callable[[Path], list], kills: int, generator: random.Ra
         count["equal"] += not print_differing(differing)
         shutil.rmtree(output)
     return count
+
+
+def is_finished(output: Path) -> bool:
+    """Whether a run has moved everything into place and removed its working folder."""
+    return output.exists() and any(output.iterdir()) and not (output / ".dern").exists()
 
 
 def state_of(output: Path) -> Counter[str]:

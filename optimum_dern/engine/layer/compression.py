@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,35 +45,17 @@ def compress_layer_(
         started: when the work on the layer began, by `time.perf_counter`.
         earlier: reports of the MoE layers before it.
     """
-    layer, statistics, seed = measured.layer, measured.statistics, config.seed + measured.position
+    layer, statistics = measured.layer, measured.statistics
     held_out = measured.labels.held_out & config.guard  # without a guard nothing is judged
-    device = measured.target.device
-    observed = measured.observe(measured.labels.held_out_on(device) & config.guard)
-    if get_method(config.method).needs_beside:
-        observed = replace(observed, beside=output_beside(measured))
     places = find_places(measured, config, num_experts, earlier)
-    scores, retained = select(config.selection, observed, places, seed)
-    retained = retained.to(device)
-    neurons = None if config.importance is None else neuron_statistics(measured, observed, config)
-    problem = LayerProblem(
-        observed,
-        scores,
-        retained,
-        measured.processes.map,
-        tuple(places.protected),
-        None if neurons is None else score_neurons(neurons, config)[0],
-    )
-    candidates, width = _proposals(problem, config), find_width(layer, config)
-    if width < layer.width:
-        candidates = narrow_candidates(candidates, measured, neurons, config)
-    facts = {name: value for candidate in candidates.values() for name, value in candidate.facts.items()}
-    likeness = similarity_map(observed.segments, config.similarity_weights, seed)
-    del observed, problem, neurons  # frees their memory before the refits, which take most
-    release_experts_(layer)
-    judged = choose_variant(candidates, _objective(measured, held_out, num_experts * width, config), config)
+    proposed = _propose(measured, config, places)
+    facts = proposed.facts
+    release_experts_(layer)  # frees memory before the refits, which take most
+    objective = _objective(measured, held_out, num_experts * find_width(layer, config), config)
+    judged = choose_variant(proposed.candidates, objective, config)
     measured.write_(judged.winner.candidate)
     load = statistics.count / statistics.count.sum().clamp(min=1)
-    shown = (load, scores, judged.winner.candidate.retained, statistics.output_max.max())
+    shown = (load, proposed.scores, judged.winner.candidate.retained, statistics.output_max.max())
     load, saliency, chosen, (largest,) = read_together(*shown)
     return LayerReport(
         name=layer.name,
@@ -90,7 +72,7 @@ def compress_layer_(
         similarity_quantiles=facts.get("similarity_quantiles"),
         segment_flow=facts.get("segment_flow"),
         skipped={**facts.get("skipped", {}), **judged.skipped},
-        similarity_map=likeness,
+        similarity_map=proposed.likeness,
         protected=sorted(places.protected),
         largest_output=largest,
         widths=judged.winner.candidate.widths,
@@ -118,13 +100,38 @@ def find_places(
     return Places(num_experts, layer.num_groups, tuple(protected.get(measured.position, ())))
 
 
-def _proposals(problem: LayerProblem, config: DernConfig) -> dict[str, Candidate]:
-    """Make the method's candidates, each of them with the indices of the experts whose router rows it keeps."""
-    candidates = get_method(config.method).compress_layer(problem, config)
-    return {
+@dataclass(frozen=True)
+class Proposed:
+    """A method's candidates for a layer, and what the report says of how they came about."""
+
+    candidates: dict[str, Candidate]  # each with the indices of the experts whose router rows it keeps
+    scores: Tensor  # (E,) by which experts were selected
+    likeness: dict[str, object] | None  # similarity map of the original experts
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What the candidates tell the report."""
+        return {name: value for candidate in self.candidates.values() for name, value in candidate.facts.items()}
+
+
+def _propose(measured: MeasuredLayer, config: DernConfig, places: Places) -> Proposed:
+    """Select experts, and let the method make its candidates of them."""
+    device, seed = measured.target.device, config.seed + measured.position
+    observed = measured.observe(measured.labels.held_out_on(device) & config.guard)
+    if get_method(config.method).needs_beside:
+        observed = replace(observed, beside=output_beside(measured))
+    scores, retained = select(config.selection, observed, places, seed)
+    statistics = None if config.importance is None else neuron_statistics(measured, observed, config)
+    neurons = None if statistics is None else score_neurons(statistics, config)[0]
+    protected, share = tuple(places.protected), measured.processes.map
+    problem = LayerProblem(observed, scores, retained.to(device), share, protected, neurons)
+    candidates = {
         name: candidate if candidate.retained is not None else replace(candidate, retained=problem.retained)
-        for name, candidate in candidates.items()
+        for name, candidate in get_method(config.method).compress_layer(problem, config).items()
     }
+    if find_width(measured.layer, config) < measured.layer.width:
+        candidates = narrow_candidates(candidates, measured, statistics, config)
+    return Proposed(candidates, scores, similarity_map(observed.segments, config.similarity_weights, seed))
 
 
 def _objective(measured: MeasuredLayer, held_out: Tensor, neurons: int, config: DernConfig) -> Objective:

@@ -104,7 +104,6 @@ def _plans(
     if gradient_needed(config):  # before all else: what enters every layer, and a gradient
         streams = max(streams, len(decoder_layers) + 2)
     hidden = streams * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
-
     neurons = _neurons(layers, config)
 
     def plan(spilled: bool, in_file: bool, max_elements: int = MAX_ELEMENTS) -> MemoryPlan:

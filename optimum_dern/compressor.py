@@ -56,8 +56,9 @@ class DernCompressor:
             trust_remote_code: run a tokenizer's own code.
 
         Returns:
-            The same model: fewer experts, its config updated.  `self.report`, also `model.dern_report`, tells what was
-            done; `model.save_pretrained` and `model.push_to_hub` publish it as this compressor would.
+            The same model: fewer experts or dense layers, its config updated.  `self.report`, also
+            `model.dern_report`, tells what was done; `model.save_pretrained` and `model.push_to_hub` publish it as
+            this compressor would.
 
         Raises:
             ValueError: a model, device, count or dataset that cannot work, or a model with adapters.

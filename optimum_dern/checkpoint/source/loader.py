@@ -33,9 +33,8 @@ class PartLoader:
         self.model, self.reader, self.names, self.device = model, reader, names, device
         self.decoder, self.decoder_layers = find_decoder_layers(model, layers[0] if layers else None)
         self.positions = layers_by_position(model, layers)
-        self.empty = (
-            layers[0].workspace if layers else IN_MEMORY
-        ).empty  # allocates large tensors, in files where the workspace has them there
+        workspace = layers[0].workspace if layers else IN_MEMORY
+        self.empty = workspace.empty  # allocates large tensors, in files where the workspace has them there
 
     @contextmanager
     def outside(self, head: bool = False) -> Iterator[None]:

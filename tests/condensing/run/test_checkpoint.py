@@ -14,10 +14,12 @@ from transformers import AutoConfig
 from optimum_dern import DernCompressor
 from optimum_dern.checkpoint.output.manifest import Manifest
 from optimum_dern.commands.main import main
+from optimum_dern.condensing.plan import condensed_size
 from optimum_dern.core.layer.workspace import MAX_ELEMENTS
 from optimum_dern.engine.run.prepare import prepare_task
 from optimum_dern.evaluation.loss.streamed import StreamedCheckpoint
 from optimum_dern.models.moe.structure import find_moe_layers, layers_by_position
+from optimum_dern.models.skeleton import build_skeleton
 from optimum_dern.results.report import CompressionReport
 
 
@@ -76,6 +78,8 @@ def test_the_same_as_in_memory(family, which, dense, sources, tmp_path):
     assert configs[0] == configs[1]
     assert report.dense_layers == compressor.report.dense_layers == dense
     assert (report.before, report.after) == (compressor.report.before, compressor.report.after)
+    skeleton = build_skeleton(source)
+    assert condensed_size(skeleton, find_moe_layers(skeleton), which, 2) == report.after
     left = layers_by_position(loaded, find_moe_layers(loaded))
     assert not {*dense} & left.keys() and report.after.parameters == sum(p.numel() for p in loaded.parameters())
     for mine, theirs in zip(report.layers, compressor.report.layers, strict=True):

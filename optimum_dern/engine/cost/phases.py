@@ -19,6 +19,7 @@ from ...data.batches import TOKENS
 from ...methods import get_method
 from ...models.moe.structure import MoELayer
 from ..layer.narrowing import gradient_needed
+from ..layer.needs import why_tokens
 from ..layer.steps import first_steps, further_steps, sampled_tokens
 
 
@@ -93,7 +94,7 @@ class Standing:
         self.output = shape.number * shape.tokens * shape.outputs
         residual = CRITERIA[config.selection].needs == "residual"
         received = shape.itemsize * shape.tokens * (shape.inputs + shape.outputs * residual)
-        self.tokens = self.choices + self.output + received
+        self.tokens = self.choices + self.output + received if why_tokens(config) is not None else 0
         self.passed = shape._replace(tokens=_pass_tokens(shape, config))  # of a micro-batch
         self.forward = self.passed.tokens * (2 * shape.itemsize + shape.number) * shape.outputs
         self.original = shape.experts * shape.expert * shape.itemsize
@@ -110,8 +111,9 @@ def _original_phases(standing: Standing) -> Iterator[Phase]:
     if (loss := gradient_needed(config)) is not None:
         yield _backward(standing, loss)
     if config.corrects_drift:
-        yield Phase("drift", standing.tokens + 3 * standing.output, 0, 0.0)
-        standing.tokens += standing.output
+        error = shape.itemsize * shape.tokens * shape.outputs
+        yield Phase("drift", standing.tokens + error + 12 * standing.passed.tokens * shape.outputs, 0, 0.0)
+        standing.tokens += error
     criterion = CRITERIA[config.selection].cost(shape)
     yield Phase("select", standing.tokens + criterion.held, 0, criterion.operations)
     for cost in standing.method.costs(shape, config):

@@ -50,6 +50,7 @@ def compress_layer_(
     observed = measured.observe(measured.labels.held_out_on(device) & config.guard)
     if get_method(config.method).needs_beside:
         observed = replace(observed, beside=output_beside(measured))
+    likeness = similarity_map(observed.segments, config.similarity_weights, seed)  # before any copy of an expert
     places = find_places(measured, config, num_experts, earlier)
     scores, retained = select(config.selection, observed, places, seed)
     retained = retained.to(device)
@@ -58,7 +59,6 @@ def compress_layer_(
     if width < layer.width:
         candidates = narrow_candidates(candidates, observed, measured.neurons, config, width)
     facts = {name: value for candidate in candidates.values() for name, value in candidate.facts.items()}
-    likeness = similarity_map(observed.segments, config.similarity_weights, seed)
     neurons = num_experts * width
     del observed, problem  # frees their memory before the refits, which take most
     release_experts_(layer)

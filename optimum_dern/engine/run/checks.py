@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...config import DernConfig
-from ...core.criteria.registry import CRITERIA, NEEDS, check_criterion
+from ...core.criteria.registry import check_criterion
 from ...core.neurons.importance import check_importance
 from ...data.sources import SELF
 from ...methods import METHODS, get_method
@@ -14,6 +14,7 @@ from ...models.moe.structure import MoELayer, layers_by_position
 from ...models.refusals import advise_count, check_model, check_protection, check_router_logits, resolve_count
 from ...models.width import width_settings
 from ..layer.narrowing import find_width, gradient_needed
+from ..layer.needs import selection_needs, why_tokens
 
 
 __all__ = [
@@ -24,8 +25,6 @@ __all__ = [
     "configs_for",
     "needs_data",
     "resolve_counts",
-    "selection_needs",
-    "why_tokens",
     "with_dataset",
 ]
 
@@ -113,27 +112,6 @@ def with_dataset(config: DernConfig) -> DernConfig:
 def needs_data(config: DernConfig) -> bool:
     """Whether a config needs calibration data, or statistics recorded from some."""
     return why_tokens(config) is not None or selection_needs(config) == "statistics"
-
-
-def selection_needs(config: DernConfig) -> str:
-    """Return what the selection of experts needs, one of `core.criteria.registry.NEEDS`."""
-    protection = "statistics" if config.protect_experts == "super" else "nothing"
-    return max(CRITERIA[config.selection].needs, protection, key=NEEDS.index)
-
-
-def why_tokens(config: DernConfig) -> str | None:
-    """Return why a config needs the calibration tokens themselves; None where statistics or weights are enough."""
-    if config.guard:
-        return "guard judges candidates on held-out tokens"
-    if config.refit:
-        return "refit fits experts to tokens"
-    if config.narrows:
-        return f"importance={config.importance!r} works on tokens"
-    if getattr(get_method(config.method), "needs_tokens", True):
-        return f"method={config.method!r} works on tokens"
-    if selection_needs(config) in ("tokens", "residual"):
-        return f"selection={config.selection!r} works on tokens"
-    return None
 
 
 def configs_for(

@@ -57,9 +57,9 @@ def condense_layer(
     Raises:
         ValueError: a block that does not add its shared experts' output as it is.
     """
-    layer, statistics, held_out = measured.layer, measured.statistics, measured.labels.held_out & fit.guard
-    aside = measured.labels.held_out_on(measured.target.device) & fit.guard
-    observed = replace(measured.observe(aside), beside=output_beside(measured))
+    layer, statistics = measured.layer, measured.statistics
+    held_out = measured.labels.held_out_on(measured.target.device) & fit.guard
+    observed = replace(measured.observe(held_out), beside=output_beside(measured))
     chosen, weights = condense_experts(observed, num_experts), mean_weights(observed)
     neurons, target = joined_neurons(layer, chosen, weights), observed.target + observed.beside
     routing = _to_one(measured.routing.hidden)

@@ -10,7 +10,7 @@ from tiny import compress, make_model, padded_batch, random_tokens
 
 from optimum_dern.engine.measure.expert_run import measured_experts
 from optimum_dern.engine.walk.calls import record_layer_calls
-from optimum_dern.engine.walk.drift import measure_drift
+from optimum_dern.engine.walk.drift import Drift, measure_drift
 from optimum_dern.engine.walk.stream import HiddenStream
 from optimum_dern.models.moe.overrides import takes_routing
 from optimum_dern.models.moe.structure import find_decoder_layers, find_moe_layers, layers_by_position
@@ -73,6 +73,19 @@ def test_whole_model_forwards(family):
     torch.testing.assert_close(found.error, wanted - behind, rtol=1e-4, atol=1e-5)
     weight = 1 / wanted.square().mean(1, keepdim=True).sqrt()
     torch.testing.assert_close(found.token_weight, weight / weight.mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_target_of_some_tokens():
+    """Their own output and a share of the drift, times the token's weight; the drift may be in the model's dtype."""
+    generator = torch.Generator().manual_seed(0)
+    error = torch.randn(6, 4, generator=generator).bfloat16()
+    weight, output = torch.rand(6, 1, generator=generator), torch.randn(3, 4, generator=generator)
+    found = Drift(error, weight).goal(0.5).target(output, torch.tensor([4, 0, 5]))
+    assert found.dtype == output.dtype
+    for row, token in enumerate([4, 0, 5]):
+        pairs = zip(output[row].tolist(), error[token].tolist(), strict=True)
+        expected = [(own + 0.5 * drift) * weight[token].item() for own, drift in pairs]
+        torch.testing.assert_close(found[row], torch.tensor(expected))
 
 
 def test_an_output_that_is_changed_on_its_way():

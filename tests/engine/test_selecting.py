@@ -10,7 +10,7 @@ from tiny import EXPERTS, FIRST_MOE, compress, make_model, random_tokens, same_s
 from optimum_dern import DernCompressor, DernConfig
 from optimum_dern.checkpoint.output.manifest import Manifest
 from optimum_dern.core.criteria.registry import CRITERIA
-from optimum_dern.engine.run.checks import selection_needs
+from optimum_dern.engine.layer.needs import selection_needs
 from optimum_dern.models.moe.structure import find_moe_layers
 
 

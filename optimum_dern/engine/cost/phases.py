@@ -23,6 +23,7 @@ from ...methods import get_method
 from ...models.moe.structure import MoELayer
 from ..layer.importance import gradient_needed
 from ..layer.narrowing import written_width
+from ..layer.needs import why_tokens
 from ..layer.steps import first_steps, further_steps, sampled_tokens
 
 
@@ -117,7 +118,7 @@ class Standing:
         self.output = shape.number * shape.tokens * shape.outputs
         residual = CRITERIA[config.selection].needs == "residual"
         received = shape.itemsize * shape.tokens * (shape.inputs + shape.outputs * residual)
-        self.tokens = self.choices + self.output + received
+        self.tokens = self.choices + self.output + received if why_tokens(config) is not None else 0
         self.passed = shape._replace(tokens=pass_tokens(shape.tokens, config))  # of a micro-batch
         self.forward = self.passed.tokens * (2 * shape.itemsize + shape.number) * shape.outputs
         self.original = shape.experts * shape.expert * shape.itemsize
@@ -154,8 +155,11 @@ def _original_phases(standing: Standing) -> Iterator[Phase]:
     if (loss := gradient_needed(config)) is not None:
         yield _backward(standing, loss)
     if config.corrects_drift:
-        yield Phase("drift", standing.tokens + 3 * standing.output, 0, 0.0)
-        standing.tokens += standing.output
+        error = shape.itemsize * shape.tokens * shape.outputs
+        yield Phase("drift", standing.tokens + error + 12 * standing.passed.tokens * shape.outputs, 0, 0.0)
+        standing.tokens += error
+    likeness = similarity_map_cost(shape)
+    yield Phase("map", standing.tokens + likeness.held, 0, likeness.operations)
     criterion = CRITERIA[config.selection].cost(shape)
     yield Phase("select", standing.tokens + criterion.held, 0, criterion.operations)
     if config.importance is not None:
@@ -163,12 +167,10 @@ def _original_phases(standing: Standing) -> Iterator[Phase]:
         yield Phase("importance", standing.tokens + neurons.held, 0, neurons.operations)
     for cost in standing.method.costs(shape, config):
         yield Phase("propose", standing.tokens + cost.held, cost.experts, cost.operations)
-    proposed = standing.method.candidates(config)[0] * standing.candidate
     if config.narrows:
+        proposed = standing.method.candidates(config)[0] * standing.candidate
         whole = shape.retained * shape.expert * shape.itemsize  # a candidate of all neurons
         yield Phase("narrow", standing.tokens, proposed + whole, 0.0)
-    likeness = similarity_map_cost(shape)
-    yield Phase("map", standing.tokens + likeness.held, proposed, likeness.operations)
 
 
 def _backward(standing: Standing, loss: str) -> Phase:

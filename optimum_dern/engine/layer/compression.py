@@ -120,6 +120,7 @@ def _propose(measured: MeasuredLayer, config: DernConfig, places: Places) -> Pro
     observed = measured.observe(measured.labels.held_out_on(device) & config.guard)
     if get_method(config.method).needs_beside:
         observed = replace(observed, beside=output_beside(measured))
+    likeness = similarity_map(observed.segments, config.similarity_weights, seed)  # before any copy of an expert
     scores, retained = select(config.selection, observed, places, seed)
     statistics = None if config.importance is None else neuron_statistics(measured, observed, config)
     neurons = None if statistics is None else score_neurons(statistics, config)[0]
@@ -131,7 +132,7 @@ def _propose(measured: MeasuredLayer, config: DernConfig, places: Places) -> Pro
     }
     if find_width(measured.layer, config) < measured.layer.width:
         candidates = narrow_candidates(candidates, measured, statistics, config)
-    return Proposed(candidates, scores, similarity_map(observed.segments, config.similarity_weights, seed))
+    return Proposed(candidates, scores, likeness)
 
 
 def _objective(measured: MeasuredLayer, held_out: Tensor, neurons: int, config: DernConfig) -> Objective:

@@ -29,9 +29,9 @@ class Objective:
     wanted: int  # about how many tokens closed-form refits use, over all processes
 
     @property
-    def target(self) -> Tensor:
-        """(T, o) output to reproduce, each token multiplied by its weight."""
-        return self.measured.target if self.measured.goal is None else self.measured.goal.target
+    def device(self) -> torch.device:
+        """Where the layer's tokens are, and candidates are fitted."""
+        return self.measured.target.device
 
     @property
     def activation(self) -> Activation:
@@ -77,7 +77,7 @@ class Objective:
         sampled = evenly_spaced(self.measured.order, self.wanted, self.measured.processes) & ~self.held_out
         found = [mask.nonzero().flatten() for mask in (sampled, ~self.held_out, self.held_out)]
         found.append(self.measured.labels.source[self.held_out])
-        return torch.cat(found).to(self.target.device).split([len(part) for part in found])
+        return torch.cat(found).to(self.device).split([len(part) for part in found])
 
     @cached_property
     def _slots(self) -> WeakTensorKeyDictionary:
@@ -95,9 +95,11 @@ class Objective:
         chosen = variant.routing.select(rows)
         if tokens != "fitted":  # whose slots are found by minibatch
             chosen = chosen._replace(slots=self._slots_of(variant)[tokens])
+        target = self.measured.target[rows]
         if goal is not None:
             chosen = chosen._replace(weight=chosen.weight * goal.token_weight[rows].to(chosen.weight))
-        return chosen, self.target[rows], self.activation
+            target = goal.target(target, rows)
+        return chosen, target, self.activation
 
     def _slots_of(self, variant: Variant) -> dict[str, tuple[Tensor, ...]]:
         """Find the experts' slots once for all variants of one routing: a GPU has to be asked how many they are."""

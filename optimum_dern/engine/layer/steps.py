@@ -18,6 +18,7 @@ from ...core.refits.router import refit_router, refit_router_cost
 from ...core.router.choice import UnknownRouter
 from ...core.router.rule import possible_logits, recognise_rule
 from ...data.labels import enough_tokens
+from ...machine.precision import drawn_in_tf32, products_in_tf32
 from .objective import Objective
 from .variant import Variant
 
@@ -63,8 +64,9 @@ class Scale:
     def __call__(self, variant: Variant, objective: Objective) -> Iterator[Variant]:
         data = objective.data(variant, "sampled")
         segments = variant.candidate.segments
-        segments = scale_outputs(segments, fit_scales(segments, *data, objective.reduce))
-        yield variant.after("scale", segments)
+        with products_in_tf32(objective.device):
+            scales = fit_scales(segments, *data, objective.reduce)
+        yield variant.after("scale", scale_outputs(segments, scales))
 
     def costs(self, shape: LayerShape) -> list[Cost]:
         return [fit_scales_cost(shape)]
@@ -97,7 +99,8 @@ class DownRefit:
     def __call__(self, variant: Variant, objective: Objective) -> Iterator[Variant]:
         data = objective.data(variant, "sampled")
         refitted = refit_down(variant.candidate.segments, *data, self.ridges, self.sweeps, objective.reduce)
-        yield from (variant.after("refit", segments) for segments in refitted)
+        for segments in drawn_in_tf32(refitted, objective.device):
+            yield variant.after("refit", segments)
 
     def costs(self, shape: LayerShape) -> list[Cost]:
         return [refit_down_cost(shape, self.sweeps, len(self.ridges))]
@@ -105,7 +108,10 @@ class DownRefit:
 
 @dataclass(frozen=True)
 class RouterRefit:
-    """Step that refits the router's rows by a Gauss-Newton step, and then the down projections to the new routing."""
+    """Step that refits the router's rows by a Gauss-Newton step, and then the down projections to the new routing.
+
+    Its conjugate gradients are not computed in TF32, in which they have not been measured.
+    """
 
     then: DownRefit = DownRefit()
     ridge: float = RIDGE
@@ -154,7 +160,7 @@ class NeuronRefit:
             reduce=objective.reduce,
             seed=self.seed,
         )
-        for number, segments in enumerate(descent, start=1):
+        for number, segments in enumerate(drawn_in_tf32(descent, objective.device), start=1):
             made = variant.after("neurons", segments)
             if error is not None:
                 error, before = objective.error(made), error

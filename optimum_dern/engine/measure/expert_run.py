@@ -18,7 +18,7 @@ from ...models.moe.structure import MoELayer
 from ...models.moe.view import layer_activation, read_layer
 
 
-__all__ = ["ExpertRun", "chunked_experts", "measured_experts"]
+__all__ = ["ExpertRun", "all_finite", "chunked_experts", "measured_experts"]
 
 
 class ExpertRun:
@@ -27,19 +27,23 @@ class ExpertRun:
     Args:
         layer: with its original experts.
         masks: per micro-batch, (batch, sequence) bool, True for a real token.
+        keep: keep the tokens' routing and output; without, only the sums over them are left.
     """
 
-    def __init__(self, layer: MoELayer, masks: Sequence[Tensor]) -> None:
+    def __init__(self, layer: MoELayer, masks: Sequence[Tensor], keep: bool = True) -> None:
         self.weights = read_layer(layer)
         segments, activation = self.weights.segments, layer_activation(layer)
         self.statistics = ExpertStatistics.zeros(len(segments.up), segments.down.shape[-1], segments.down.device)
-        self.overflows = torch.zeros((), dtype=torch.bool, device=segments.down.device)  # in float16, the model's own
+        # Whether inputs are not finite, outputs overflow in float16 (the model's own), and outputs are not finite.
+        self.broken = torch.zeros(3, dtype=torch.bool, device=segments.down.device)
+        self.tokens = 0  # real tokens so far
+        self.keep = keep
         self.block_calls: list[tuple[tuple, dict]] = []  # arguments of the block, to route the tokens again
         self.first_output: Tensor | None = None  # (B S, o) for the first micro-batch
-        self.routing: Routing | None = None  # of the T real tokens; None before the first micro-batch
+        self.routing: Routing | None = None  # of the T real tokens; None before the first micro-batch, or not kept
         self.target: Tensor | None = None  # (T, o) routed output of the real tokens
         self._masks = [mask.flatten() for mask in masks]
-        self._measured = 0  # real tokens so far
+        self._waiting = iter(self._masks)
         self._unwatched = activation  # for padding, of which the model makes nothing
         self._activation = activation if segments.up.dtype != torch.float16 else self._watched(activation)
 
@@ -53,41 +57,49 @@ class ExpertRun:
         Returns:
             (B S, o) routed output.
         """
-        mask, segments = self._masks[len(self.block_calls)], self.weights.segments
+        mask, segments = next(self._waiting), self.weights.segments
         if mask.all():
             target = self._add(routing)
-            kept = self.routing.hidden[self._measured - len(target) : self._measured]
-            block_call = _with_view(block_call, routing.hidden, kept)
+            if self.keep:
+                kept = self.routing.hidden[self.tokens - len(target) : self.tokens]
+                block_call = _with_view(block_call, routing.hidden, kept)
         else:
             real, padding = (part.nonzero().flatten().to(routing.index.device) for part in (mask, ~mask))
             measured = self._add(routing.select(real))
             target = measured.new_empty(len(mask), measured.shape[1])
             target[real] = measured
             target[padding] = routed_output(segments, routing.select(padding), self._unwatched)
-        self.block_calls.append(block_call)
-        if self.first_output is None:
-            self.first_output = target
+        if self.keep:
+            self.block_calls.append(block_call)
+            self.first_output = target if self.first_output is None else self.first_output
         return target
 
     def _add(self, routing: Routing) -> Tensor:
-        """Measure real tokens (n,) and keep their routing; returns their output (n, o)."""
+        """Measure real tokens (n,), and keep their routing where it is to be kept; returns their output (n, o)."""
         statistics, target = measure_experts(self.weights.segments, routing, self._activation)
         self.statistics = self.statistics.merge(statistics)
+        self.broken[0] |= ~all_finite(routing.hidden)
+        self.broken[2] |= ~all_finite(target)
+        rows = slice(self.tokens, self.tokens + len(target))
+        self.tokens = rows.stop
+        if self.keep:
+            self._keep(rows, routing, target)
+        return target
+
+    def _keep(self, rows: slice, routing: Routing, target: Tensor) -> None:
+        """Copy the routing and the output of real tokens to their rows among all of them."""
         if self.routing is None:
             tokens = sum(int(mask.sum()) for mask in self._masks)
             *tensors, self.target = (part.new_empty(tokens, part.shape[1]) for part in (*routing[:3], target))
             self.routing = Routing(*tensors, routing.weighs_input)
-        rows = slice(self._measured, self._measured + len(target))
         for whole, part in zip((*self.routing[:3], self.target), (*routing[:3], target), strict=True):
             whole[rows] = part
-        self._measured = rows.stop
-        return target
 
     def _watched(self, activation: Activation) -> Activation:
         """Wrap the activation so that it records whether it overflows in float16."""
 
         def watched(gate: Tensor | None, up: Tensor) -> Tensor:
-            self.overflows |= ~torch.isfinite(activation(gate if gate is None else gate.half(), up.half())).all()
+            self.broken[1] |= ~torch.isfinite(activation(gate if gate is None else gate.half(), up.half())).all()
             return activation(gate, up)
 
         return watched
@@ -115,15 +127,18 @@ def _forward(run: Callable[[Routing], Tensor]) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def measured_experts(layer: MoELayer, masks: Sequence[Tensor], stop: bool = False) -> Iterator[ExpertRun]:
+def measured_experts(
+    layer: MoELayer, masks: Sequence[Tensor], stop: bool = False, keep: bool = True
+) -> Iterator[ExpertRun]:
     """Measure the experts of every forward pass of a layer while the context is open.
 
     Args:
         layer: with its original experts, of a kind whose routing `models.moe.overrides` can read.
         masks: per micro-batch that will be run, (batch, sequence) bool, True for a real token.
         stop: raise `StopForward` once a micro-batch is measured, instead of handing on its output.
+        keep: keep the tokens' routing and output.
     """
-    run, calls = ExpertRun(layer, masks), []
+    run, calls = ExpertRun(layer, masks, keep), []
 
     def before_block(module: nn.Module, args: tuple, kwargs: dict) -> None:
         calls[:] = [(args, kwargs)]
@@ -143,6 +158,11 @@ def measured_experts(layer: MoELayer, masks: Sequence[Tensor], stop: bool = Fals
         for handle in handles:
             stack.callback(handle.remove)
         yield run
+
+
+def all_finite(values: Tensor) -> Tensor:
+    """Return whether all values are finite, from their smallest and largest: no array of booleans is made."""
+    return torch.stack(values.aminmax()).isfinite().all() if values.numel() else values.isfinite().all()
 
 
 def _with_view(call: tuple[tuple, dict], hidden: Tensor, kept: Tensor) -> tuple[tuple, dict]:

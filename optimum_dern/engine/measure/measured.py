@@ -24,10 +24,16 @@ __all__ = ["Goal", "MeasuredLayer"]
 
 
 class Goal(NamedTuple):
-    """Target of the refits for T tokens, where it is not the layer's own output."""
+    """Target of the refits for T tokens, where it is not the layer's own output: formed for the tokens of a step."""
 
-    target: Tensor  # (T, o) output to reproduce, each token multiplied by its weight
+    error: Tensor  # (T, o) in the model's dtype, of which a share is added to the layer's output
+    share: float
     token_weight: Tensor  # (T, 1) weight of each token's error
+
+    def target(self, output: Tensor, tokens: Tensor) -> Tensor:
+        """Return the output to reproduce, each token multiplied by its weight, from some tokens' own output (n, o)."""
+        weight = self.token_weight[tokens].to(output)
+        return (output + self.share * self.error[tokens].to(output)) * weight
 
 
 @dataclass(frozen=True)

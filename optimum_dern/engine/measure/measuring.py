@@ -13,8 +13,8 @@ from ...data.labels import TokenLabels
 from ...machine.processes import ALONE, Processes
 from ...machine.transfers import read_together
 from ...models.moe.structure import MoELayer
-from ...models.moe.view import read_layer
-from .expert_run import ExpertRun
+from ...models.moe.view import LayerWeights, read_layer
+from .expert_run import ExpertRun, all_finite
 from .measured import MeasuredLayer
 
 
@@ -32,6 +32,8 @@ def measure_layer(
 ) -> MeasuredLayer:
     """Check what a run of a MoE layer's original experts has measured, over all processes.
 
+    Where the run has kept no token, the layer has statistics only, as in `unseen_layer`.
+
     Args:
         layer: with its original experts, in memory.
         position: index of its decoder layer.
@@ -44,9 +46,10 @@ def measure_layer(
         ValueError: no token reached the layer; weights, inputs or outputs are not finite, or overflow its dtype.
     """
     statistics = run.statistics.reduced(processes.reduce)
-    broken = torch.stack([~_finite(run.routing.hidden), run.overflows, ~_finite(run.target)])
-    reached = processes.total(len(run.routing.index)) > 0
-    _check(layer, run.weights.segments, statistics, reached, processes.reduce(broken.int(), "max"))
+    reached, broken = processes.total(run.tokens) > 0, processes.reduce(run.broken.int(), "max")
+    _check(layer, run.weights.segments, statistics, reached, broken)
+    if not run.keep:
+        return _without_tokens(layer, position, run.weights, statistics, processes)
     return MeasuredLayer(
         layer=layer,
         position=position,
@@ -77,18 +80,25 @@ def unseen_layer(
         ValueError: weights or statistics that are not finite.
     """
     weights = read_layer(layer)
-    segments = weights.segments
-    (experts, _, size), device = segments.down.shape, segments.down.device
     if statistics is None:
+        experts, _, size = weights.segments.down.shape
         statistics = ExpertStatistics.zeros(experts, size)
-    _check(layer, segments, statistics)
+    _check(layer, weights.segments, statistics)
+    return _without_tokens(layer, position, weights, statistics, processes)
+
+
+def _without_tokens(
+    layer: MoELayer, position: int, weights: LayerWeights, statistics: ExpertStatistics, processes: Processes
+) -> MeasuredLayer:
+    segments, dtype = weights.segments, weights.segments.up.dtype
+    size, device = segments.down.shape[-1], segments.down.device
     sums = {name: value.to(device) for name, value in vars(statistics).items() if isinstance(value, Tensor)}
-    hidden = torch.empty(0, segments.up.shape[-1] - segments.biased, dtype=segments.up.dtype, device=device)
+    hidden = torch.empty(0, segments.up.shape[-1] - segments.biased, dtype=dtype, device=device)
     index = torch.empty(0, layer.top_k, dtype=torch.long, device=device)
     return MeasuredLayer(
         layer=layer,
         position=position,
-        routing=Routing(hidden, index, torch.empty(0, layer.top_k, dtype=segments.up.dtype, device=device)),
+        routing=Routing(hidden, index, torch.empty(0, layer.top_k, dtype=dtype, device=device)),
         target=torch.empty(0, size, dtype=segments.compute_dtype, device=device),
         statistics=replace(statistics, **sums),
         labels=TokenLabels.empty(),
@@ -117,7 +127,7 @@ def _check(
         broken: (3,) whether the inputs are not finite, outputs overflow in float16, and outputs are not finite.
     """
     weights = segments.parts
-    finite = torch.stack([_finite(part[i]) for part in weights for i in range(len(part))]).view(len(weights), -1)
+    finite = torch.stack([all_finite(part[i]) for part in weights for i in range(len(part))]).view(len(weights), -1)
     sums = [value for value in vars(statistics).values() if isinstance(value, Tensor)]
     usable = torch.stack([torch.isfinite(value).all() for value in sums]).all()
     broken = torch.zeros(3, device=finite.device) if broken is None else broken
@@ -140,8 +150,3 @@ def _check(
         )
     if outputs or not usable:
         raise ValueError(f"the outputs of {layer.name} contain NaN or infinity; check the weights and the dtype")
-
-
-def _finite(values: Tensor) -> Tensor:
-    """Return whether all values are finite, from their smallest and largest: no array of booleans is made."""
-    return torch.stack(values.aminmax()).isfinite().all() if values.numel() else values.isfinite().all()

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...condensing.plan import plan_condensing
 from ...config import DernConfig
-from ...core.criteria.registry import CRITERIA, NEEDS, check_criterion
+from ...core.criteria.registry import check_criterion
 from ...core.neurons.importance import check_importance
 from ...data.sources import SELF
 from ...methods import METHODS, get_method
@@ -17,6 +17,7 @@ from ...models.refusals import advise_count, check_model, check_protection, chec
 from ...models.width import width_settings
 from ..layer.importance import gradient_needed
 from ..layer.narrowing import find_width, padding_notice, written_width
+from ..layer.needs import selection_needs, why_tokens
 
 
 __all__ = [
@@ -27,9 +28,7 @@ __all__ = [
     "configs_for",
     "needs_data",
     "resolve_counts",
-    "selection_needs",
     "warn_of_padding",
-    "why_tokens",
     "with_dataset",
 ]
 
@@ -137,27 +136,6 @@ def with_dataset(config: DernConfig) -> DernConfig:
 def needs_data(config: DernConfig) -> bool:
     """Whether a config needs calibration data, or statistics recorded from some."""
     return why_tokens(config) is not None or selection_needs(config) == "statistics"
-
-
-def selection_needs(config: DernConfig) -> str:
-    """Return what the selection of experts needs, one of `core.criteria.registry.NEEDS`."""
-    protection = "statistics" if config.protect_experts == "super" else "nothing"
-    return max(CRITERIA[config.selection].needs, protection, key=NEEDS.index)
-
-
-def why_tokens(config: DernConfig) -> str | None:
-    """Return why a config needs the calibration tokens themselves; None where statistics or weights are enough."""
-    if config.guard:
-        return "guard judges candidates on held-out tokens"
-    if config.refit:
-        return "refit fits experts to tokens"
-    if config.importance is not None:
-        return f"importance={config.importance!r} works on tokens"
-    if getattr(get_method(config.method), "needs_tokens", True):
-        return f"method={config.method!r} works on tokens"
-    if selection_needs(config) in ("tokens", "residual"):
-        return f"selection={config.selection!r} works on tokens"
-    return None
 
 
 def configs_for(

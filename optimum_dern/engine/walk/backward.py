@@ -8,15 +8,14 @@ In a MoE layer the gradient G by its routed output is read on the way; an expert
 times hidden size is enough for the gradients of all of its experts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, log_softmax
 
 from ...core.layer.mixture import Routing
 from ...core.neurons.sensitivity import add_weight_gradients_, sensitivity, zero_gradients
@@ -28,55 +27,16 @@ from ...machine.scratch import CopiesInFiles
 from ...models.moe.overrides import routing_hook
 from ...models.moe.structure import MoELayer
 from ...models.moe.view import layer_activation, read_layer
+from ..measure.expert_run import chunked_experts
 from .calls import Call, hands_on_gradients, own_containers, replay_logits
+from .losses import LOSSES, Loss
 from .stream import HiddenStream
 from .walks import LayerProvider
 
 
-__all__ = ["Loss", "measure_gradients", "next_token_loss", "teacher_loss"]
+__all__ = ["measure_gradients"]
 
 logger = getLogger(__name__)
-TOP_LOGITS = 8  # of the teacher, in the distillation loss of SlimMoE
-
-
-def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Compute the next-token loss of one sequence, summed over its predicted tokens.
-
-    Args:
-        logits: (1, S, vocabulary).
-        ids: (1, S).
-        mask: (1, S), of real tokens.
-    """
-    losses = cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none")  # (S - 1,)
-    return losses[(mask[0, 1:] & mask[0, :-1]).bool()].sum()
-
-
-def teacher_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Compute the distillation loss of a model from itself on its eight largest logits, summed over real tokens.
-
-    The teacher's probabilities are those of its largest logits alone, the student's those of the whole vocabulary, so
-    that the gradient is not zero (SlimMoE, arXiv 2506.18349, where only the loss is named).
-
-    Args:
-        logits: (1, S, vocabulary).
-        ids: (1, S), not used.
-        mask: (1, S), of real tokens.
-    """
-    logits = logits[0][mask[0].bool()].float()  # (n, vocabulary)
-    values, index = logits.detach().topk(min(TOP_LOGITS, logits.shape[1]), dim=1)  # (n, 8)
-    return -(values.softmax(1) * log_softmax(logits, 1).gather(1, index)).sum()
-
-
-LOSSES = {"next token": next_token_loss, "teacher": teacher_loss}
-
-
-@dataclass(frozen=True)
-class Loss:
-    """The sequences whose loss is differentiated, and the loss."""
-
-    inputs: Sequence[dict]  # `input_ids` and `attention_mask`, each (batch, sequence), of each micro-batch
-    masks: Sequence[Tensor]  # per micro-batch, (batch, sequence) bool, True for a real token
-    of: str  # one of `LOSSES`
 
 
 def measure_gradients(
@@ -116,7 +76,8 @@ def measure_gradients(
         if files is not None:
             stream.hidden = [files.copy(hidden) for hidden in stream.hidden]
         entering.append((list(stream.hidden), list(stream.states)))
-        with provider.loaded(position):
+        layer = positions.get(position)
+        with provider.loaded(position), nullcontext() if layer is None else chunked_experts(layer):
             stream.step(position, decoder_layers[position])
     with provider.outside(head=True):
         pulls = [

@@ -26,8 +26,9 @@ from ...models.moe.structure import MoELayer, find_decoder_layers, layers_by_pos
 from ...results.report import LayerReport
 from ..layer.importance import gradient_needed
 from ..measure.measuring import unseen_layer
-from .backward import Loss, measure_gradients
+from .backward import measure_gradients
 from .calls import record_layer_calls
+from .losses import Loss
 from .recipe import Recipe, keep_originals
 from .walks import LayerProvider, LayersInMemory, Pass, compress_for, open_walks, pass_layer
 

@@ -36,13 +36,12 @@ TOLERANCE = 0.05  # relative deviation of a layer's output from the noise added 
 class Drift(NamedTuple):
     """The error that earlier compressed layers leave in a layer's T real tokens, and the tokens' weights."""
 
-    error: Tensor  # (T, d) H - H'
+    error: Tensor  # (T, d) H - H', in the model's dtype
     token_weight: Tensor  # (T, 1) 1 / |H|, normalised to a mean of 1
 
-    def goal(self, target: Tensor, share: float) -> Goal:
-        """Make the target of the refits: a layer's output (T, o) plus a share of the drift, weighted by token."""
-        weight = self.token_weight.to(target)
-        return Goal((target + share * self.error.to(target)) * weight, weight)
+    def goal(self, share: float) -> Goal:
+        """Make the target of the refits: a layer's output plus a share of the drift, weighted by token."""
+        return Goal(self.error, share, self.token_weight)
 
 
 @torch.no_grad()
@@ -77,17 +76,20 @@ def measure_drift(
     real = real_tokens(masks[0], first.device)
     deviation = (arrived - noise).flatten(0, 1)[real].float().norm() / noise.flatten(0, 1)[real].float().norm()
     changes = any_process((deviation > TOLERANCE).to(processes.device), processes.reduce)
-    errors, sizes = [], []
+    largest = torch.finfo(first.dtype).max
+    error, start, sizes = first.new_empty(sum(int(mask.sum()) for mask in masks), first.shape[-1]), 0, []
     for output, wanted, mask in zip(chain([first], outputs), original, masks, strict=True):
         real = real_tokens(mask, output.device)
         wanted = wanted.to(output.device).flatten(0, 1)[real].float()  # (n, d)
-        errors.append(wanted - output.flatten(0, 1)[real].float())
+        difference = wanted - output.flatten(0, 1)[real].float()
+        error[start : start + len(wanted)] = difference.clamp(-largest, largest)  # float16 may not hold it
+        start += len(wanted)
         sizes.append(wanted.square().mean(1, keepdim=True).sqrt())
     if changes:
         return None
     weight = 1 / torch.cat(sizes).clamp(min=1e-6)  # (T, 1)
     mean = processes.reduce(weight.sum()) / processes.reduce(weight.new_full((), len(weight)))
-    return Drift(torch.cat(errors), weight / mean)
+    return Drift(error, weight / mean)
 
 
 def _noise_through(

@@ -18,11 +18,13 @@ from ...core.criteria.registry import CRITERIA
 from ...core.layer.statistics import ExpertStatistics
 from ...core.neurons.statistics import NeuronStatistics
 from ...data.labels import TokenLabels
+from ...machine.allocator import return_free_memory
 from ...machine.processes import Processes
 from ...models.moe.original import original_kept
 from ...models.moe.overrides import takes_routing
 from ...models.moe.structure import MoELayer
 from ..layer.compression import compress_layer_
+from ..layer.needs import why_tokens
 from ..measure.expert_run import chunked_experts, measured_experts
 from ..measure.measured import MeasuredLayer
 from ..measure.measuring import measure_layer
@@ -130,18 +132,20 @@ def _unmeasured(walk: Walk, layer: MoELayer | None, masks: Sequence[Tensor]) -> 
     """Run the experts of a layer as the run does that measures it, so that a resumed walk hands on the same bits."""
     if layer is None:
         return nullcontext()
-    return measured_experts(layer, masks) if walk.recipes else chunked_experts(layer)
+    return measured_experts(layer, masks, keep=False) if walk.recipes else chunked_experts(layer)
 
 
 def _measure_and_compress(walk: Walk, position: int, decoder_layer: nn.Module, layer: MoELayer, common: Pass) -> None:
     started, recipes = time.perf_counter(), walk.waiting(position)
     measured = _measure(walk, position, decoder_layer, layer, common)
+    return_free_memory()  # of the forward pass, before experts are copied
     if common.keep_statistics is not None and not walk.sequential:
         common.keep_statistics(position, measured.statistics)
     seconds = time.perf_counter() - started
     behind = decoder_layer if walk.sequential else None
     for recipe in recipes:
         compress_for(measured, recipe, common.shared, walk.stream, behind, seconds)
+    return_free_memory()  # before the next layer is loaded
 
 
 def _measure(walk: Walk, position: int, decoder_layer: nn.Module, layer: MoELayer, common: Pass) -> MeasuredLayer:
@@ -152,7 +156,8 @@ def _measure(walk: Walk, position: int, decoder_layer: nn.Module, layer: MoELaye
         residual = stack.enter_context(record_residual(decoder_layer, layer)) if needs_residual else None
         drifts = walk.original is not None and takes_routing(layer.experts)
         stops = walk.sequential and not drifts
-        run = stack.enter_context(measured_experts(layer, common.masks, stops))
+        keep = any(why_tokens(recipe.config) is not None for recipe in recipes)
+        run = stack.enter_context(measured_experts(layer, common.masks, stops, keep))
         drift = None
         if drifts:
             streams = walk.stream, walk.original
@@ -162,7 +167,7 @@ def _measure(walk: Walk, position: int, decoder_layer: nn.Module, layer: MoELaye
     measured = measure_layer(layer, position, run, common.masks, common.labels, common.processes)
     measured = replace(measured, neurons=common.neurons)
     if drift is not None:
-        measured = replace(measured, goal=drift.goal(measured.target, recipes[0].config.drift_correction))
+        measured = replace(measured, goal=drift.goal(recipes[0].config.drift_correction))
     return measured if residual is None else replace(measured, residual=residual.without_padding(common.masks))
 
 

@@ -1,15 +1,18 @@
 """One run of a layer's experts measures them and hands on their output, in every family."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from families import FAMILIES, make_model, runnable
-from tiny import compress, padded_batch, random_tokens
+from tiny import compress, padded_batch, random_tokens, same_state, state_of
 from tiny import make_model as make_tiny
 
 from optimum_dern.core.layer.statistics import measure_experts
 from optimum_dern.engine.measure import expert_run
 from optimum_dern.engine.measure.expert_run import chunked_experts, measured_experts
 from optimum_dern.engine.measure.recording import record_routing
+from optimum_dern.engine.walk import walks
 from optimum_dern.models.forward import run_until_stopped
 from optimum_dern.models.moe.overrides import takes_routing
 from optimum_dern.models.moe.structure import find_decoder_layers, find_moe_layers, layers_by_position
@@ -88,3 +91,25 @@ def test_runs_of_each_part(fields, attention, measured, monkeypatch):
     noise = 1 if fields["drift_correction"] else 0  # of one micro-batch, whatever their number
     assert runs == [batches * (count - noise) + noise for count in attention]
     assert len(measurements) == batches * measured * len(decoder) and not own
+
+
+@pytest.mark.parametrize("preset", ["paper", "fast"])
+def test_tokens_are_kept_only_where_something_works_on_them(preset, monkeypatch):
+    """For statistics and weights alone no token's routing or output stays in memory, and the result is the same."""
+    measure, runs, states = walks.measured_experts, [], []
+
+    @contextmanager
+    def noted(layer, masks, stop, keep):
+        with measure(layer, masks, stop, keep or len(runs) >= 2) as run:  # the second time tokens are kept anyway
+            runs.append((keep, run))
+            yield run
+
+    monkeypatch.setattr(walks, "measured_experts", noted)
+    for _ in range(2):
+        model = make_tiny("mixtral")
+        compress(model, preset=preset)
+        states.append(state_of(model))
+    assert [keep for keep, _ in runs] == [preset == "fast"] * 4
+    kept = [run.routing is not None and len(run.block_calls) > 0 for _, run in runs]
+    assert kept == [preset == "fast"] * 2 + [True] * 2
+    assert same_state(*states)

@@ -7,8 +7,9 @@ from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 from optimum_dern.data.batches import pad_batches
 from optimum_dern.data.samples import Sample
-from optimum_dern.engine.walk.backward import Loss, measure_gradients
+from optimum_dern.engine.walk.backward import measure_gradients
 from optimum_dern.engine.walk.calls import record_layer_calls
+from optimum_dern.engine.walk.losses import Loss
 from optimum_dern.engine.walk.walks import LayersInMemory
 from optimum_dern.machine.processes import ALONE
 from optimum_dern.models.moe.structure import find_decoder_layers, find_moe_layers, layers_by_position

@@ -109,7 +109,7 @@ def test_what_tokens_do_not_determine_stays():
     assert max(group_errors(layer, hidden, fitted)) < 1e-6
     p = neuron_activations(averaged, 0, hidden, activation)  # (3, 6)
     outside = torch.eye(6, dtype=torch.float64) - torch.linalg.pinv(p) @ p
-    assert_near(outside @ fitted.down[0], outside @ averaged.down[0], 1e-9)
+    assert_near(outside @ fitted.down[0], outside @ averaged.down[0], 1e-8)  # LAPACKs differ by 1.4e-9
 
 
 def test_rounding_makes_no_system_indefinite():

@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 WORKERS = -n auto --dist loadfile --no-loadscope-reorder
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
-.PHONY: demo test test-versions constraints quality style clean
+.PHONY: demo test test-versions test-clients supply-chain constraints quality style clean
 
 demo: $(VENV)/.installed
 	@for model in upcycled scratch; do \
@@ -27,7 +27,15 @@ test: $(VENV)/.installed $(VENV)/transformers-4
 
 # The fast tests with the oldest transformers that is supported, and with the newest there is (which fails nothing).
 test-versions: $(VENV)/transformers-oldest
-	OMP_NUM_THREADS=1 $(BIN)/python tests/versions.py $< $(VENV)/transformers-newest $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/network/versions.py $< $(VENV)/transformers-newest $(WORKERS) -m "not slow"
+
+# Other engines in environments of their own under build/clients (7 GB), compared with transformers: no part of CI.
+test-clients: $(VENV)/.installed $(VENV)/transformers-4
+	DERN_TRANSFORMERS4=$(abspath $(VENV)/transformers-4) $(BIN)/python tests/network/compare_clients.py
+
+# Audits, the wheel in a clean environment, the fast tests with the oldest and the newest dependencies: no part of CI.
+supply-chain: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/network/supply_chain.py audit package lowest highest -- $(WORKERS) -m "not slow"
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ GPUS = ("cuda", "xpu")  # device types that torch treats alike, memory statistic
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """Turn off inference mode, autocast and any default device other than the CPU, until the context exits."""
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = _find_accelerator()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         if torch.empty(0).device.type != "cpu":
@@ -83,7 +83,7 @@ def check_device(device: object) -> None:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{device!r} is not a device of torch; give cpu or cuda, or leave it out") from error
-    accelerator, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+    accelerator, count = _find_accelerator(), torch.accelerator.device_count()
     kind = accelerator.type if accelerator is not None and count else None
     if found.type not in ("cpu", "meta", kind) or (found.type == kind and (found.index or 0) >= count):
         there = "the cpu alone" if kind is None else f"the cpu and {kind}:0 to {kind}:{count - 1}"
@@ -91,6 +91,13 @@ def check_device(device: object) -> None:
             f"there is no device {str(device)!r} here: torch {torch.__version__} finds {there}; name what is "
             "there, or leave it out"
         )
+
+
+def _find_accelerator() -> torch.device | None:
+    try:
+        return torch.accelerator.current_accelerator()
+    except RuntimeError:  # of torch 2.6, where there is none
+        return None
 
 
 def check_precision(device: object) -> None:

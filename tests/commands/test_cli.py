@@ -130,6 +130,7 @@ def test_several_amounts(tmp_path, capsys, checkpoint, text):
     more = ["--sparsity", "0.25", "0.5", "--statistics", str(recorded)]
     main(["compress", str(checkpoint), str(tmp_path / "more"), *more, *options])
     shown = capsys.readouterr().out
+    assert shown.count("\nfor serving: ") == shown.count("\nfor serving: 6 experts") == 1
     assert shown.count("experts per layer") == 2 and f"saved to {tmp_path / 'more' / '4-experts'}" in shown
     for folder in ("6-experts", "4-experts"):
         tensors = [load_file(path / folder / "model.safetensors") for path in (output, tmp_path / "more")]
@@ -168,6 +169,7 @@ def test_inspect(capsys, checkpoint):
     table = capsys.readouterr().out
     assert "2 of 8 experts per token" in table
     assert ["experts", "per", "layer", "8", "6"] in [row.split() for row in table.splitlines()]
+    assert table.count("\nfor serving: 6 experts are neither a power of two nor a multiple of 8") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,14 @@
 """`general`: a mix of domains from the Hub, and the sample in the package where there is no Hub."""
 
-from pathlib import Path
-
 import datasets
 import pytest
 from datasets import IterableDataset
 from tiny import adding_tokenizer, tiny_tokenizer
 
-import optimum_dern
 from optimum_dern.data.batches import load_samples
 from optimum_dern.data.named import GENERAL, SAMPLE
 
 
-ROOT = Path(optimum_dern.__file__).parent.parent
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 
 
@@ -73,13 +69,3 @@ def test_the_sample():
     assert len(sizes) == 5 and sum(sizes) < 400_000
     readme = (SAMPLE / "README.md").read_text("utf-8")
     assert all(f"`{file.name}`" in readme for file in SAMPLE.glob("*.txt")) and "licence" in readme
-
-
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_the_sample_is_installed(kind):
-    """Wheels and source distributions contain it."""
-    builders = pytest.importorskip(f"hatchling.builders.{kind}")
-    builder = {"wheel": "WheelBuilder", "sdist": "SdistBuilder"}[kind]
-    files = {file.distribution_path for file in getattr(builders, builder)(str(ROOT)).recurse_included_files()}
-    expected = {f"optimum_dern/data/general/{file.name}" for file in SAMPLE.iterdir()}
-    assert expected <= {file.replace("\\", "/") for file in files}

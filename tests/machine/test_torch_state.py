@@ -4,13 +4,27 @@ import pytest
 import torch
 
 from optimum_dern import DernCompressor
-from optimum_dern.machine.torch_state import check_device, evaluation_mode
+from optimum_dern.machine.torch_state import check_device, evaluation_mode, plain_torch
 
 
 @pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu"), "meta"])
 def test_devices_that_are_there(device):
     """The CPU always is; models without weights are refused elsewhere."""
     check_device(device)
+
+
+def test_no_accelerator(monkeypatch):
+    """torch 2.6 raises where later ones return None."""
+
+    def current_accelerator():
+        raise RuntimeError("Cannot access accelerator device when none is available.")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+    with plain_torch():
+        check_device("cpu")
+    with pytest.raises(ValueError, match="finds the cpu alone"):
+        check_device("cuda")
 
 
 def test_several_gpus(monkeypatch):

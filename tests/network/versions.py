@@ -1,6 +1,6 @@
 """Script that runs the fast tests with the oldest supported and the newest transformers, and reports differences.
 
-python tests/versions.py OLDEST NEWEST [argument of pytest]...
+python tests/network/versions.py OLDEST NEWEST [argument of pytest]...
 
 OLDEST is a folder with the oldest transformers; NEWEST becomes one with the newest on PyPI and what that depends on,
 over the torch of this environment.  A test that fails is run once more with this environment's own transformers: what
@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-PYTEST = [sys.executable, "-m", "pytest", "--continue-on-collection-errors", "-o", "junit_family=xunit1"]
+PYTEST = ["-m", "pytest", "--continue-on-collection-errors", "-o", "junit_family=xunit1"]
 SUPPORTED = "transformers<6"
 
 
@@ -70,12 +70,15 @@ def report(folder: Path, options: list[str]) -> tuple[list[str], bool]:
     return lines, bool(failed)
 
 
-def run_tests(options: list[str], folder: Path | None = None) -> tuple[dict[str, int], list[str]]:
+def run_tests(
+    options: list[str], folder: Path | None = None, python: str | Path = sys.executable
+) -> tuple[dict[str, int], list[str]]:
     """Run pytest in a process of its own.
 
     Args:
         options: its arguments.
-        folder: what comes before the packages of this environment.
+        folder: what comes before the packages of the environment.
+        python: interpreter of the environment, by default of this one.
 
     Returns:
         How many tests passed, failed and were skipped, and the names of those that failed.
@@ -84,7 +87,7 @@ def run_tests(options: list[str], folder: Path | None = None) -> tuple[dict[str,
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch) / "results.xml"
-        command = [*PYTEST, f"--junit-xml={results}", *options]
+        command = [python, *PYTEST, f"--junit-xml={results}", *options]
         status = subprocess.run(command, env=environment).returncode
         cases = ElementTree.parse(results).iter("testcase") if results.exists() else ()
         outcomes = {name_of(case): outcome_of(case) for case in cases}

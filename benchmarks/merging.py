@@ -8,12 +8,12 @@ order per seed.  The strength of each rule is the best of a small grid on the te
 
 import argparse
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from results_file import write_results
+from results_file import standard_error, write_results
 from splits import split_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -102,12 +102,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for name in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == name]
         columns = [[r["code"] for r in own], [r["math"] for r in own], [(r["code"] + r["math"]) / 2 for r in own]]
-        lines.append(f"| {name} | " + " | ".join(f"{fmean(c):.4f} ± {error(c):.4f}" for c in columns) + " |")
+        lines.append(f"| {name} | " + " | ".join(f"{fmean(c):.4f} ± {standard_error(c):.4f}" for c in columns) + " |")
     return "\n".join(lines)
-
-
-def error(values: list[float]) -> float:
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -17,6 +17,7 @@ from ...core.layer.workspace import IN_MEMORY, Workspace
 __all__ = [
     "COUNT_KEYS",
     "MoELayer",
+    "find_decoder",
     "find_decoder_layers",
     "find_moe_layers",
     "layers_by_position",
@@ -106,12 +107,33 @@ def find_decoder_layers(model: nn.Module, layer: MoELayer) -> tuple[str, nn.Modu
     raise ValueError(f"{layer.name!r} is not inside a list of decoder layers; this architecture is not supported")
 
 
+def find_decoder(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the list of decoder layers of a language model, dense or with MoE layers, and its name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if layers := find_moe_layers(model):
+        return find_decoder_layers(model, layers[0])
+    inside = {id(module) for module in model.get_decoder().modules()}
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and id(module) in inside and len(module) == count:
+            return name, module
+    raise ValueError(
+        f"{type(model).__name__} has no list of the {count} decoder layers that its config describes; this "
+        "architecture is not supported"
+    )
+
+
 def layers_by_position(model: nn.Module, layers: list[MoELayer]) -> dict[int, MoELayer]:
-    """Map the index of each decoder layer to the MoE layer that it contains.
+    """Map the index of each decoder layer to the MoE layer that it contains; empty for a dense model.
 
     Raises:
         ValueError: they are not all in the same list of decoder layers.
     """
+    if not layers:
+        return {}
     lists = list(dict.fromkeys(find_decoder_layers(model, layer)[0] for layer in layers))
     if len(lists) > 1:
         raise ValueError(

@@ -7,11 +7,11 @@ Experts are attributed on the calibration text, a new draw per seed, and losses 
 
 import argparse
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
-from results_file import write_results
+from results_file import standard_error, write_results
 from splits import load_held_out
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -85,13 +85,9 @@ def markdown(results: dict[str, list[dict[str, Any]]]) -> str:
                 chosen = [r for r in rows if (r["what"], r["kind"], r["seed"]) == (what, kind, seed)]
                 own.append(fmean(r["rise"][r["domain"]] for r in chosen))
                 others.append(fmean(v for r in chosen for d, v in r["rise"].items() if d != r["domain"]))
-            cells = [f"{fmean(v):+.3f} ± {error(v):.3f}" for v in (own, others)]
+            cells = [f"{fmean(v):+.3f} ± {standard_error(v):.3f}" for v in (own, others)]
             lines.append(f"| {name} | {kind} {what} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
-
-
-def error(values: list[float]) -> float:
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def parse_arguments() -> argparse.Namespace:

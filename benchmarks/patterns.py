@@ -11,12 +11,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from results_file import write_results
+from results_file import standard_error, write_results
 from splits import load_held_out
 from transformers import AutoTokenizer
 from transformers.utils import logging
@@ -122,8 +122,7 @@ def markdown(results: dict[str, Any]) -> str:
                     )
                     for seed in seeds
                 ]
-                error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-                cells.append(f"{fmean(values):+.3f} ± {error:.3f}")
+                cells.append(f"{fmean(values):+.3f} ± {standard_error(values):.3f}")
             lines.append(f"| {name} | {'the task' if kind == 'own' else 'all text'} | {cells[0]} | {cells[1]} |")
     for name, result in results.items():
         whole, part = result["loading"].values()

@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 
@@ -35,6 +36,11 @@ def write_results(path: Path, results: Mapping[str, Any], indent: int | None = N
     """Write the results of all models."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=indent) + "\n", "utf-8")
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of the mean of some draws' values; 0 for a single one."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def add_rows(path: Path, name: str, result: dict[str, Any]) -> dict[str, Any]:

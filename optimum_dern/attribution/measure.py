@@ -12,10 +12,9 @@ from ..checkpoint.source.find import find_checkpoint
 from ..checks.arguments import check_argument
 from ..checks.batches import check_batches
 from ..core.layer.mixture import Routing
-from ..data.labels import real_tokens
+from ..engine.measure.expert_run import experts_run_by
 from ..engine.walk.visit import visit_layers
 from ..machine.torch_state import default_device, plain_torch
-from ..models.moe.overrides import routing_hook
 from ..models.moe.structure import find_moe_layers
 from ..models.moe.view import layer_activation, read_layer
 from ..models.refusals import check_model
@@ -75,19 +74,16 @@ def attribute_experts(
         sums[position] = {domain: DomainSums.zeros(segments) for domain in texts}
         tops[position] = TopTokens(layer.num_experts, EXAMPLES)
 
-        def receive(routing: Routing) -> None:
+        def receive(routing: Routing) -> Tensor:
             number = next(numbers)
             domain, batch = batches[number]
-            real = real_tokens(batch["attention_mask"].bool(), routing.hidden.device)
-            own = routing.select(real)
-            sizes = sums[position][domain].add_(segments, own, activation)
-            tops[position].add_(own.index, sizes, number, torch.arange(batch["input_ids"].numel())[real])
+            real = batch["attention_mask"].bool().flatten().to(routing.hidden.device)
+            routed, sizes = sums[position][domain].add_(segments, routing, activation, real)
+            tops[position].add_(routing.index[real], sizes[real], number, real.nonzero().flatten())
+            return routed
 
-        handle = routing_hook(layer.experts)(layer.block, layer.experts, receive)
-        try:
+        with experts_run_by(layer, receive):
             yield
-        finally:
-            handle.remove()
 
     visit_layers(found.skeleton, loader.decoder_layers, [b for _, b in batches], loader, visit, "Measuring experts")
     tokens = {domain: sum(int(batch["attention_mask"].sum()) for batch in own) for domain, own in texts.items()}

@@ -1,18 +1,15 @@
 """The page of an attribution: heat maps of layers and experts by domain, and a list of experts to search in."""
 
 import html
-import json
-import re
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-from ..text_files import replace_text
+from ..reporting.page import fill_template, rounded, script_json
 from ..versions import __version__
 from .result import MEASURES, Attribution
 
 
-__all__ = ["attribution_page", "write_page"]
+__all__ = ["attribution_page"]
 
 DIGITS = 4
 
@@ -29,13 +26,7 @@ def attribution_page(attribution: Attribution) -> str:
         "script": (own / "attribution.js").read_text("utf-8"),
         "data": _data(attribution),
     }
-    template = (own / "template.html").read_text("utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write a page, atomically."""
-    replace_text(path, page)
+    return fill_template((own / "template.html").read_text("utf-8"), parts)
 
 
 def _summary(attribution: Attribution) -> str:
@@ -45,18 +36,14 @@ def _summary(attribution: Attribution) -> str:
 
 
 def _data(attribution: Attribution) -> str:
-    """Encode what the page shows as JSON that is safe inside a script element."""
+    """Encode what the page shows."""
     skew = attribution.skew() if len(attribution.tokens) > 1 else attribution.measures["share"]
     values: dict[str, Any] = {
         "domains": attribution.domains,
         "layers": attribution.layers,
         "descriptions": MEASURES,
-        "measures": {name: _rounded(value.tolist()) for name, value in attribution.measures.items()},
-        "skew": _rounded(skew.tolist()),
+        "measures": {name: rounded(value.tolist(), DIGITS) for name, value in attribution.measures.items()},
+        "skew": rounded(skew.tolist(), DIGITS),
         "examples": attribution.examples,
     }
-    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _rounded(value: Any) -> Any:
-    return [_rounded(item) for item in value] if isinstance(value, list) else float(f"{value:.{DIGITS}g}")
+    return script_json(values)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..text_files import replace_json
+from ..text_files import replace_json, replace_text
 
 
 __all__ = ["MEASURES", "Attribution"]
@@ -89,7 +89,7 @@ class Attribution:
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write `attribution.json`, `attribution.safetensors` (neurons) and `attribution.html`; returns the files."""
-        from .page import attribution_page, write_page
+        from .page import attribution_page
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,5 +98,5 @@ class Attribution:
         save_file(neurons, part)
         part.replace(folder / "attribution.safetensors")
         replace_json(folder / "attribution.json", self.to_dict())
-        write_page(folder / "attribution.html", attribution_page(self))
+        replace_text(folder / "attribution.html", attribution_page(self))
         return [folder / f"attribution.{kind}" for kind in ("json", "safetensors", "html")]

@@ -29,20 +29,38 @@ class DomainSums:
         vectors = [torch.zeros(experts, dtype=torch.float64) for _ in range(4)]
         return cls(*vectors, torch.zeros(experts, width, dtype=torch.float64))
 
-    def add_(self, segments: Segments, routing: Routing, activation: Activation) -> Tensor:
-        """Add the tokens of a batch, and return the size |g e| of each contribution: (T, k)."""
+    def add_(
+        self, segments: Segments, routing: Routing, activation: Activation, real: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run the experts on a batch, and add its real tokens.
+
+        Args:
+            segments: E experts.
+            routing: T tokens, with padding.
+            activation: the model's rule from pre-activations to neurons.
+            real: (T,) bool, True for a real token.
+
+        Returns:
+            The routed output (T, o), and the size |g e| of each contribution (T, k).
+        """
         sizes = torch.zeros_like(routing.weight, dtype=segments.compute_dtype)
+        routed = segments.down.new_zeros(len(sizes), segments.down.shape[-1], dtype=sizes.dtype)  # (T, o)
         for batch in expert_batches(segments, routing, activation):
-            size = batch.weight[:, 0].abs() * expert_output(segments, batch).norm(dim=1)  # (n,)
-            sizes[batch.token, batch.slot] = size
-            expert, columns = batch.expert, segments.down[batch.expert].double().square().sum(-1)  # (f,)
-            self.count[expert] += len(size)
-            self.gate[expert] += routing.weight[batch.token, batch.slot].double().sum().cpu()
-            self.contribution[expert] += size.double().sum().cpu()
-            self.energy[expert] += size.double().square().sum().cpu()
-            squares = (batch.weight * batch.neurons).double().square().sum(0)
-            self.neurons[expert] += (squares * columns).cpu()
-        return sizes
+            output = batch.weight * expert_output(segments, batch)  # (n, o)
+            routed.index_add_(0, batch.token, output)
+            sizes[batch.token, batch.slot] = size = output.norm(dim=1)  # (n,)
+            own = real[batch.token]
+            gate, size = routing.weight[batch.token, batch.slot][own].double(), size[own].double()
+            squares = (batch.weight * batch.neurons)[own].double().square().sum(0)  # (f,)
+            columns = segments.down[batch.expert].double().square().sum(-1)  # (f,)
+            self.count[batch.expert] += len(size)
+            for total, value in zip(
+                (self.gate, self.contribution, self.energy, self.neurons),
+                (gate.sum(), size.sum(), size.square().sum(), squares * columns),
+                strict=True,
+            ):
+                total[batch.expert] += value.cpu()
+        return routed, sizes
 
 
 class TopTokens:

@@ -14,11 +14,12 @@ HELP = "Merge fine-tuned checkpoints of one base model into one."
 DESCRIPTION = (
     "Merge checkpoints that were fine-tuned from one base, dense or Mixture-of-Experts.  By default coefficients are\n"
     "learned without labels, on a text for each checkpoint (Expert Merging, arXiv 2509.25712); the other methods are\n"
-    "rules without data.  The base and all differences from it are in memory together."
+    "rules without data.  Models that memory does not hold are merged one decoder layer at a time."
 )
 EPILOG = """examples:
   optimum-dern merge ./base ./coder ./mathematician ./merged --data coder=code.txt mathematician=maths.jsonl
   optimum-dern merge ./base ./coder ./mathematician ./merged --method ties --density 0.3
+  optimum-dern merge ./base ./one ./two ./merged --layerwise --data one=code.txt two=maths.jsonl
 """
 
 
@@ -33,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--initial", type=float, metavar="X", help="coefficient to begin with (default: 0.1)")
     parser.add_argument("--epochs", type=int, metavar="N", help="over the text (default: 4)")
     parser.add_argument("--chunks", type=int, metavar="N", help="coefficients of a tensor in important layers")
+    parser.add_argument(
+        "--layerwise",
+        action="store_true",
+        help="one decoder layer of each in memory at a time (default: where memory does not hold the models)",
+    )
     parser.add_argument("--device", default="cpu", help="to compute on (default: %(default)s)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the checkpoints' own code")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
@@ -59,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     from ..model_merging.merge import merge_checkpoints
 
     options = {"strength": args.strength, "density": args.density, "seed": args.seed, "device": args.device}
+    options["layerwise"] = args.layerwise or None
     if args.method == "learned":
         options |= {"texts": texts, "settings": LearnedSettings(**learned)}
     source = {"trust_remote_code": args.trust_remote_code}

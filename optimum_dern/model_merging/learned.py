@@ -6,7 +6,7 @@
 with the merged model as the student, which reads the text of model k as its teacher does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,11 @@ from ..checks.batches import check_batches
 from ..evaluation.agreement.logits_cache import predicted_positions
 from ..machine.progress import progress_bar
 from ..machine.torch_state import evaluation_mode
-from .coefficients import Coefficients, chunks_by_importance
+from ..models.moe.structure import find_decoder
+from .coefficients import Coefficients, chunks_by_importance, importance
 
 
-__all__ = ["LearnedSettings", "learn_coefficients"]
+__all__ = ["LearnedSettings", "descend", "learn_coefficients", "queue"]
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,20 @@ def learn_coefficients(
     """
     settings = settings or LearnedSettings()
     for batches in texts:
-        check_batches(batches, model.get_input_embeddings().weight.shape[0])
+        check_batches(batches, model.get_input_embeddings().weight.shape[0], masked=True)
     coefficients = Coefficients(differences, settings.initial)
     with evaluation_mode(model):
         _learn(model, coefficients, texts, settings)
         if settings.chunks > 1:
-            chunks = chunks_by_importance(coefficients, _layers_of(model, differences), settings.chunks)
-            finer = Coefficients(differences, settings.initial, chunks)
-            with torch.no_grad():
-                for name, raw in finer.raw.items():
-                    raw.copy_(coefficients.raw[name].expand_as(raw))  # goes on from the whole tensors'
-            _learn(model, finer, texts, settings)
-            coefficients = finer
+            decoder, layers = find_decoder(model)
+            sizes = [
+                {name: tau[0].numel() for name, tau in differences.items() if name.startswith(f"{decoder}.{i}.")}
+                for i in range(len(layers))
+            ]
+            values = [importance(coefficients, list(own)) for own in sizes]
+            chunks = chunks_by_importance(values, sizes, settings.chunks)
+            coefficients = Coefficients(differences, settings.initial, chunks, coefficients.raw)
+            _learn(model, coefficients, texts, settings)
     return coefficients
 
 
@@ -83,23 +86,47 @@ def _learn(
     model: nn.Module, coefficients: Coefficients, texts: Sequence[Sequence[dict]], settings: LearnedSettings
 ) -> None:
     base = {name: parameter.detach() for name, parameter in model.named_parameters() if name in coefficients.raw}
-    optimizer = torch.optim.Adam(coefficients.parameters(), lr=settings.rate)
-    queue = [
-        (k, batch)
-        for _ in range(settings.epochs)
-        for turn in zip(*texts, strict=False)
-        for k, batch in enumerate(turn)
-    ]
-    for number, (k, batch) in enumerate(progress_bar(queue, "Learning coefficients"), start=1):
+
+    def loss(k: int, number: int) -> Tensor:
+        batch = texts[k][number]
         with torch.no_grad():
             teacher_weights = {name: base[name] + coefficients.differences[name][k] for name in base}
             teacher = _run(model, teacher_weights, batch)
+        student = _run(model, coefficients.merged(base), batch)
+        return _matching_loss(student, teacher, batch["attention_mask"], settings.hidden_weight)
+
+    turns = queue(texts, settings.epochs)
+    descend(coefficients, progress_bar(turns, "Learning coefficients"), len(turns), loss, settings)
+
+
+def queue(texts: Sequence[Sequence[dict]], epochs: int) -> list[tuple[int, int]]:
+    """List source and number of the batches in the order of the learning: a batch of each source in turn."""
+    shortest = min(map(len, texts))
+    return [(k, number) for _ in range(epochs) for number in range(shortest) for k in range(len(texts))]
+
+
+def descend(
+    coefficients: Coefficients,
+    turns: Iterable[tuple[int, int]],
+    count: int,
+    loss: Callable[[int, int], Tensor],
+    settings: LearnedSettings,
+) -> None:
+    """Learn coefficients by gradient, in place.
+
+    Args:
+        coefficients: to be learned.
+        turns: source and number of each batch.
+        count: of them.
+        loss: of a batch with the merged weights, without the regulariser.
+        settings: of the learning.
+    """
+    optimizer = torch.optim.Adam(coefficients.parameters(), lr=settings.rate)
+    for turn, (k, number) in enumerate(turns, start=1):
         with torch.enable_grad():
-            student = _run(model, coefficients.merged(base), batch)
-            loss = _matching_loss(student, teacher, batch["attention_mask"], settings.hidden_weight)
             away = (coefficients.factors() - settings.initial).abs().mean()
-            ((loss + settings.regulariser * away) / settings.accumulate).backward()
-        if number % settings.accumulate == 0 or number == len(queue):
+            ((loss(k, number) + settings.regulariser * away) / settings.accumulate).backward()
+        if turn % settings.accumulate == 0 or turn == count:
             nn.utils.clip_grad_norm_(coefficients.parameters(), settings.clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -121,12 +148,3 @@ def _matching_loss(student: Any, teacher: Any, mask: Tensor, hidden_weight: floa
     middle = list(zip(student.hidden_states, teacher.hidden_states, strict=True))[1:-1]
     distances = [mse_loss(own[real].to(dtype), other[real].to(dtype)) for own, other in middle]
     return loss + hidden_weight * torch.stack(distances).mean() if distances else loss
-
-
-def _layers_of(model: nn.Module, differences: Mapping[str, Tensor]) -> list[list[str]]:
-    """List the names of the parameters in each decoder layer, the outermost list of modules."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    prefix, decoder = min(lists, key=lambda entry: entry[0].count("."))
-    return [
-        [name for name in differences if name.startswith(f"{prefix}.{position}.")] for position in range(len(decoder))
-    ]

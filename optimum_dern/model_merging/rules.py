@@ -7,13 +7,45 @@ DARE              entries of tau_k dropped at random, the others divided by the 
                                                                                               (arXiv 2311.03099)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
 
-__all__ = ["dare", "task_arithmetic", "ties"]
+__all__ = ["dare", "merge_by_rule", "task_arithmetic", "ties"]
+
+
+def merge_by_rule(
+    own: Mapping[str, Tensor],
+    differences: Mapping[str, Tensor],
+    method: str,
+    strength: float,
+    density: float | None,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Merge parameters by a rule.
+
+    Args:
+        own: of the base, by name.
+        differences: (K, ...) what each fine-tuned model adds to them.
+        method: "task_arithmetic", "ties" or "dare".
+        strength: of the rule.
+        density: of "ties" and "dare".
+        seed: of "dare", which draws by name, so that the order of the parameters does not matter.
+    """
+    merged = {}
+    for name, tensor in own.items():
+        base, taus = tensor.float(), list(differences[name].float())
+        if method == "ties":
+            result = ties(base, taus, strength, density)
+        elif method == "dare":
+            result = dare(base, taus, strength, density, torch.Generator().manual_seed(seed + crc32(name.encode())))
+        else:
+            result = task_arithmetic(base, taus, strength)
+        merged[name] = result.to(tensor)
+    return merged
 
 
 def task_arithmetic(base: Tensor, differences: Sequence[Tensor], strength: float) -> Tensor:

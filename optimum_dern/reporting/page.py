@@ -7,6 +7,7 @@ import html
 import json
 import math
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -16,7 +17,7 @@ from .reproduction import is_in_memory, reproduction_command
 from .verdict import title, verdict
 
 
-__all__ = ["PAGE_NAME", "report_page"]
+__all__ = ["PAGE_NAME", "fill_template", "report_page", "rounded", "script_json"]
 
 PAGE_NAME = "dern_report.html"
 # The scripts of `web/`, in the order in which they must run.
@@ -42,26 +43,40 @@ def report_page(report: CompressionReport) -> str:
         "script": "\n".join((folder / f"{name}.js").read_text("utf-8") for name in SCRIPTS),
         "data": _data(report),
     }
-    template = (folder / "template.html").read_text("utf-8")
+    return fill_template((folder / "template.html").read_text("utf-8"), parts)
+
+
+def fill_template(template: str, parts: Mapping[str, str]) -> str:
+    """Replace every `{{name}}` of a template by the part of that name; what is inside a part stays as it is."""
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
-def _data(report: CompressionReport) -> str:
-    """Encode the report as JSON that is safe inside a script element."""
-    values = _rounded(report.to_dict()) | {
-        "command": reproduction_command(report),
-        "in_memory": is_in_memory(report.config["dataset"]),
-    }
+def script_json(values: Any) -> str:
+    """Encode values as JSON that is safe inside a script element."""
     text = json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c")
 
 
-def _rounded(value: Any) -> Any:
-    """Round floats to `DIGITS` digits, and replace NaN and infinities, which JSON does not have, by None."""
+def rounded(value: Any, digits: int) -> Any:
+    """Round all floats of a value to significant digits, and replace NaN and infinities, which JSON has not, by None.
+
+    Args:
+        value: a float, dicts and lists of them at any depth, or anything else, which stays.
+        digits: how many.
+    """
     if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(name): _rounded(item) for name, item in value.items()}
+        return {str(name): rounded(item, digits) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [rounded(item, digits) for item in value]
     return value
+
+
+def _data(report: CompressionReport) -> str:
+    """Encode the report and the command that makes it once more."""
+    values = rounded(report.to_dict(), DIGITS) | {
+        "command": reproduction_command(report),
+        "in_memory": is_in_memory(report.config["dataset"]),
+    }
+    return script_json(values)

@@ -217,8 +217,24 @@ def test_no_domain(checkpoint):
         attribute_experts(checkpoint, {})
 
 
-def test_random_tokens_of_one_length_need_no_mask(checkpoint):
-    rows = [{"input_ids": row["input_ids"].view(1, -1)} for row in random_tokens(2)]
-    batches = [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in rows]
-    found = attribute_experts(checkpoint, {"a": batches[:1], "b": batches[1:]})
-    assert found.examples[0][0] == [] or found.examples[0][0][0]["token"].isdigit()
+def test_without_a_tokenizer_tokens_are_numbers(checkpoint):
+    """Every example is a piece of its domain's token ids, and every expert that is used has one."""
+    rows = {domain: row["input_ids"] for domain, row in zip(("a", "b"), random_tokens(2), strict=True)}
+    batches = {d: [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}] for d, ids in rows.items()}
+    found = attribute_experts(checkpoint, batches)
+    for layer, share in zip(found.examples, found.measures["share"].sum(0), strict=True):
+        assert [bool(examples) for examples in layer] == (share > 0).tolist()
+        for example in (example for examples in layer for example in examples):
+            ids = rows[example["domain"]].tolist()
+            shown = [*map(int, f"{example['before']} {example['token']} {example['after']}".split())]
+            assert any(shown == ids[start : start + len(shown)] for start in range(len(ids)))
+
+
+def test_every_expert_runs_once(checkpoint, monkeypatch):
+    """The activation sees each token, padding included, once for each of its experts."""
+    rows, silu = [], torch.nn.functional.silu
+    counted = lambda x, *args, **kwargs: rows.append(len(x)) or silu(x, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "silu", counted)
+    attribute_experts(checkpoint, TEXTS, tiny_tokenizer())
+    tokens = sum(batch["input_ids"].numel() for own in TEXTS.values() for batch in own)
+    assert sum(rows) == tokens * 2 * 2  # layers, experts a token

@@ -4,44 +4,13 @@ import json
 
 import pytest
 import torch
-from tiny import make_model, same_state, state_of, tiny_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig
+from fine_tunes import texts
+from tiny import make_model, same_state, state_of
+from transformers import AutoModelForCausalLM
 
 from optimum_dern.commands.main import main
 from optimum_dern.model_merging import LearnedSettings, learn_coefficients, merge_checkpoints
-from optimum_dern.model_merging.coefficients import Coefficients, chunks_by_importance
-
-
-def dense():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
-    return AutoModelForCausalLM.from_config(config)
-
-
-def changed(model, seed, size=0.02):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-@pytest.fixture(scope="module", params=["mixtral", "dense"])
-def folders(request, tmp_path_factory):
-    """A base and two models that were made from it; the dense one's head is tied."""
-    root, make = tmp_path_factory.mktemp("merge"), dense if request.param == "dense" else lambda: make_model("mixtral")
-    for name, model in (("base", make()), ("one", changed(make(), 1)), ("two", changed(make(), 2))):
-        model.save_pretrained(root / name)
-        tiny_tokenizer().save_pretrained(root / name)
-    return root
-
-
-def texts(count=2, rows=2):
-    generator = torch.Generator().manual_seed(5)
-    ids = [torch.randint(200, (1, 12), generator=generator) for _ in range(count * rows)]
-    batches = [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids]
-    return [batches[i * rows : (i + 1) * rows] for i in range(count)]
+from optimum_dern.model_merging.coefficients import Coefficients, chunks_by_importance, importance
 
 
 def parts(folders):
@@ -119,7 +88,9 @@ def test_gradients_of_coefficients(folders):
 
 def test_important_layers_have_more_coefficients():
     differences = {"a": torch.ones(2, 6), "b": 5 * torch.ones(2, 2, 3), "c": torch.ones(2, 2)}
-    found = chunks_by_importance(Coefficients(differences), [["a"], ["b"]], 4)
+    values = [importance(Coefficients(differences), [name]) for name in "ab"]
+    assert values == pytest.approx([0.1 * 2 * 6, 0.1 * 2 * 6 * 5])
+    found = chunks_by_importance(values, [{"a": 6}, {"b": 6}], 4)
     assert found == {"b": 3}  # six entries in four parts are three of two
 
 

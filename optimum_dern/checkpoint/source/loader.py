@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...core.layer.workspace import IN_MEMORY
-from ...models.moe.structure import MoELayer, find_decoder_layers, layers_by_position
+from ...models.moe.structure import MoELayer, find_decoder, layers_by_position
 from ..format.conversion import NameMap, load_tensors_, release_
 from ..format.reader import CheckpointReader, LazyTensor
 
@@ -21,7 +21,7 @@ class PartLoader:
 
     Args:
         model: the whole model, without weights.
-        layers: its MoE layers; none where all have become dense.
+        layers: its MoE layers; none of a dense model.
         reader: of its checkpoint.
         names: mapping from the checkpoint's tensors to the model's parameters.
         device: to load weights to.
@@ -31,20 +31,21 @@ class PartLoader:
         self, model: Any, layers: Sequence[MoELayer], reader: CheckpointReader, names: NameMap, device: torch.device
     ) -> None:
         self.model, self.reader, self.names, self.device = model, reader, names, device
-        self.decoder, self.decoder_layers = find_decoder_layers(model, layers[0] if layers else None)
+        self.decoder, self.decoder_layers = find_decoder(model)
         self.positions = layers_by_position(model, layers)
         workspace = layers[0].workspace if layers else IN_MEMORY
         self.empty = workspace.empty  # allocates large tensors, in files where the workspace has them there
 
     @contextmanager
-    def outside(self, head: bool = False) -> Iterator[None]:
-        """Load everything outside the decoder layers, such as embeddings, while the context is open.
+    def outside(self, head: bool = False, everything: bool = False) -> Iterator[None]:
+        """Load what is around the decoder layers, such as embeddings, while the context is open.
 
         Args:
             head: load the output head, too.
+            everything: load all that is outside the decoder layers, such as a vision tower.
         """
         around, inside = self.decoder.rpartition(".")[0], f"{self.decoder}."
-        prefixes = (f"{around}." if around else "",)
+        prefixes = (f"{around}." if around and not everything else "",)
         if head:
             output = self.model.get_output_embeddings()
             prefixes += tuple(f"{name}." for name, module in self.model.named_modules() if module is output)

@@ -18,7 +18,7 @@ from ...models.moe.structure import MoELayer
 from ...models.moe.view import layer_activation, read_layer
 
 
-__all__ = ["ExpertRun", "all_finite", "chunked_experts", "measured_experts"]
+__all__ = ["ExpertRun", "all_finite", "chunked_experts", "experts_run_by", "measured_experts"]
 
 
 class ExpertRun:
@@ -127,6 +127,23 @@ def _forward(run: Callable[[Routing], Tensor]) -> Callable[..., Tensor]:
 
 
 @contextmanager
+def experts_run_by(layer: MoELayer, receive: Callable[[Routing], Tensor]) -> Iterator[None]:
+    """Compute the experts' output of every forward pass with a function of their routing while the context is open.
+
+    Args:
+        layer: of a kind whose routing `models.moe.overrides` can read.
+        receive: returns the routed output (B S, o) of B S tokens, with padding; where the experts do not take their
+            routing, they run themselves, and what it returns is not used.
+    """
+    with ExitStack() as stack:
+        if takes_routing(layer.experts):
+            stack.enter_context(replaced_forward(layer.experts, _forward(receive)))
+        else:
+            stack.callback(routing_hook(layer.experts)(layer.block, layer.experts, receive).remove)
+        yield
+
+
+@contextmanager
 def measured_experts(
     layer: MoELayer, masks: Sequence[Tensor], stop: bool = False, keep: bool = True
 ) -> Iterator[ExpertRun]:
@@ -150,13 +167,8 @@ def measured_experts(
         return output
 
     with ExitStack() as stack:
-        handles = [layer.block.register_forward_pre_hook(before_block, with_kwargs=True)]
-        if takes_routing(layer.experts):
-            stack.enter_context(replaced_forward(layer.experts, _forward(receive)))
-        else:
-            handles.append(routing_hook(layer.experts)(layer.block, layer.experts, receive))
-        for handle in handles:
-            stack.callback(handle.remove)
+        stack.callback(layer.block.register_forward_pre_hook(before_block, with_kwargs=True).remove)
+        stack.enter_context(experts_run_by(layer, receive))
         yield run
 
 

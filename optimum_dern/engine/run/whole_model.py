@@ -14,9 +14,14 @@ from ..cost.memory import INTERPRETER
 from .own_text import CannotWrite
 
 
-__all__ = ["check_fits", "origin_of", "whole_model"]
+__all__ = ["bytes_needed", "check_fits", "origin_of", "whole_model"]
 
 MARGIN = 1.2  # of the weights' size: the key-value cache and the activations of the sequences written at once
+
+
+def bytes_needed(weights: int, device: torch.device) -> int:
+    """Estimate the memory that a program needs on a device which holds and runs some bytes of weights there."""
+    return int(MARGIN * weights) + (INTERPRETER if device.type == "cpu" else 0)
 
 
 def check_fits(model: Any, device: torch.device, bound: int | None) -> None:
@@ -30,8 +35,7 @@ def check_fits(model: Any, device: torch.device, bound: int | None) -> None:
     Raises:
         CannotWrite: the message names what else writes the text.
     """
-    needed = int(MARGIN * sum(p.numel() * p.element_size() for p in model.parameters()))
-    needed += INTERPRETER if device.type == "cpu" else 0
+    needed = bytes_needed(sum(p.numel() * p.element_size() for p in model.parameters()), device)
     total = total_memory(device) if bound is None else min(total_memory(device), bound)
     if needed > total:
         raise CannotWrite(

@@ -17,6 +17,7 @@ from ...core.layer.workspace import IN_MEMORY, Workspace
 __all__ = [
     "COUNT_KEYS",
     "MoELayer",
+    "find_decoder",
     "find_decoder_layers",
     "find_moe_layers",
     "layers_by_position",
@@ -95,18 +96,12 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     return [replace(first, twins=tuple(twins)) for first, *twins in same.values()]
 
 
-def find_decoder_layers(model: nn.Module, layer: MoELayer | None) -> tuple[str, nn.ModuleList]:
-    """Find the list of a model's decoder layers, and its name.
-
-    Args:
-        model: its weights need not be loaded.
-        layer: a MoE layer, whose outermost list it is; None in a model without any.
+def find_decoder_layers(model: nn.Module, layer: MoELayer) -> tuple[str, nn.ModuleList]:
+    """Find the list of decoder layers that contains a MoE layer (the outermost ModuleList), and its name.
 
     Raises:
         ValueError: there is no such list.
     """
-    if layer is None:
-        return _find_dense_decoder_layers(model)
     parts = layer.name.split(".")
     for end in range(1, len(parts)):
         name = ".".join(parts[:end])
@@ -116,22 +111,33 @@ def find_decoder_layers(model: nn.Module, layer: MoELayer | None) -> tuple[str, 
     raise ValueError(f"{layer.name!r} is not inside a list of decoder layers; this architecture is not supported")
 
 
-def _find_dense_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Find the list of decoder layers of a model without experts, by its length."""
+def find_decoder(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the list of decoder layers of a language model, dense or with MoE layers, and its name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if layers := find_moe_layers(model):
+        return find_decoder_layers(model, layers[0])
     inside = {id(module) for module in model.get_decoder().modules()}
+    count = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and id(module) in inside:
-            if len(module) == model.config.get_text_config().num_hidden_layers:
-                return name, module
-    raise ValueError(f"{type(model).__name__} has no list of decoder layers; this architecture is not supported")
+        if isinstance(module, nn.ModuleList) and id(module) in inside and len(module) == count:
+            return name, module
+    raise ValueError(
+        f"{type(model).__name__} has no list of the {count} decoder layers that its config describes; this "
+        "architecture is not supported"
+    )
 
 
 def layers_by_position(model: nn.Module, layers: list[MoELayer]) -> dict[int, MoELayer]:
-    """Map the index of each decoder layer to the MoE layer that it contains.
+    """Map the index of each decoder layer to the MoE layer that it contains; empty for a dense model.
 
     Raises:
         ValueError: they are not all in the same list of decoder layers.
     """
+    if not layers:
+        return {}
     lists = list(dict.fromkeys(find_decoder_layers(model, layer)[0] for layer in layers))
     if len(lists) > 1:
         raise ValueError(

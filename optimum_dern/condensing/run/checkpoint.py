@@ -17,7 +17,7 @@ from torch import nn
 from ...checkpoint.format.conversion import NameMap
 from ...checkpoint.output.manifest import Manifest
 from ...checkpoint.output.plan import OutputPlan, plan_dense_output
-from ...checkpoint.output.shards import OutputTensor, ShardWriter, plan_shards
+from ...checkpoint.output.shards import OutputTensor, ShardWriter, check_room, plan_shards
 from ...checkpoint.output.tensors import CheckpointOutput, copy_rest
 from ...checkpoint.source.loader import PartLoader
 from ...core.layer.segments import Segments
@@ -103,6 +103,7 @@ def _condense(task: CheckpointTask, names: NameMap, work: Path, manifest: Manife
         manifest.choose_layers(searched or dict.fromkeys(plan.networks))
     chosen = manifest.chosen_layers
     result = _result(task, plan, names, [*chosen])
+    check_room(task.output, {manifest.path.parent: result.shards})
     _write(task, loader, dense, result, {plan.at[position].name: position for position in chosen}, manifest)
     report = make_report(
         config,

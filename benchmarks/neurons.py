@@ -6,7 +6,8 @@
 
 Experts keep a share of their neurons: all of them as many (`uniform`), or each another number of as many in all
 (`global`), which a checkpoint holds only with zeros in the place of the others.  Or DERN keeps a share of the experts,
-and averages neurons that weigh by their expert's saliency, all the same (`none`), or by an importance of their own.
+and averages neurons that weigh by their expert's saliency, all the same (`none`), or by an importance of their own;
+`prune` keeps the same experts and averages nothing.
 All plans of a draw get the same calibration sequences, in one pass.
 """
 
@@ -40,18 +41,16 @@ THRESHOLDS = (0.5, 0.1)  # the paper's alpha, at which no neuron of `scratch` mo
 def plans(share: float, preset: str) -> dict[str, dict[str, Any]]:
     """Return the options of every plan that keeps a share of the neurons or of the experts, by name."""
     options = PRESETS[preset]
-    budgets = {
+    found = {
         f"{name}, {budget}, {preset}": {"method": name, "width_sparsity": 1 - share, "width_budget": budget} | options
         for name in NARROWING
         for budget in ("uniform", "global")
     }
-    return budgets | {
-        f"dern {alpha}, weights {name}, {preset}": {"sparsity": 1 - share, "recombine": True}
-        | {"similarity_threshold": alpha, **weight}
-        | options
-        for alpha in THRESHOLDS
-        for name, weight in WEIGHTS.items()
-    }
+    found[f"prune, {preset}"] = {"method": "prune", "sparsity": 1 - share} | options
+    for alpha in THRESHOLDS:
+        moving = {"sparsity": 1 - share, "recombine": True, "similarity_threshold": alpha} | options
+        found |= {f"dern {alpha}, weights {name}, {preset}": moving | weight for name, weight in WEIGHTS.items()}
+    return found
 
 
 def main() -> None:

@@ -167,10 +167,9 @@ def _original_phases(standing: Standing) -> Iterator[Phase]:
         yield Phase("importance", standing.tokens + neurons.held, 0, neurons.operations)
     for cost in standing.method.costs(shape, config):
         yield Phase("propose", standing.tokens + cost.held, cost.experts, cost.operations)
-    if config.narrows:
-        proposed = standing.method.candidates(config)[0] * standing.candidate
-        whole = shape.retained * shape.expert * shape.itemsize  # a candidate of all neurons
-        yield Phase("narrow", standing.tokens, proposed + whole, 0.0)
+    proposed = standing.method.candidates(config)[0] * standing.candidate
+    whole = shape.retained * shape.expert * shape.itemsize if config.narrows else 0  # a candidate of all neurons
+    yield Phase("proposed", standing.tokens, proposed + whole, 0.0)
 
 
 def _backward(standing: Standing, loss: str) -> Phase:

@@ -106,14 +106,19 @@ def expert_batches(
     Yields:
         One `ExpertBatch` per chunk, in the dtype of the segments; experts without tokens yield nothing.
     """
-    dtype, chunk = segments.compute_dtype, segments.workspace.chunk_tokens
-    top_k = routing.index.shape[1]
     for expert, slots in _slots(routing, len(segments.up), experts):
-        for part in slots.split(chunk) if len(slots) else ():
-            token, slot = part // top_k, part % top_k  # (n,), (n,)
-            hidden = routing.inputs(token, slot, dtype)
-            neurons = neuron_activations(segments, expert, hidden, activation)
-            yield ExpertBatch(expert, token, slot, routing.output_weights(token, slot, dtype), neurons)
+        for part in slots.split(segments.workspace.chunk_tokens) if len(slots) else ():
+            yield _run_chunk(segments, routing, activation, expert, part)  # and is not kept during the next
+
+
+def _run_chunk(
+    segments: Segments, routing: Routing, activation: Activation, expert: int, slots: Tensor
+) -> ExpertBatch:
+    """Compute an expert's neurons in some of the slots (n,) in which it is chosen."""
+    top_k, dtype = routing.index.shape[1], segments.compute_dtype
+    token, slot = slots // top_k, slots % top_k  # (n,), (n,)
+    neurons = neuron_activations(segments, expert, routing.inputs(token, slot, dtype), activation)
+    return ExpertBatch(expert, token, slot, routing.output_weights(token, slot, dtype), neurons)
 
 
 def _slots(routing: Routing, num_experts: int, experts: list[int] | None) -> Iterable[tuple[int, Tensor]]:
@@ -143,4 +148,5 @@ def routed_output(segments: Segments, routing: Routing, activation: Activation) 
     total = segments.down.new_zeros(shape, dtype=segments.compute_dtype)
     for batch in expert_batches(segments, routing, activation):
         total.index_add_(0, batch.token, batch.weight * expert_output(segments, batch))
+        del batch  # before the next one is computed
     return total

@@ -88,6 +88,7 @@ def measure_experts(segments: Segments, routing: Routing, activation: Activation
         output_sum[batch.expert] += output.sum(0)  # a chunk's in its own dtype, the many chunks' in float64
         largest = torch.stack(output.aminmax()).abs().max()
         output_max[batch.expert] = torch.maximum(output_max[batch.expert], largest.double())
+        del batch, output  # before the next ones are computed
     chunk = max(1, segments.workspace.chunk_tokens // norms.shape[1])  # since pairs of slots are as many times more
     *vectors, coactivation, together = _sum_norms(routing, norms, len(output_sum), chunk)
     return ExpertStatistics(len(norms), *vectors, output_sum, coactivation, together, output_max), routed

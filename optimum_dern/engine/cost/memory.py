@@ -108,7 +108,7 @@ def _plans(
     if isinstance(config.condensed_layers, int):  # a stream for every layer that is tried
         rows = max(rows, (len(layers) + 2) * min(tokens, SEARCHED + pass_tokens(tokens, config)))
     hidden = rows * model.config.get_text_config().hidden_size * model.dtype.itemsize
-    neurons = _neurons(layers, config)
+    neurons, attention = _neurons(layers, config), _attention(model, pass_tokens(tokens, config))
 
     def plan(spilled: bool, in_file: bool, max_elements: int = MAX_ELEMENTS) -> MemoryPlan:
         shapes = [result_shape(layer, tokens, config, count, max_elements) for layer in layers for count in counts]
@@ -117,7 +117,7 @@ def _plans(
             interpreter=INTERPRETER,
             outside=outside,
             layer=largest,
-            working=neurons + max(phase.tokens + (0 if in_file else phase.experts) for phase in phases),
+            working=neurons + max(attention, *(phase.tokens + (0 if in_file else phase.experts) for phase in phases)),
             hidden=hidden,
             scratch=_network_bytes(config, shapes) + (largest + max(p.experts for p in phases) if in_file else 0),
             spilled=spilled,
@@ -131,6 +131,16 @@ def _plans(
     while max_elements >= SMALLEST:
         yield plan(True, True, max_elements)
         max_elements //= 2
+
+
+def _attention(model: Any, tokens: int) -> int:
+    """Return the bytes of a micro-batch before attention: normed, queries being rotated, keys, values."""
+    config = model.config.get_text_config()
+    heads, size = config.num_attention_heads, getattr(config, "head_dim", None) or 0
+    size = max(size, *(getattr(config, name, None) or 0 for name in ("qk_head_dim", "v_head_dim")))
+    queries = heads * size if size else config.hidden_size
+    pairs = queries * (getattr(config, "num_key_value_heads", None) or heads) // heads
+    return model.dtype.itemsize * tokens * (config.hidden_size + 4 * queries + 2 * pairs)
 
 
 def _neurons(layers: Sequence[MoELayer], config: DernConfig) -> int:

@@ -5,10 +5,10 @@
 
 Most groups change one option of `preset="paper"` (no refits, no guard), as the ablations of the paper do (arXiv
 2509.10377).  "hope" is about that criterion (`hope_rules.py`), "recombination" tries other rules than the paper's
-(`segment_rules.py`), without and with refits, and "recommended" disables steps of `preset="recommended"`.  Figures are
-increases of the loss over the full model in nats per token, mean over the domains of the evaluation text, on each
-file's first windows (those of `quality.py` are drawn from the whole file).  Results are merged into the output file:
-a later run with the same settings adds groups or variants.
+(`segment_rules.py`, `learned_clusters.py`), without and with refits, and "recommended" disables steps of
+`preset="recommended"`.  Figures are increases of the loss over the full model in nats per token, mean over the domains
+of the evaluation text, on the first windows of each file (`quality.py` draws them from the whole file).  Results are
+merged into the output file: a later run with the same settings adds groups or variants.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import hope_rules  # noqa: F401 - registers a method of the group "hope"
+import learned_clusters  # noqa: F401 - registers one of the group "recombination"
 import segment_rules  # noqa: F401 - registers the methods of the group "recombination"
 import torch
 from results_file import check_settings, read_results, write_results
@@ -43,6 +44,7 @@ RULES = {
     "averaged in function space": OWN | {"method": "function space"},
     "the best of the pool": OWN | {"method": "choose"},
     "the same, function space": OWN | {"method": "choose, function space"},
+    "coefficients learned": OWN | {"method": "learned clusters"},
     "the best of those routed together": OWN | {"method": "choose, routed together"},
 }
 TEXTS = {"calibration": "calibration", "evaluation": "evaluation"}  # defaults for result files that name no texts

@@ -61,8 +61,9 @@ def measure(seed: int, folder: Path, args: argparse.Namespace) -> list[dict[str,
     held_out = {domain: batches(domain, "test", 48, 8, 0) for domain in files}
     for domain, path in tuned.items():
         if not path.exists():
-            fine_tune(path, batches(domain, "train", 8 * args.steps, 8, seed), args.rate)
-            tokenizer.save_pretrained(path)
+            fine_tune(part := path.with_suffix(".part"), batches(domain, "train", 8 * args.steps, 8, seed), args.rate)
+            tokenizer.save_pretrained(part)
+            part.rename(path)
     learning = [batches(domain, "train", 16, 1, 1000 + seed) for domain in files]
 
     def losses(path: Path) -> dict[str, float]:

@@ -61,11 +61,14 @@ def run(args: argparse.Namespace) -> None:
     if args.method != "learned" and (learned or texts is not None):
         raise ValueError("--data, --initial, --epochs and --chunks are of --method learned alone; leave them out")
 
+    from ..machine.allocator import return_large_blocks
     from ..model_merging.learned import LearnedSettings
     from ..model_merging.merge import merge_checkpoints
 
     options = {"strength": args.strength, "density": args.density, "seed": args.seed, "device": args.device}
     options["layerwise"] = args.layerwise or None
+    if args.layerwise:
+        return_large_blocks()
     if args.method == "learned":
         options |= {"texts": texts, "settings": LearnedSettings(**learned)}
     source = {"trust_remote_code": args.trust_remote_code}

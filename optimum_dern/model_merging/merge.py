@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoint.format.reader import stored_tensors
 from ..checkpoint.format.tensor_file import TensorInfo
-from ..checkpoint.source.resolve import resolve_checkpoint
+from ..checkpoint.source.resolve import fetch_weights, resolve_checkpoint
 from ..checks.arguments import check_argument, check_number
 from ..engine.run.whole_model import bytes_needed
 from ..machine.progress import total_memory
@@ -74,6 +74,7 @@ def merge_checkpoints(
     output = Path(output)
     check_device(device)
     check_number("seed", seed, 0)
+    check_argument("layerwise", layerwise, bool | None, "True or False, or leave it out")
     _check(checkpoints, output, method, texts, settings, strength, density)
     headers = _headers((base, *checkpoints), source)
     _check_alike(headers)
@@ -101,9 +102,14 @@ def merge_checkpoints(
 
 
 def _headers(models: Sequence[str | Path], source: Mapping[str, Any]) -> dict[str, dict[str, TensorInfo]]:
-    """Read what tensors each model has, by its name."""
-    options = {name: source[name] for name in ("revision", "token") if name in source}
-    return {str(model): stored_tensors(resolve_checkpoint(model, **options)[0]) for model in models}
+    """Read what tensors each model has, by its name; the weights of Hub models are downloaded first."""
+    options, headers = {name: source[name] for name in ("revision", "token") if name in source}, {}
+    for model in models:
+        folder, commit = resolve_checkpoint(model, **options)
+        if commit is not None:
+            fetch_weights(str(model), commit, folder, source.get("token"))
+        headers[str(model)] = stored_tensors(folder)
+    return headers
 
 
 def _check_alike(headers: Mapping[str, Mapping[str, TensorInfo]]) -> None:

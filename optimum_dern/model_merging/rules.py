@@ -62,11 +62,14 @@ def ties(base: Tensor, differences: Sequence[Tensor], strength: float, density: 
         strength: factor of the result.
         density: share of the entries of a difference that stay, those of largest magnitude.
     """
-    trimmed = torch.stack([_largest(difference, density) for difference in differences])  # (K, ...)
-    sign = trimmed.sum(0).sign()
-    agree = (trimmed.sign() == sign) & (trimmed != 0)
-    mean = (trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)
-    return base + strength * mean
+    trimmed = [_largest(difference, density) for difference in differences]
+    sign = sum(trimmed).sign()
+    total, count = torch.zeros_like(base), torch.zeros_like(base)
+    for own in trimmed:  # one after the other, for the memory
+        agree = (own.sign() == sign) & (own != 0)
+        total += own * agree
+        count += agree
+    return base + strength * total / count.clamp(min=1)
 
 
 def dare(
@@ -91,7 +94,8 @@ def dare(
 def _largest(difference: Tensor, density: float) -> Tensor:
     """Set all but the entries of largest magnitude to zero."""
     count = max(1, round(density * difference.numel()))
-    kept = difference.flatten().abs().topk(count).indices
-    result = torch.zeros_like(difference).flatten()
-    result[kept] = difference.flatten()[kept]
+    flat = difference.flatten()
+    kept = flat.abs().topk(count).indices
+    result = torch.zeros_like(flat)
+    result[kept] = flat[kept]
     return result.view_as(difference)

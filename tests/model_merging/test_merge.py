@@ -86,6 +86,19 @@ def test_gradients_of_coefficients(folders):
             assert gradient[k, 0].item() == pytest.approx(((up - down) / (2 * step)).item(), rel=1e-2, abs=1e-9)
 
 
+def test_gradients_of_parts():
+    """Of the parts of a tensor, entry by entry: sum of weight times tau, times the slope of the sigmoid."""
+    generator = torch.Generator().manual_seed(0)
+    base, tau, weight = (torch.randn(shape, generator=generator) for shape in ((3, 4), (2, 3, 4), (3, 4)))
+    found = Coefficients({"a": tau}, 0.2, {"a": 4})
+    (found.merged({"a": base})["a"] * weight).sum().backward()
+    for k in range(2):
+        for part in range(4):
+            entries = [divmod(i, 4) for i in range(3 * part, 3 * part + 3)]
+            expected = 0.2 * 0.8 * sum(weight[place].item() * tau[k][place].item() for place in entries)
+            assert found.raw["a"].grad[k, part].item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_important_layers_have_more_coefficients():
     differences = {"a": torch.ones(2, 6), "b": 5 * torch.ones(2, 2, 3), "c": torch.ones(2, 2)}
     values = [importance(Coefficients(differences), [name]) for name in "ab"]
@@ -135,6 +148,8 @@ def test_rules_take_their_options(folders, tmp_path):
         ({"method": "learned"}, ValueError, "a text for each of the 2"),
         ({"method": "learned", "texts": [[], []], "strength": 1.0}, ValueError, "no effect with method='learned'"),
         ({"texts": [[], []]}, ValueError, "no effect with method='ties'"),
+        ({"layerwise": "yes"}, TypeError, "True or False"),
+        ({"method": "learned", "texts": [[], []]}, ValueError, "text of a checkpoint is empty"),
         ({"density": 0.0}, ValueError, "a share above 0"),
         ({"method": "task_arithmetic", "density": 0.5}, ValueError, "of ties and dare alone"),
     ],

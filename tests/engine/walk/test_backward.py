@@ -76,7 +76,8 @@ def test_against_the_whole_model(family, tmp_path):
         layer.experts._parameters.update(products)
         expected = sum(part.abs().sum(-1) for part in read_layer(layer).segments.parts)
         layer.experts._parameters.update(kept)
-        torch.testing.assert_close(found[position].sensitivity, expected, rtol=1e-6, atol=1e-12)
+        # Nemotron-H's state space runs in float32 whatever the model's dtype: 1.5e-6 with torch 2.6.
+        torch.testing.assert_close(found[position].sensitivity, expected, rtol=5e-6, atol=1e-12)
         assert torch.equal(found[position].sensitivity, in_files[position].sensitivity)
         assert before.up.shape[:2] == expected.shape
 

@@ -46,6 +46,7 @@ COMMON = {
     "num_key_value_heads": 1,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "initializer_range": 0.1,  # large, so that no two tokens are about equally likely
     "bos_token_id": 0,
     "eos_token_id": 0,

@@ -17,9 +17,8 @@ CPU_TORCH = ["torch==2.13.0", "--extra-index-url", "https://download.pytorch.org
 
 def run_quietly(command: list[str | Path], **environment: str) -> str:
     """Run a command and return what it prints; raises RuntimeError with the end of what it said where it fails."""
-    result = subprocess.run(
-        [str(part) for part in command], env={**os.environ, **environment}, capture_output=True, text=True
-    )
+    variables = {**os.environ, "PYTHONPATH": "", **environment}  # nothing of this environment, unless asked for
+    result = subprocess.run([str(part) for part in command], env=variables, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{command[0]} failed: {(result.stdout + result.stderr)[-2000:]}")
     return result.stdout

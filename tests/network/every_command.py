@@ -1,5 +1,6 @@
 """Every command, run with the wheel in an environment that has nothing else: no tests, no extras, no source tree."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -70,8 +71,9 @@ def build_wheel(folder: Path) -> Path:
 
 
 def run(program: Path, arguments: list[str], folder: Path) -> subprocess.CompletedProcess:
-    """Run a program in a folder, away from the source tree."""
-    return subprocess.run([program, *arguments], cwd=folder, capture_output=True, text=True)
+    """Run a program in a folder, away from the source tree and from the Hub."""
+    variables = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([program, *arguments], cwd=folder, env=variables, capture_output=True, text=True)
 
 
 def complaint(result: subprocess.CompletedProcess, refusal: str | None) -> str | None:

@@ -19,7 +19,7 @@ from ..models.loading import parse_dtype
 from ..paths import check_utf8
 from .learned import LearnedSettings
 from .rules import merge_by_rule
-from .runs import merge_in_memory, merge_layerwise
+from .runs import Merge, merge_in_memory, merge_layerwise
 
 
 __all__ = ["METHODS", "merge_checkpoints"]
@@ -93,8 +93,8 @@ def merge_checkpoints(
         density = DENSITY.get(method) if density is None else density
         facts |= {"strength": strength, "density": density}
         rule = partial(merge_by_rule, method=method, strength=strength, density=density, seed=seed)
-    merge = merge_layerwise if layerwise else merge_in_memory
-    found = merge(base, checkpoints, output, rule, texts, settings, device, source)
+    run = merge_layerwise if layerwise else merge_in_memory
+    found = run(Merge(base, checkpoints, output, rule, texts, settings, device, source))
     if found:
         means = torch.stack([raw.detach().sigmoid().mean(1) for raw in found.values()]).mean(0)
         facts |= {"factors": means.tolist()}

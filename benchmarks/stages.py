@@ -42,7 +42,7 @@ STAGES = {  # name: where its function is, and the phases of `layer_phases` whos
     "attention, router, compressed experts": (HiddenStream, "_call", ()),
     "measure": (expert_run, "measure_experts", ("measure",)),
     "select": (compression, "select", ("select",)),
-    "propose": (compression, "_proposals", ("propose",)),
+    "propose": (compression, "_propose", ("propose",)),
     "similarity map": (compression, "similarity_map", ("map",)),
     "route again": (MeasuredLayer, "reroute", ()),
     "judge": (Objective, "error", ("judge",)),

@@ -56,13 +56,18 @@ from optimum_dern.checkpoint.output.shards import ShardWriter
 from optimum_dern.core.dern import recombination
 from optimum_dern.machine.processes import joined_processes
 from optimum_dern.engine.measure.measured import MeasuredLayer
+from optimum_dern.engine.walk import walks
 
 folder, notes, write, kmeans = sys.argv[1], [], MeasuredLayer.write_, recombination.spherical_kmeans
-write_tensor = ShardWriter.write
+write_tensor, measure = ShardWriter.write, walks.measure_layer
+
+def noting_measure(layer, position, run, *others):
+    notes.append({"tokens": run.tokens})
+    return measure(layer, position, run, *others)
 
 def noting_write(self, candidate):
     weights = b"".join(part.contiguous().numpy().tobytes() for part in candidate.segments[:3])
-    notes.append({"tokens": len(self.routing.index), "weights": hashlib.sha256(weights).hexdigest()})
+    notes.append({"weights": hashlib.sha256(weights).hexdigest()})
     write(self, candidate)
 
 def noting_kmeans(*args):
@@ -74,7 +79,7 @@ def noting_write_tensor(*args):
     return write_tensor(*args)
 
 MeasuredLayer.write_, recombination.spherical_kmeans = noting_write, noting_kmeans
-ShardWriter.write = noting_write_tensor
+ShardWriter.write, walks.measure_layer = noting_write_tensor, noting_measure
 with joined_processes("cpu") as processes:
     for name, (family, data, fields) in json.load(open(f"{folder}/cases {processes.count}.json")).items():
         options = {"num_experts": 4, "batch_size": 4, "self_share": 0.0, "dataset": f"{folder}/{data}.pt", **fields}

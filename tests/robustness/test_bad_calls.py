@@ -154,6 +154,7 @@ CALLS = {
             "settings": (5,),
             "strength": (math.nan, "x"),
             "density": (0, 1.5, math.nan, "x"),
+            "layerwise": (1, "yes"),
             "seed": (-1, None, "x"),
             "device": DEVICES,
         },

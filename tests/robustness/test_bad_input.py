@@ -31,6 +31,7 @@ UNFIT = {  # values out of range; fields that have a kind but no range are in AN
     "width_sparsity": (0.0, 1.0, -1),
     "width_multiple_of": (0, -1),
     "width_budget": ("layer", ""),
+    "condensed_layers": (0, -1, [], [-1], [1, 1], ["x"]),
     "preset": ("best", ""),
     "similarity_weights": (None, 1, "abc", (1, 1), (1, 1, math.nan), (0, 0, 0), (-1, 1, 1), {"gate": 1}),
     "router_update": ("columns",),
@@ -52,6 +53,7 @@ UNFIT = {  # values out of range; fields that have a kind but no range are in AN
     "experts_multiple_of": (0, -1),
     "quant_method": ("gptq",),
 }
+OTHER_KINDS = {"similarity_weights", "dataset", "protect_experts", "condensed_layers"}  # several types, none of `WRONG`
 ANY = {
     "method": "names are checked where the methods are known",
     "selection": "likewise",
@@ -87,7 +89,7 @@ def test_fields(name, value):
 def test_every_field_has_a_row():
     fields = {field.name: field for field in dataclasses.fields(DernConfig)}
     assert set(fields) == set(UNFIT) | set(ANY) and not set(UNFIT) & set(ANY)
-    assert all(kind_of(fields[name]) for name in fields.keys() - {"similarity_weights", "dataset", "protect_experts"})
+    assert all(kind_of(fields[name]) for name in fields.keys() - OTHER_KINDS)
 
 
 BASE = {  # a call of each command that would work, and its subcommands

@@ -11,6 +11,7 @@ experts' output is added to the residual stream unchanged, which is tested: wher
 the target stays y(x').
 """
 
+from collections import deque
 from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -75,7 +76,9 @@ def measure_drift(
     noise, arrived = _noise_through(position, decoder_layer, layer, stream, first, run.first_output)
     real = real_tokens(masks[0], first.device)
     deviation = (arrived - noise).flatten(0, 1)[real].float().norm() / noise.flatten(0, 1)[real].float().norm()
-    changes = any_process((deviation > TOLERANCE).to(processes.device), processes.reduce)
+    if any_process((deviation > TOLERANCE).to(processes.device), processes.reduce):
+        deque(outputs, maxlen=0)  # the experts are measured on all micro-batches, nevertheless
+        return None
     largest = torch.finfo(first.dtype).max
     error, start, sizes = first.new_empty(sum(int(mask.sum()) for mask in masks), first.shape[-1]), 0, []
     for output, wanted, mask in zip(chain([first], outputs), original, masks, strict=True):
@@ -85,8 +88,6 @@ def measure_drift(
         error[start : start + len(wanted)] = difference.clamp(-largest, largest)  # float16 may not hold it
         start += len(wanted)
         sizes.append(wanted.square().mean(1, keepdim=True).sqrt())
-    if changes:
-        return None
     weight = 1 / torch.cat(sizes).clamp(min=1e-6)  # (T, 1)
     mean = processes.reduce(weight.sum()) / processes.reduce(weight.new_full((), len(weight)))
     return Drift(error, weight / mean)

@@ -53,7 +53,7 @@ UNFIT = {  # values out of range; fields that have a kind but no range are in AN
     "experts_multiple_of": (0, -1),
     "quant_method": ("gptq",),
 }
-OTHER_KINDS = {"similarity_weights", "dataset", "protect_experts", "condensed_layers"}  # several types, none of `WRONG`
+OTHER_KINDS = {"similarity_weights", "dataset", "protect_experts", "condensed_layers"}  # none of `WRONG`
 ANY = {
     "method": "names are checked where the methods are known",
     "selection": "likewise",

@@ -1,6 +1,6 @@
 """Condense half of a model's layers into dense ones, fine-tune these alone on calibration text, and save the model.
 
-python examples/finetune_condensed.py    # two minutes on two cores
+python examples/finetune_condensed.py
 
 The other layers stay as they are, router and experts.  Training on these domains would improve the original model,
 too: the last line shows the loss after condensing and training together.
@@ -27,23 +27,23 @@ model = AutoModelForCausalLM.from_pretrained(folder / "scratch", dtype=torch.flo
 tokenizer = AutoTokenizer.from_pretrained(folder / "scratch")
 text = str(folder / "text" / "calibration")  # shares no document with the evaluation text
 texts = load_texts(folder / "text" / "evaluation", tokenizer, sequence_length=256)
-held_out = [batch for batches in texts.values() for batch in batches[:6]]  # 48 sequences of every domain
+held_out = [batch for batches in texts.values() for batch in batches[:3]]  # 24 sequences of every domain
 
 losses = {"original": evaluate_loss(model, held_out)}
 size = model.num_parameters()
-batches = load_batches(text, tokenizer, num_samples=128, sequence_length=256, seed=0)
+batches = load_batches(text, tokenizer, num_samples=64, sequence_length=256, seed=0)
 condensed = condense_layers(model, batches, layers=2, num_experts=2)  # of 4 layers with 16 experts
 losses["condensed"] = evaluate_loss(model, held_out)
 
 model.requires_grad_(False)
 for layer in condensed:
     model.model.layers[layer.layer].mlp.requires_grad_(True)
-samples = load_samples(text, tokenizer, num_samples=400, sequence_length=256, seed=0)
+samples = load_samples(text, tokenizer, num_samples=200, sequence_length=256, seed=0)
 trainer = Trainer(
     model,
     TrainingArguments(
         output_dir="build/condensing",
-        max_steps=50,  # every sample once
+        max_steps=25,  # every sample once
         per_device_train_batch_size=8,
         learning_rate=3e-3,
         warmup_steps=5,

@@ -19,8 +19,9 @@ tokenizer = AutoTokenizer.from_pretrained(folder / "upcycled")
 compressor = DernCompressor(
     num_experts=4,  # of 8; or sparsity=0.5
     dataset=str(folder / "text" / "calibration"),
-    num_samples=16,  # quick; hundreds for a model that you mean to keep
+    num_samples=16,  # quick, as the preset is; for a model that you mean to keep take hundreds, and the default
     sequence_length=256,
+    preset="fast",
 )
 compressor.compress_model(model, tokenizer)
 url = compressor.push_to_hub(model, repo_id, tokenizer, private=True)  # one commit; keeps an existing card

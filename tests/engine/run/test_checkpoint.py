@@ -213,7 +213,7 @@ def test_kills(sources, tmp_path):
     assert start(tmp_path / "whole").wait() == 0
     seconds = time.monotonic() - started
     generator = torch.Generator().manual_seed(0)
-    for share in torch.rand(4, generator=generator).tolist():
+    for share in torch.rand(2, generator=generator).tolist():
         process = start(tmp_path / "killed")
         try:
             process.wait(timeout=seconds * (0.5 + 0.5 * share))  # the first half is imports

@@ -13,7 +13,7 @@ ROOT = Path(optimum_dern.__file__).parent
 ORDER = """
     versions errors paths text_files installation checks
     core.layer core.neurons core.router core.criteria core.pictures core.dern core.refits core.merging
-    machine results models.moe models data data.made methods option_checks options config reporting
+    machine results models.moe models data data.made methods options config reporting
     checkpoint.format checkpoint.source checkpoint.hub checkpoint.output
     engine.measure engine.layer engine.walk condensing engine.cost engine.run condensing.run compressor
     evaluation.loss evaluation.agreement evaluation.tasks evaluation.compare integration

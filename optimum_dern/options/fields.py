@@ -1,4 +1,4 @@
-"""Options of a compression: the fields of `DernConfig`, their defaults, help texts and validation.
+"""Options of a compression: the fields of `DernConfig`, their defaults and help texts.
 
 Kept apart from transformers, so that the command line can list and check the options without importing it.
 """
@@ -8,7 +8,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .option_checks import (
+from .presets import OFF, PRESETS
+from .rules import (
+    check_effects,
+    describes_recombination,
+    idle_options,
+    method_defaults,
+    settle_amount_,
+    settle_width_,
+)
+from .values import (
     check_choice,
     checked_layers,
     checked_protection,
@@ -18,64 +27,8 @@ from .option_checks import (
 )
 
 
-__all__ = ["CHOICES", "GROUPS", "OFF", "PRESETS", "DernOptions", "without_retired"]
+__all__ = ["CHOICES", "GROUPS", "DernOptions", "without_retired"]
 
-SAFE_CALIBRATION = {"self_share": 2 / 3, "random_share": None}  # twice as much own text as of the dataset
-PRESETS = {  # from the most to the least work; docs/source/presets.md measures what every step buys
-    "recommended": {
-        "recombine": False,
-        "cluster_init": "own",
-        "refit": True,
-        "router_refit": False,
-        "neuron_refit": True,
-        "drift_correction": 0.5,
-        "guard": True,
-        "calibration_order": "sequential",
-        **SAFE_CALIBRATION,
-    },
-    "fast": {
-        "recombine": False,
-        "cluster_init": "own",
-        "refit": True,
-        "router_refit": False,
-        "neuron_refit": False,
-        "drift_correction": 0.0,
-        "refit_ridge": 1e-2,
-        "guard": True,
-        "calibration_order": "oneshot",
-        **SAFE_CALIBRATION,
-    },
-    "paper": {
-        "recombine": True,
-        "cluster_init": "gate",
-        "refit": False,
-        "router_refit": False,
-        "neuron_refit": False,
-        "drift_correction": 0.0,
-        "guard": False,
-        "calibration_order": "oneshot",
-        "self_share": 0.0,
-        "random_share": 0.0,
-    },
-}
-RETIRED = {"layer_budget": "uniform"}  # fields of earlier releases, with the only value that still means something
-NOT_OF_CONDENSED = (
-    "calibration_order",
-    "selection",
-    "router_refit",
-    "neuron_refit",
-    "drift_correction",
-    "refit_sweeps",
-    "experts_multiple_of",
-)
-PARTS_OF_REFIT = ("router_refit", "neuron_refit", "drift_correction", "refit_ridge", "refit_sweeps")
-OFF = {
-    "router_refit": False,
-    "neuron_refit": False,
-    "drift_correction": 0.0,
-    "recombine": False,
-    "cluster_init": "own",
-}
 CHOICES = {
     "preset": tuple(PRESETS),
     "router_update": ("none", "rows"),
@@ -83,6 +36,7 @@ CHOICES = {
     "calibration_order": ("sequential", "oneshot"),
     "width_budget": ("uniform", "global"),
 }
+RETIRED = {"layer_budget": "uniform"}  # fields of earlier releases, with the only value that still means something
 GROUPS = {  # of the options in `--help`, in this order: title and description
     "what": "the method, and how it selects the retained experts",
     "how much": "how many experts stay, and which ones in any case",
@@ -300,28 +254,28 @@ class DernOptions:
         check_choice("preset", self.preset, CHOICES["preset"])
         for option in fields(DernOptions):
             setattr(self, option.name, checked_value(option, getattr(self, option.name)))
-        defaults = {**PRESETS[self.preset], "selection": "router", **_method_defaults(self.method)}
+        defaults = {**PRESETS[self.preset], "selection": "router", **method_defaults(self.method)}
         if self.condensed_layers is not None:
             self.condensed_layers = checked_layers(self.condensed_layers)
             defaults["calibration_order"] = "oneshot"
-        defaults["recombine"] |= self._describes_recombination()
+        defaults["recombine"] |= describes_recombination(self)
         for name in ("refit", "calibration_order", "recombine", *defaults):  # the first ones decide about others
             if getattr(self, name) is None:
-                setattr(self, name, (OFF if name in self._idle() else {}).get(name, defaults[name]))
+                setattr(self, name, (OFF if name in idle_options(self) else {}).get(name, defaults[name]))
         for name in CHOICES:
             check_choice(name, getattr(self, name), CHOICES[name])
         if isinstance(self.protect_experts, str | Path) and self.protect_experts != "super":
             self.protect_experts = retained_as_reported(Path(self.protect_experts))
             if self.sparsity is None and self.num_experts is None:  # as many as stayed then
                 self.num_experts = max(map(len, self.protect_experts.values()), default=None)
-        self._check_amount()
-        self._check_width()
-        self._check_effects(defaults)
+        settle_amount_(self)
+        settle_width_(self)
+        check_effects(self, defaults)
         self.similarity_weights = checked_similarity(self.similarity_weights)
         if isinstance(self.dataset, Path):
             self.dataset = str(self.dataset)
         if isinstance(self.dataset, Mapping):
-            from .data.batches import read_mapping
+            from ..data.batches import read_mapping
 
             self.dataset = read_mapping(self.dataset)
         if self.protect_experts not in (None, "super"):
@@ -338,129 +292,6 @@ class DernOptions:
     def corrects_drift(self) -> bool:
         """Whether refits also correct the error that earlier compressed layers leave in a layer's input."""
         return self.calibration_order == "sequential" and bool(self.refit) and self.drift_correction > 0
-
-    def _check_width(self) -> None:
-        if self.width is not None and self.width_sparsity is not None:
-            raise ValueError(
-                f"both width={self.width} and width_sparsity={self.width_sparsity} are given; give one of them"
-            )
-        if not self.narrows:
-            return
-        if self.importance is None:
-            self.importance = "camera_p"
-        if self.recombine:
-            raise ValueError(
-                "recombine=True makes experts of neurons of others, whose importance is not known; with narrower "
-                "experts give recombine=False"
-            )
-
-    def _describes_recombination(self) -> bool:
-        """Whether the user gives details of the recombination, and so asks for it."""
-        details = [option for option in fields(DernOptions) if option.name in _recombination_options()]
-        if self.importance is not None and self.method == "dern" and not self.narrows:
-            return True
-        return any(getattr(self, option.name) != option.default for option in details)
-
-    def _idle(self) -> dict[str, str]:
-        """Return the options that have no effect in combination with the others, with what each would need."""
-        idle = _options_of_others(self.method)
-        if not self.narrows:
-            idle |= dict.fromkeys(("width_budget", "width_multiple_of"), "width or width_sparsity")
-            if not _may_read_all(self.method) and (self.method != "dern" or not self.recombine):
-                idle["importance"] = "width or width_sparsity (or method='dern' with recombine=True)"
-            elif not self.importance_weighting:
-                idle["importance"] = "importance_weighting=True"
-        if self.condensed_layers is not None:
-            idle |= dict.fromkeys(NOT_OF_CONDENSED, "condensed_layers=None (all layers, in another form)")
-        if self.calibration_order == "oneshot":
-            idle["drift_correction"] = "calibration_order='sequential'"
-        if self.recombine is not None and not self.recombine:
-            idle |= {name: "recombine=True" for name in _recombination_options() if name not in idle}
-        if self.refit is not None and not self.refit:
-            idle |= dict.fromkeys(PARTS_OF_REFIT, "refit=True")
-        return idle
-
-    def _check_effects(self, filled: Mapping[str, Any]) -> None:
-        """Refuse options without effect, unless they are off or at the default (as in a config saved to a file)."""
-        defaults = {option.name: option.default for option in fields(DernOptions)} | filled | OFF
-        for name, needed in self._idle().items():
-            if getattr(self, name) != defaults[name]:
-                given = f"{name}={getattr(self, name)!r}"
-                raise ValueError(f"{given} has no effect without {needed}; give {needed}, or leave {name} out")
-
-    def _check_condensed(self) -> None:
-        """Refuse what contradicts dense layers beside others that stay as they are."""
-        if self.condensed_layers is None:
-            if self.num_experts == 0:
-                raise ValueError(
-                    "num_experts=0, but it must be a whole number of at least 1; 0 is for condensed_layers, of the "
-                    "shared experts alone"
-                )
-            return
-        if self.method != "cd_moe":
-            raise ValueError(
-                f"condensed_layers={self.condensed_layers} needs method='cd_moe', not {self.method!r}; give that, or "
-                "leave condensed_layers out"
-            )
-        for name in ("sparsity", "width", "width_sparsity", "protect_experts"):
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is of experts behind a router, which condensed_layers="
-                    f"{self.condensed_layers} leaves as they are; leave one of the two out"
-                )
-
-    def _check_amount(self) -> None:
-        if self.sparsity is not None and self.num_experts is not None:
-            raise ValueError(
-                f"both sparsity={self.sparsity} and num_experts={self.num_experts} are given; give one of them"
-            )
-        self._check_condensed()
-        if _is_narrowing(self.method) and not self.narrows:
-            self.width_sparsity = 0.25
-        if self.sparsity is None and self.num_experts is None and self.condensed_layers is None:
-            self.sparsity = 0.0 if self.narrows else 0.5
-        if self.self_share + (self.random_share or 0) >= 1:
-            raise ValueError(
-                f"self_share={self.self_share} and random_share={self.random_share} leave no calibration sequence for "
-                "the dataset; give shares that add up to less than 1"
-            )
-
-
-def _is_narrowing(method: str) -> bool:
-    """Return whether a method is one that makes experts narrower."""
-    return "importance" in _method_defaults(method)
-
-
-def _method_defaults(method: str) -> Mapping[str, Any]:
-    """Return a method's own default options; none for an unknown method, which is refused where it is used."""
-    from .methods import METHODS
-
-    return METHODS[method].defaults if method in METHODS else {}
-
-
-def _options_of_others(method: str) -> dict[str, str]:
-    """Return the options that this method ignores, each with a method that reads it."""
-    from .methods import METHODS
-
-    if _may_read_all(method):
-        return {}
-    own = METHODS[method].options
-    others = {option: name for name, other in METHODS.items() for option in other.options or ()}
-    return {option: f"method={name!r}" for option, name in others.items() if option not in own}
-
-
-def _may_read_all(method: str) -> bool:
-    """Return whether a method may read every option: one that does not say which it ignores, or is not known yet."""
-    from .methods import METHODS
-
-    return method not in METHODS or METHODS[method].options is None
-
-
-def _recombination_options() -> tuple[str, ...]:
-    """Return the options that have no effect without recombination."""
-    from .methods.dern import RECOMBINATION
-
-    return RECOMBINATION
 
 
 def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:

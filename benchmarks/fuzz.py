@@ -1,6 +1,6 @@
 """Broken and hostile files for every reader of other people's files: each is read, or refused in plain words.
 
-    python benchmarks/fuzz.py --inputs 200000             # some 40 minutes on one core; counts by reader
+    python benchmarks/fuzz.py --inputs 200000             # some five minutes on one core; counts by reader
     python benchmarks/fuzz.py --reader header --seed 7
 
 Inputs are valid files with bytes flipped, cut, doubled and inserted, and JSON values replaced by others: huge and

@@ -129,9 +129,10 @@ def condense_each(
             with nullcontext() if layer is None else chunked_experts(layer):
                 yield
             return
-        with measured_experts(layer, masks) as run:  # where it is done, too: a run that goes on computes the same bits
+        keep_tokens = position in waiting  # the others run alike: a run that goes on computes the same bits
+        with measured_experts(layer, masks, keep=keep_tokens) as run:
             yield
-        if position in waiting:
+        if keep_tokens:
             measured = measure_layer(layer, position, run, masks, labels)
             keep(position, *condense_layer(measured, plan.num_experts, fit, started))
 

@@ -18,6 +18,7 @@ from ..machine.torch_state import check_device, plain_torch
 from ..models.loading import parse_dtype
 from ..paths import check_utf8
 from .learned import LearnedSettings
+from .output import check_new
 from .rules import merge_by_rule
 from .runs import Merge, merge_in_memory, merge_layerwise
 
@@ -140,8 +141,7 @@ def _check(checkpoints, output, method, texts, settings, strength, density) -> N
             check_number(name, value, whole=False)
     if len(checkpoints) < 2:
         raise ValueError(f"{len(checkpoints)} checkpoint to merge; give at least two")
-    if output.exists():
-        raise FileExistsError(f"{output} exists; give a new folder")
+    check_new(output)
     if method == "learned":
         if texts is None or len(texts) != len(checkpoints):
             raise ValueError(f"method='learned' needs a text for each of the {len(checkpoints)} checkpoints")

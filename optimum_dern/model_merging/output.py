@@ -16,14 +16,29 @@ from ..evaluation.loss.streamed import StreamedCheckpoint
 from ..text_files import replace_json
 
 
-__all__ = ["MergedCheckpoint", "new_folder"]
+__all__ = ["MergedCheckpoint", "check_new", "new_folder"]
+
+
+def check_new(output: Path) -> None:
+    """Refuse an output that exists, whole or in part: nothing of others is ever removed.
+
+    Raises:
+        FileExistsError: the message says what to do.
+    """
+    if output.exists():
+        raise FileExistsError(f"{output} exists; give a new folder")
+    if (part := _part(output)).exists():
+        raise FileExistsError(f"{part} exists, of a merge that runs or was killed; remove it if none runs")
+
+
+def _part(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """Make a folder that has its final name only once the context is left without an error; else nothing stays."""
-    part = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(part, ignore_errors=True)
+    part = _part(output)
     part.mkdir(parents=True)
     try:
         yield part

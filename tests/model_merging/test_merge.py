@@ -163,6 +163,15 @@ def test_refused(folders, tmp_path, options, error, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_there_stays(folders, tmp_path):
+    """A folder under the name that a merge has until it is whole may be of another merge, or somebody's own."""
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="out.partial exists.* remove it if none runs"):
+        merge_checkpoints(folders / "base", [folders / "one", folders / "two"], tmp_path / "out", method="ties")
+    assert (tmp_path / "out.partial" / "notes.txt").read_text() == "mine"
+
+
 def test_other_models_are_refused(folders, tmp_path):
     make_model("qwen3_moe").save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="other was not fine-tuned from .*base: .* is "):

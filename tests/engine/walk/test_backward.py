@@ -77,7 +77,7 @@ def test_against_the_whole_model(family, tmp_path):
         layer.experts._parameters.update(products)
         expected = sum(part.abs().sum(-1) for part in read_layer(layer).segments.parts)
         layer.experts._parameters.update(kept)
-        rounding = 1e-5 if family == "nemotron_h" else 1e-6  # parts of that model compute in float32 always
+        rounding = 5e-6 if family == "nemotron_h" else 1e-6  # parts of that model compute in float32 always
         torch.testing.assert_close(found[position].sensitivity, expected, rtol=rounding, atol=1e-12)
         assert torch.equal(found[position].sensitivity, in_files[position].sensitivity)
         assert before.up.shape[:2] == expected.shape

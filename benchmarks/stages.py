@@ -55,9 +55,10 @@ SEQUENCES, LENGTH = 16, 256
 
 
 class Timers:
-    """CPU seconds and calls by stage, where a stage inside another one counts for itself alone."""
+    """Seconds and calls by stage, where a stage inside another one counts for itself alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.process_time) -> None:
+        self.clock = clock
         self.seconds: dict[str, float] = defaultdict(float)
         self.calls: dict[str, int] = defaultdict(int)
         self.inside: list[str] = []
@@ -75,7 +76,7 @@ class Timers:
             self.inside.pop()
 
     def _switch(self) -> None:
-        now = time.process_time()
+        now = self.clock()
         if self.inside:
             self.seconds[self.inside[-1]] += now - self.since
         self.since = now

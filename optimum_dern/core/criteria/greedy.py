@@ -21,7 +21,7 @@ from ..layer.cost import Cost, LayerShape, held_by_chunk
 from ..layer.mixture import Routing, expert_batches, expert_output
 from ..layer.observation import ObservedLayer
 from ..layer.reduction import alone
-from ..router.choice import RouterChoice, choose_experts, recognise_choice
+from ..router.choice import RouterChoice, choose_experts, group_leaders, recognise_choice
 from ..router.rule import log_masses
 from .selection import MAX_SETS, Places, all_sets, check_places, count_sets, free_experts
 
@@ -46,9 +46,8 @@ class Trial:
 
     @property
     def independent(self) -> bool:
-        """Whether dropping an expert leaves the choice of all tokens that are not routed to it unchanged."""
-        shifted = self.choice.by == "exp" and self.choice.bias is not None  # softmax shifts relative to the bias
-        return not (shifted or self.choice.topk_group < self.choice.num_groups)
+        """Whether dropping an expert changes the choice only of tokens that chose it or that it led a group for."""
+        return self.choice.by != "exp" or self.choice.bias is None  # softmax shifts relative to the bias
 
     def losses(self, kept: Tensor) -> Tensor:
         """Compute |F - F_S| of several sets S (sets, n) over the tokens of all processes: (sets,) float64."""
@@ -76,8 +75,7 @@ class Trial:
             grown = 1 / (1 - log_masses(logits, self.choice.rule.phi).double().softmax(dim=1))  # (T, E)
         squares = self.energy.unsqueeze(1) - 2 * grown * linear.unsqueeze(1) + grown**2 * quadratic.unsqueeze(1)
         squares = squares.expand_as(logits).clone()
-        for slot in range(self.top_k):  # tokens routed to the dropped expert
-            gone = index[:, slot : slot + 1]
+        for gone in torch.cat([index, group_leaders(logits, self.choice)], dim=1).split(1, dim=1):  # (T, 1)
             squares.scatter_(1, gone, self._squares(logits.scatter(1, gone, -torch.inf)).unsqueeze(1))
         losses = self.layer.reduce(squares.sum(0)).clamp(min=0).sqrt()
         return losses.masked_fill_(dropped, torch.inf)

@@ -23,7 +23,7 @@ from ..layer.reduction import Reduce
 from .rule import AGREEMENT, RouterRule, log_masses, possible_logits, recognise_rule, share_of_tokens
 
 
-__all__ = ["RouterChoice", "UnknownRouter", "choose_experts", "recognise_choice"]
+__all__ = ["RouterChoice", "UnknownRouter", "choose_experts", "group_leaders", "recognise_choice"]
 
 COMPARED = {"logit": lambda z: z, "exp": lambda z: z.softmax(dim=1), "sigmoid": torch.sigmoid}
 
@@ -42,6 +42,11 @@ class RouterChoice(NamedTuple):
     topk_group: int = 1
     best_of_group: int = 2  # a group's score is the sum of this many best experts
 
+    @property
+    def by_groups(self) -> bool:
+        """Whether groups are chosen first, and experts only of those."""
+        return self.topk_group < self.num_groups
+
 
 def choose_experts(logits: Tensor, choice: RouterChoice, top_k: int) -> tuple[Tensor, Tensor]:
     """Choose the top-k experts and gate weights of tokens from their router logits.
@@ -54,12 +59,10 @@ def choose_experts(logits: Tensor, choice: RouterChoice, top_k: int) -> tuple[Te
     Returns:
         (T, k) indices, and (T, k) weights; where fewer than k experts may be chosen, the rest weigh 0.
     """
-    value = COMPARED[choice.by](logits)
-    value = value if choice.bias is None else value + choice.bias.to(value)
-    value = value.masked_fill(logits == -torch.inf, -torch.inf)
-    if choice.topk_group < choice.num_groups:
+    value = _compared(logits, choice)
+    if choice.by_groups:
         groups = value.view(len(value), choice.num_groups, -1)  # (T, groups, E / groups)
-        best = groups.topk(min(choice.best_of_group, groups.shape[2]), dim=2).values
+        best = _best_of_groups(groups, choice).values
         judged = best.masked_fill(best == -torch.inf, 0.0).sum(2)  # a group may have lost all but one
         judged = judged.masked_fill(best[..., 0] == -torch.inf, -torch.inf)  # (T, groups)
         closed = torch.ones_like(judged, dtype=torch.bool).scatter_(1, judged.topk(choice.topk_group).indices, False)
@@ -69,6 +72,35 @@ def choose_experts(logits: Tensor, choice: RouterChoice, top_k: int) -> tuple[Te
     if choice.rule.over_all:
         return index, choice.rule.scale * log.softmax(dim=1).gather(1, index)
     return index, choice.rule.scale * log.gather(1, index).softmax(dim=1)
+
+
+def group_leaders(logits: Tensor, choice: RouterChoice) -> Tensor:
+    """Return the experts that the scores of groups are made of.
+
+    Args:
+        logits: (T, E), -inf for experts that may not be chosen.
+        choice: the router's rules.
+
+    Returns:
+        (T, groups * best_of_group) indices, none where groups are not judged.
+    """
+    if not choice.by_groups:
+        return torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
+    groups = _compared(logits, choice).view(len(logits), choice.num_groups, -1)  # (T, groups, E / groups)
+    first = torch.arange(choice.num_groups, device=logits.device) * groups.shape[2]
+    return (_best_of_groups(groups, choice).indices + first.unsqueeze(1)).flatten(1)
+
+
+def _compared(logits: Tensor, choice: RouterChoice) -> Tensor:
+    """Compute the scores (T, E) that a router compares, -inf for experts that may not be chosen."""
+    value = COMPARED[choice.by](logits)
+    value = value if choice.bias is None else value + choice.bias.to(value)
+    return value.masked_fill(logits == -torch.inf, -torch.inf)
+
+
+def _best_of_groups(groups: Tensor, choice: RouterChoice) -> torch.return_types.topk:
+    """Find the experts of the highest scores of every group: values and places (T, groups, best_of_group)."""
+    return groups.topk(min(choice.best_of_group, groups.shape[2]), dim=2)
 
 
 def recognise_choice(layer: ObservedLayer, routing: Routing) -> tuple[RouterChoice, Tensor]:

@@ -12,11 +12,14 @@ from samples import assert_near
 from optimum_dern.core.criteria import greedy as module
 from optimum_dern.core.criteria.greedy import greedy
 from optimum_dern.core.criteria.selection import Places
+from optimum_dern.core.router.choice import choose_experts
 
 
 SOFTMAX = {"phi": "exp", "over_all": False, "scale": 1.0}
 EVERY_SOFTMAX = {"phi": "exp", "over_all": True, "scale": 1.5}
 DEEPSEEK = {"phi": "sigmoid", "over_all": False, "scale": 2.5, "by": "sigmoid", "groups": 2, "topk_group": 1}
+THREE_GROUPS = {**SOFTMAX, "by": "exp", "groups": 3, "topk_group": 2, "best": 1}
+GROUPED_LOGITS = {**SOFTMAX, "groups": 3, "topk_group": 1}  # of two experts: without one, a group's sum can grow
 BIAS = [0.3, -0.2, 0.1, 0.0, -0.3, 0.2]
 
 
@@ -56,7 +59,15 @@ def test_the_set_matches_the_reference(monkeypatch, rules, bias, places, exhaust
 
 
 @pytest.mark.parametrize(
-    ("rules", "bias"), [(SOFTMAX, None), (EVERY_SOFTMAX, None), ({**SOFTMAX, "by": "exp"}, BIAS), (DEEPSEEK, BIAS)]
+    ("rules", "bias"),
+    [
+        (SOFTMAX, None),
+        (EVERY_SOFTMAX, None),
+        ({**SOFTMAX, "by": "exp"}, BIAS),
+        (DEEPSEEK, BIAS),
+        (THREE_GROUPS, None),
+        (GROUPED_LOGITS, None),
+    ],
 )
 def test_one_expert_less_is_the_set_without_it(rules, bias):
     """The error without a candidate, from the tokens that it changes, is that of the smaller set from all tokens."""
@@ -68,6 +79,18 @@ def test_one_expert_less_is_the_set_without_it(rules, bias):
     losses = trial.losses_without(torch.arange(6) == 2)
     assert_near(losses[kept], whole, 1e-6)
     assert losses[2] == torch.inf
+
+
+@pytest.mark.parametrize(("rules", "most"), [(SOFTMAX, 1 + 2), (DEEPSEEK, 1 + 2 + 2 * 2)])
+def test_work_of_one_elimination(monkeypatch, rules, most):
+    """All tokens are routed once, and once for each place that decides: not once for each of the experts."""
+    calls = []
+    monkeypatch.setattr(module, "choose_experts", lambda *args: calls.append(1) or choose_experts(*args))
+    layer, _ = routed_layer(experts=24, **rules)
+    trial = module._prepare(layer)
+    calls.clear()
+    trial.losses_without(torch.arange(24) == 2)
+    assert len(calls) == most
 
 
 @pytest.mark.parametrize("exhaustive", [True, False])

@@ -1,6 +1,6 @@
 """Seconds, memory and host waits of compressing one MoE layer with the shape of a large model on a GPU.
 
-    python benchmarks/accelerator.py                                     # three shapes, three presets, 128 x 2,048 tokens
+    python benchmarks/accelerator.py                                     # three shapes, three presets, 262,144 tokens
     python benchmarks/accelerator.py --shapes Mixtral-8x7B --presets fast --scale 16 --device cpu     # to try it
 
 A model of one decoder layer with random bfloat16 weights is made on the device and compressed in memory to half of its

@@ -17,10 +17,11 @@ import json
 import sys
 import time
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
+from calibration_table import ORDER, plot, tables, task_tables
 from results_file import check_settings, read_results, write_results
 from splits import load_held_out, split_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,6 +31,8 @@ from optimum_dern import DernCompressor, DernConfig, __version__
 from optimum_dern.engine.run.model_batches import load_model_batches
 from optimum_dern.engine.run.own_text import OwnText
 from optimum_dern.evaluation.loss.perplexity import evaluate_texts, load_texts
+from optimum_dern.evaluation.tasks.accuracy import evaluate_tasks
+from optimum_dern.evaluation.tasks.load import load_tasks
 from optimum_dern.options import PRESETS
 
 
@@ -50,7 +53,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()
     if args.table:
-        print(tables(read_results(args.output)))
+        print(tables(read_results(args.output)), task_tables(read_results(args.output)), sep="\n")
         return plot(read_results(args.output), args.plot) if args.plot else None
     paths = [Path(args.model)] if args.model else MODELS
     for path in paths:
@@ -64,19 +67,21 @@ def main() -> None:
 def measure(path: Path, args: argparse.Namespace, seed: int) -> None:
     """Measure all calibrations and methods of one draw that the output file does not have yet."""
     tokenizer = AutoTokenizer.from_pretrained(path)
-    full = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    texts = evaluation_texts(args, tokenizer)
-    before = losses(full, texts)
+    full = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, args.dtype)).to(args.device).eval()
+    texts, tasks = evaluation_texts(args, tokenizer), load_tasks(args.tasks, args.tasks_folder, args.limit)
+    first = {"settings": settings(args), "loss": (before := losses(full, texts)), "rows": []}
+    first |= {"tasks": scores(full, tokenizer, tasks)} if tasks else {}
     for method in args.methods:
         for name in args.calibrations:
             results = read_results(args.output)
-            result = results.get(path.name, {"settings": settings(args), "loss": before, "rows": []})
+            result = results.get(path.name, first)
             row = {"calibration": name, "method": method, "seed": seed}
             if any(row.items() <= known.items() for known in result["rows"]):
                 continue
             started = time.perf_counter()
             model = compressed(full, tokenizer, name, method, args, seed, path.name)
             row["increase"] = {text: loss - before[text] for text, loss in losses(model, texts).items()}
+            row |= {"tasks": scores(model, tokenizer, tasks)} if tasks else {}
             row["seconds"] = round(time.perf_counter() - started, 1)
             result["rows"].append(row)
             write_results(args.output, {**results, path.name: result})
@@ -124,64 +129,10 @@ def losses(model: Any, texts: dict[str, list[dict]]) -> dict[str, float]:
     return {name: result.loss for name, result in evaluate_texts(model, texts).items()}
 
 
-def tables(results: dict[str, Any]) -> str:
-    """Format a table per model: a row per calibration and method, means over the draws."""
-    parts = []
-    for name, result in results.items():
-        texts = list(result["loss"])
-        parts.append(f"\n{name}\n\n| calibrated on | method | {' | '.join(texts)} | mean | draws |")
-        parts.append("|---|---|" + "---:|" * (len(texts) + 2))
-        keys = dict.fromkeys((row["calibration"], row["method"]) for row in result["rows"])
-        for calibration, method in sorted(keys, key=lambda key: (ORDER.index(key[0]), key[1])):
-            rows = rows_of(result, calibration, method)
-            cells = [f"{fmean(row['increase'][text] for row in rows):+.3f}" for text in texts]
-            means = [fmean(row["increase"].values()) for row in rows]
-            spread = f" ± {stdev(means):.3f}" if len(means) > 1 else ""
-            cells += [f"{fmean(means):+.3f}{spread}", str(len(rows))]
-            parts.append(f"| {calibration} | {method} | {' | '.join(cells)} |")
-    return "\n".join(parts)
-
-
-def rows_of(result: dict[str, Any], calibration: str, method: str) -> list[dict]:
-    """Return the rows of a calibration and method, one a draw."""
-    return [row for row in result["rows"] if (row["calibration"], row["method"]) == (calibration, method)]
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Plot the loss increase on every text: plain pruning and `recommended` by calibration."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    matplotlib.rcParams |= {"svg.hashsalt": "calibration", "svg.fonttype": "none"}  # reproducible and small
-    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 5), squeeze=False, sharey=True)
-    for axis, (name, result) in zip(axes[0], results.items(), strict=True):
-        there = {row["calibration"] for row in result["rows"] if row["method"] == "recommended"}
-        shown = [calibration for calibration in ORDER if calibration in there]
-        for method, colour in (("prune, router", "#D55E00"), ("recommended", "#0072B2")):
-            for place, calibration in enumerate(shown):
-                rows = rows_of(result, calibration, method)
-                points = [fmean(row["increase"][text] for row in rows) for text in result["loss"]] if rows else []
-                axis.plot(points, [place] * len(points), "o", color=colour, alpha=0.5, markersize=4)
-                if points:
-                    label = method if place == 0 else None
-                    axis.plot(fmean(points), place, "|", color=colour, markersize=16, markeredgewidth=3, label=label)
-        axis.set(title=name, xlabel="loss increase, nats per token (dots: texts, bars: means)")
-        axis.set_yticks(range(len(shown)), shown)
-        axis.grid(alpha=0.25, axis="x")
-        axis.legend(frameon=False)
-    axes[0][0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path)
-
-
-DOMAINS = ("news", "code", "books", "math")
-ORDER = [
-    *(domain + added for added in ("", "+self") for domain in DOMAINS),
-    *("mix", "mix+self", "self", "self512"),
-    *(domain + added for added in ("+random", "+self+random") for domain in DOMAINS),
-]
+def scores(model: Any, tokenizer: Any, tasks: list) -> dict[str, tuple[float, float]]:
+    """Score multiple-choice tasks: accuracy and its standard error by task."""
+    found = {name: result.main for name, result in evaluate_tasks(model, tokenizer, tasks).items()}
+    return {name: (figure.value, figure.standard_error) for name, figure in found.items()}
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -189,7 +140,9 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     names = ("num_samples", "sequence_length", "windows", "sparsity", "threads")
     shares = {"self": args.self_share, "random": args.random_share}
     versions = {"version": __version__, "torch": torch.__version__, "shares": shares}
-    return {name: getattr(args, name) for name in names} | versions
+    usual = {"device": "cpu", "dtype": "float32"}  # which result files leave out
+    unusual = {name: getattr(args, name) for name, value in usual.items() if getattr(args, name) != value}
+    return {name: getattr(args, name) for name in names} | versions | unusual
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -207,6 +160,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--random-share", type=float, default=0.25, help="of all sequences, for `+random`")
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows a text (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="+", default=[], help="also score these, as in optimum-dern evaluate")
+    parser.add_argument("--tasks-folder", type=Path)
+    parser.add_argument("--limit", type=int, default=500, help="items a task (default: %(default)s)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "calibration.json")
     parser.add_argument("--table", action="store_true", help="only print the tables of the output file")

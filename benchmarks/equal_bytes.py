@@ -83,7 +83,7 @@ def measure(path: Path, args: argparse.Namespace) -> None:
     results = read_results(args.output)
     rows = results.setdefault(path.name, {"loss": loss_of(full, texts), "rows": []})["rows"]
     known = {(row["plan"], row["share"], row["seed"]) for row in rows}
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         data = {"num_samples": args.num_samples, "sequence_length": args.sequence_length, "seed": seed}
         batches = load_batches(str(args.calibration), tokenizer, **data)
         for share in dict.fromkeys((*args.shares, layer.top_k / layer.num_experts)):
@@ -180,6 +180,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--evaluation", type=Path, default=TINY / "text" / "evaluation", help="file or folder")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--seeds", type=int, default=1, help="calibration draws (default: %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=0, help="number of the first of them")
     parser.add_argument("--num-samples", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--windows", type=int, default=24, help="evaluation windows a text (default: %(default)s)")

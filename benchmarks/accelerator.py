@@ -10,6 +10,7 @@ device, and the seconds of every stage from a second run, in which every stage w
 """
 
 import argparse
+import gc
 import json
 import time
 import warnings
@@ -107,6 +108,7 @@ def measure(shape: str, preset: str, rows: list[dict], device: torch.device, sca
         for name, (owner, function, _) in STAGES.items():
             stack.enter_context(patch.object(owner, function, timers.wrap(name, getattr(owner, function))))
         DernCompressor(config).compress_model(model)
+    del model
     return found | {"stages": {name: round(seconds, 3) for name, seconds in timers.seconds.items()}}
 
 
@@ -114,6 +116,7 @@ def make_model(shape: str, device: torch.device, scale: int) -> Any:
     """Make a model of one decoder layer with random weights, its widths divided by `scale`."""
     sizes = {name: size // scale if name in WIDTHS else size for name, size in SHAPES[shape].items()}
     config = AutoConfig.for_model(**sizes, num_hidden_layers=1, vocab_size=VOCABULARY, use_cache=False)
+    gc.collect()  # a model before it, whose modules and hooks refer to one another
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -79,6 +79,7 @@ def test_waits(name):
             compress(model, **DATA, **RUNS[name])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
+    found = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
+    waits = [f"{w.filename}:{w.lineno}" for w in found if "optimum_dern" in w.filename]  # not those of transformers
     counts = {place: waits.count(place) for place in waits}
     assert 0 < len(waits) <= MOST_WAITS[name] * 4, sorted(counts.items(), key=lambda item: -item[1])[:20]

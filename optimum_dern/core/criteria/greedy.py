@@ -75,22 +75,24 @@ class Trial:
             grown = 1 / (1 - log_masses(logits, self.choice.rule.phi).double().softmax(dim=1))  # (T, E)
         squares = self.energy.unsqueeze(1) - 2 * grown * linear.unsqueeze(1) + grown**2 * quadratic.unsqueeze(1)
         squares = squares.expand_as(logits).clone()
-        for gone in torch.cat([index, group_leaders(logits, self.choice)], dim=1).split(1, dim=1):  # (T, 1)
-            squares.scatter_(1, gone, self._squares(logits.scatter(1, gone, -torch.inf)).unsqueeze(1))
+        gone = torch.cat([index, group_leaders(logits, self.choice)], dim=1)  # (T, g) experts that tokens may miss
+        rows = logits.unsqueeze(1).expand(-1, gone.shape[1], -1).scatter(2, gone.unsqueeze(2), -torch.inf)  # (T, g, E)
+        squares.scatter_(1, gone, self._squares(rows.flatten(0, 1)).view(gone.shape))
         losses = self.layer.reduce(squares.sum(0)).clamp(min=0).sqrt()
         return losses.masked_fill_(dropped, torch.inf)
 
     def _squares(self, logits: Tensor) -> Tensor:
-        """Compute |F - F_S|^2 of every token (T,) from logits masked by S."""
+        """Compute |F - F_S|^2 (T g,) from the logits (T g, E) of g sets for each token, masked by them."""
         linear, quadratic = self._terms(*choose_experts(logits, self.choice, self.top_k))
-        return self.energy - 2 * linear + quadratic
+        return (self.energy.unsqueeze(1) - 2 * linear.view(len(self.energy), -1)).flatten() + quadratic
 
     def _terms(self, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute w . c and w . G w of every token, (T,) each."""
-        weight, token = weight.to(self.gram), torch.arange(len(index), device=index.device)
-        pairs = self.gram[token[:, None, None], index.unsqueeze(2), index.unsqueeze(1)]  # (T, k, k)
+        """Compute w . c and w . G w of g choices for every token, (T g,) each."""
+        weight, sets = weight.to(self.gram), len(index) // len(self.gram)
+        token = torch.arange(len(self.gram), device=index.device).repeat_interleave(sets, output_size=len(index))
+        pairs = self.gram[token[:, None, None], index.unsqueeze(2), index.unsqueeze(1)]  # (T g, k, k)
         quadratic = (weight * (pairs @ weight.unsqueeze(2)).squeeze(2)).sum(1)
-        return (weight * self.products.gather(1, index)).sum(1), quadratic
+        return (weight * self.products[token.unsqueeze(1), index]).sum(1), quadratic
 
 
 def _trial_tokens(num_experts: int, most: int | None) -> int:

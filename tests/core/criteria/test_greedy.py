@@ -84,13 +84,16 @@ def test_one_expert_less_is_the_set_without_it(rules, bias):
 @pytest.mark.parametrize(("rules", "most"), [(SOFTMAX, 1 + 2), (DEEPSEEK, 1 + 2 + 2 * 2)])
 def test_work_of_one_elimination(monkeypatch, rules, most):
     """All tokens are routed once, and once for each place that decides: not once for each of the experts."""
-    calls = []
-    monkeypatch.setattr(module, "choose_experts", lambda *args: calls.append(1) or choose_experts(*args))
+    routed = []
+    monkeypatch.setattr(
+        module, "choose_experts", lambda logits, *rest: routed.append(len(logits)) or choose_experts(logits, *rest)
+    )
     layer, _ = routed_layer(experts=24, **rules)
     trial = module._prepare(layer)
-    calls.clear()
+    routed.clear()
     trial.losses_without(torch.arange(24) == 2)
-    assert len(calls) == most
+    assert sum(routed) == most * len(trial.logits)
+    assert len(routed) == 2
 
 
 @pytest.mark.parametrize("exhaustive", [True, False])

@@ -14,6 +14,7 @@ import gc
 import json
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
@@ -96,7 +97,7 @@ def measure(shape: str, preset: str, rows: list[dict], device: torch.device, sca
     before = used(device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        report = counting_waits(device, lambda: DernCompressor(config).compress_model(model).dern_report)
+        report = counting_waits(device, DernCompressor(config).compress_model, model).dern_report
     found = {"seconds": sum(layer.seconds for layer in report.layers), "operations": operations}
     found |= {"memory": peak_memory(device) - before, "model": before}
     waits = [f"{warning.filename.rpartition('/')[2]}:{warning.lineno}" for warning in caught if is_wait(warning)]
@@ -125,13 +126,13 @@ def make_model(shape: str, device: torch.device, scale: int) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def counting_waits(device: torch.device, run: Any) -> Any:
-    """Run a function while torch warns of every wait of the host for the device."""
+def counting_waits(device: torch.device, run: Callable[[Any], Any], model: Any) -> Any:
+    """Run a function of a model while torch warns of every wait of the host for the device."""
     if device.type != "cuda":
-        return run()
+        return run(model)
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        return run()
+        return run(model)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -83,3 +83,11 @@ def test_waits(name):
     waits = [f"{w.filename}:{w.lineno}" for w in found if "optimum_dern" in w.filename]  # not those of transformers
     counts = {place: waits.count(place) for place in waits}
     assert 0 < len(waits) <= MOST_WAITS[name] * 4, sorted(counts.items(), key=lambda item: -item[1])[:20]
+
+
+def test_sixteen_bits():
+    """A bfloat16 model, whose experts run in TF32 on the GPU: errors as on the CPU but for rounding."""
+    here, there = (make_model("qwen3_moe").to(torch.bfloat16).to(device) for device in ("cpu", "cuda"))
+    first, second = (compress(model, **DATA, preset="fast").report for model in (here, there))
+    for one, other in zip(first.layers, second.layers, strict=True):
+        assert one.errors == pytest.approx(other.errors, rel=0.02)

@@ -77,19 +77,19 @@ class Trial:
         squares = squares.expand_as(logits).clone()
         gone = torch.cat([index, group_leaders(logits, self.choice)], dim=1)  # (T, g) experts that tokens may miss
         rows = logits.unsqueeze(1).expand(-1, gone.shape[1], -1).scatter(2, gone.unsqueeze(2), -torch.inf)  # (T, g, E)
-        squares.scatter_(1, gone, self._squares(rows.flatten(0, 1)).view(gone.shape))
+        squares.scatter_(1, gone, self._squares(rows.flatten(0, 1), gone.shape[1]).view(gone.shape))
         losses = self.layer.reduce(squares.sum(0)).clamp(min=0).sqrt()
         return losses.masked_fill_(dropped, torch.inf)
 
-    def _squares(self, logits: Tensor) -> Tensor:
+    def _squares(self, logits: Tensor, sets: int = 1) -> Tensor:
         """Compute |F - F_S|^2 (T g,) from the logits (T g, E) of g sets for each token, masked by them."""
-        linear, quadratic = self._terms(*choose_experts(logits, self.choice, self.top_k))
-        return (self.energy.unsqueeze(1) - 2 * linear.view(len(self.energy), -1)).flatten() + quadratic
+        linear, quadratic = self._terms(*choose_experts(logits, self.choice, self.top_k), sets)
+        return (self.energy.unsqueeze(1) - 2 * linear.view(-1, sets)).flatten() + quadratic
 
-    def _terms(self, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _terms(self, index: Tensor, weight: Tensor, sets: int = 1) -> tuple[Tensor, Tensor]:
         """Compute w . c and w . G w of g choices for every token, (T g,) each."""
-        weight, sets = weight.to(self.gram), len(index) // len(self.gram)
-        token = torch.arange(len(self.gram), device=index.device).repeat_interleave(sets, output_size=len(index))
+        weight, token = weight.to(self.gram), torch.arange(len(self.gram), device=index.device)
+        token = token.repeat_interleave(sets, output_size=len(index))  # (T g,)
         pairs = self.gram[token[:, None, None], index.unsqueeze(2), index.unsqueeze(1)]  # (T g, k, k)
         quadratic = (weight * (pairs @ weight.unsqueeze(2)).squeeze(2)).sum(1)
         return (weight * self.products[token.unsqueeze(1), index]).sum(1), quadratic

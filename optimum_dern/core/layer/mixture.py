@@ -83,8 +83,10 @@ def neuron_activations(segments: Segments, expert: int, hidden: Tensor, activati
         (n, f).
     """
     hidden = expert_inputs(segments, hidden)
-    gate = None if segments.gate is None else hidden @ segments.gate[expert].to(hidden.dtype).T  # (n, f)
-    return activation(gate, hidden @ segments.up[expert].to(hidden.dtype).T)
+    with segments.workspace.products(hidden.device):
+        gate = None if segments.gate is None else hidden @ segments.gate[expert].to(hidden.dtype).T  # (n, f)
+        up = hidden @ segments.up[expert].to(hidden.dtype).T  # (n, f)
+    return activation(gate, up)
 
 
 def expert_inputs(segments: Segments, hidden: Tensor) -> Tensor:
@@ -129,7 +131,8 @@ def _slots(routing: Routing, num_experts: int, experts: list[int] | None) -> Ite
 
 def expert_output(segments: Segments, batch: ExpertBatch) -> Tensor:
     """Compute the expert output e = D h (+ bias) of a batch, without its gate weight: (n, o)."""
-    output = batch.neurons @ segments.down[batch.expert].to(batch.neurons.dtype)
+    with segments.workspace.products(batch.neurons.device):
+        output = batch.neurons @ segments.down[batch.expert].to(batch.neurons.dtype)
     return output if segments.output_bias is None else output + segments.output_bias[batch.expert]
 
 

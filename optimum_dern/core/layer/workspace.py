@@ -1,10 +1,11 @@
-"""Allocator and memory limits for computations on a layer's experts.
+"""Allocator, memory limits and precision for computations on a layer's experts.
 
 By default tensors are in memory.  For a layer whose experts do not fit, a workspace allocates them in memory-mapped
 files: all computations go expert by expert, so only one expert's pages have to be resident.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -19,11 +20,12 @@ CHUNK_TOKENS = 4096  # small enough for the caches of a CPU, large enough to fil
 
 
 class Workspace(NamedTuple):
-    """Allocator and memory limits of the steps on a layer; results depend on them only by rounding (order of sums)."""
+    """Allocator, memory limits and precision of the steps on a layer; results depend on them only by rounding."""
 
     empty: Empty = torch.empty  # allocates tensors with an entry for every expert
     max_elements: int = MAX_ELEMENTS  # most elements of any other temporary tensor
     chunk_tokens: int = CHUNK_TOKENS  # tokens in one forward pass of an expert
+    products: Callable[[torch.device], AbstractContextManager] = nullcontext  # in which experts are run on a device
 
     def empty_like(self, tensor: Tensor, count: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Allocate a tensor with the memory layout of another, so that matrix products agree bit for bit.

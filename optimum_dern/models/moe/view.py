@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ...core.layer.mixture import Activation
 from ...core.layer.segments import Segments, parameters_from_segments, segments_from_parameters
 from ...core.router.rows import retain
+from ...machine.precision import products_in_tf32
 from .structure import COUNT_ATTRIBUTES, COUNT_KEYS, WIDTH_ATTRIBUTES, MoELayer
 
 
@@ -38,10 +39,16 @@ class LayerWeights:
 
 
 def read_layer(layer: MoELayer) -> LayerWeights:
-    """Read a layer's weights, as views of the model's parameters where the layout allows."""
+    """Read a layer's weights, as views of the model's parameters where the layout allows.
+
+    Experts with weights of 16 bits run in TF32 on CUDA, which rounds none of these and less than the model itself.
+    """
     parameters = {name: tensor.detach() for name, tensor in layer.experts._parameters.items() if tensor is not None}
     routing = {r.path: r.tensor.detach() for r in layer.routing}
-    return LayerWeights(segments_from_parameters(parameters, layer.layout, layer.workspace), routing)
+    workspace = layer.workspace
+    if layer.experts.down_proj.element_size() < torch.float32.itemsize:
+        workspace = workspace._replace(products=products_in_tf32)
+    return LayerWeights(segments_from_parameters(parameters, layer.layout, workspace), routing)
 
 
 def retained_routing(layer: MoELayer, weights: LayerWeights, retained: Tensor) -> dict[str, Tensor]:

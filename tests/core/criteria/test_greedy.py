@@ -217,3 +217,12 @@ def test_processes_agree_with_one(monkeypatch, limit, rules, bias, places):
     for scores, retained in results:
         assert_near(scores, expected[0], 1e-4)
         assert torch.equal(scores, results[0][0]) and torch.equal(retained, expected[1])
+
+
+@pytest.mark.parametrize("rules", [SOFTMAX, DEEPSEEK])
+def test_a_process_without_tokens(rules):
+    """It adds nothing to the errors that the others find."""
+    trial = module._prepare(routed_layer(**rules)[0])
+    none = {name: getattr(trial, name)[:0] for name in ("logits", "gram", "products", "energy")}
+    losses = replace(trial, **none).losses_without(torch.arange(6) == 2)
+    assert losses.tolist() == [0, 0, torch.inf, 0, 0, 0]

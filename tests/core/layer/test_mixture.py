@@ -1,5 +1,7 @@
 """Neuron activations, the walk over routed tokens, and the routed sum."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from reference import reference_layer_output, reference_neurons
@@ -143,3 +145,19 @@ def test_parts_make_a_whole(weighs_input):
     whole = Routing.concatenate([routing.select(slice(0, 5)), routing.select(slice(5, 12))])
     assert all(torch.equal(a, b) for a, b in zip(whole[:3], routing[:3], strict=True))
     assert whole.weighs_input is weighs_input
+
+
+def test_experts_run_in_the_products_of_their_workspace():
+    """Both halves of an expert's run enter the context that the workspace gives for the device."""
+    entered = []
+
+    @contextmanager
+    def products(device):
+        entered.append(device.type)
+        yield
+
+    segments, routing = make_segments(), make_routing()
+    segments = segments._replace(workspace=segments.workspace._replace(products=products))
+    routed_output(segments, routing, activation)
+    batches = list(expert_batches(segments, routing, activation))
+    assert entered == ["cpu"] * 3 * len(batches)  # each batch twice, and its neurons once more

@@ -61,7 +61,7 @@ def choose_experts(logits: Tensor, choice: RouterChoice, top_k: int) -> tuple[Te
     """
     value = _compared(logits, choice)
     if choice.by_groups:
-        groups = value.view(len(value), choice.num_groups, -1)  # (T, groups, E / groups)
+        groups = _by_group(value, choice)
         best = _best_of_groups(groups, choice).values
         judged = best.masked_fill(best == -torch.inf, 0.0).sum(2)  # a group may have lost all but one
         judged = judged.masked_fill(best[..., 0] == -torch.inf, -torch.inf)  # (T, groups)
@@ -86,7 +86,7 @@ def group_leaders(logits: Tensor, choice: RouterChoice) -> Tensor:
     """
     if not choice.by_groups:
         return torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
-    groups = _compared(logits, choice).view(len(logits), choice.num_groups, -1)  # (T, groups, E / groups)
+    groups = _by_group(_compared(logits, choice), choice)
     first = torch.arange(choice.num_groups, device=logits.device) * groups.shape[2]
     return (_best_of_groups(groups, choice).indices + first.unsqueeze(1)).flatten(1)
 
@@ -96,6 +96,10 @@ def _compared(logits: Tensor, choice: RouterChoice) -> Tensor:
     value = COMPARED[choice.by](logits)
     value = value if choice.bias is None else value + choice.bias.to(value)
     return value.masked_fill(logits == -torch.inf, -torch.inf)
+
+
+def _by_group(value: Tensor, choice: RouterChoice) -> Tensor:
+    return value.view(len(value), choice.num_groups, value.shape[1] // choice.num_groups)  # (T, groups, E / groups)
 
 
 def _best_of_groups(groups: Tensor, choice: RouterChoice) -> torch.return_types.topk:

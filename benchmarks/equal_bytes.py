@@ -39,19 +39,21 @@ def plans(share: float, experts: int, top_k: int) -> dict[str, dict[str, Any]]:
     both = {"num_experts": round(experts * share**0.5)}  # and the rest by the width
     both["width_sparsity"] = 1 - share * experts / both["num_experts"]
     kept = {"sparsity": 1 - share}
+    condensed = {}
     if share == top_k / experts:
-        condensed = {"method": "cd_moe", "num_experts": top_k}
-        return {
-            "condensed (cd_moe), published": condensed | PUBLISHED,
-            "condensed (cd_moe), recommended": condensed | RECOMMENDED,
-            "fewer (dern), recommended": kept | RECOMMENDED,
+        options = {"method": "cd_moe", "num_experts": top_k}
+        condensed = {
+            "condensed (cd_moe), published": options | PUBLISHED,
+            "condensed (cd_moe), recommended": options | RECOMMENDED,
         }
+        if share not in SHARES:
+            return condensed | {"fewer (dern), recommended": kept | RECOMMENDED}
     narrow = {
         f"narrower ({name}), {title}": {"method": name, "width_sparsity": 1 - share} | options
         for name in NARROWING
         for title, options in (("published", PUBLISHED), ("recommended", RECOMMENDED))
     }
-    return {
+    return condensed | {
         "fewer (reap), published": {"method": "prune", "selection": "reap"} | kept | PUBLISHED,
         "fewer (dern), recommended": kept | RECOMMENDED,
         "merged (uncurl), published": {"method": "uncurl"} | kept | PUBLISHED,

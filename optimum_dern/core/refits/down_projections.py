@@ -14,7 +14,7 @@ Experts that few tokens reach stay near their old weights, because the ridge dom
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,9 +40,9 @@ def refit_down(
     sweeps: int = 3,
     reduce: Reduce = alone,
 ) -> Iterator[Segments]:
-    """Refit the down projections of one layer to a target output by ridge regression, with several ridges in turn.
+    """Refit the down projections of one layer to a target output by ridge regression, with several ridges at once.
 
-    The neurons and their normal equations are computed once for all ridges and sweeps.
+    Every expert's neurons are computed three times for all ridges of one sweep, or once where they fit in memory.
 
     Args:
         segments: N retained experts; their down projections are the D_i0.
@@ -62,19 +62,8 @@ def refit_down(
     """
     if sweeps < 1 or not all(ridge > 0 for ridge in ridges):
         raise ValueError(f"refit needs ridge > 0 and sweeps >= 1, got ridge={list(ridges)}, sweeps={sweeps}")
-    parts = _part_source(segments, routing, activation)
-    grams = _gram_source(parts, segments, reduce)
-    if len(ridges) > 1:
-        grams = _kept(grams, segments)
-    start = target.to(segments.compute_dtype, copy=True)  # (T, o) residual of the unfitted experts
-    for expert, down in enumerate(segments.down):
-        for part in parts(expert):
-            output = part.features @ down.to(start.dtype)  # (n, o)
-            bias = 0.0 if segments.output_bias is None else part.weight * segments.output_bias[expert]
-            start.index_add_(0, part.token, output + bias, alpha=-1)
-    for number, ridge in enumerate(ridges, start=1):
-        residual = start if number == len(ridges) else start.clone()
-        yield segments._replace(down=_swept(segments, parts, grams, residual, ridge, sweeps, reduce))
+    for down in _fitted(segments, _part_source(segments, routing, activation), target, ridges, sweeps, reduce):
+        yield segments._replace(down=down)
 
 
 class Part(NamedTuple):
@@ -85,34 +74,88 @@ class Part(NamedTuple):
     weight: Tensor  # (n, 1)
 
 
-def _swept(
+class Fit(NamedTuple):
+    """The fit with one ridge so far."""
+
+    ridge: float
+    down: Tensor  # (N, f, o)
+    residual: Tensor  # (T, o) target less the output
+
+
+def _fitted(
     segments: Segments,
     parts: Callable[[int], Iterable[Part]],
-    grams: Callable[[int], Tensor],
-    residual: Tensor,
-    ridge: float,
+    target: Tensor,
+    ridges: Sequence[float],
     sweeps: int,
     reduce: Reduce,
-) -> Tensor:
-    """Return the down projections (N, f, o) after some sweeps; the residual (T, o) is updated along with them."""
-    original = segments.down
-    down = segments.workspace.copy(original, segments.compute_dtype)  # (N, f, o)
-    systems = _kept(lambda expert: _invert(grams(expert), ridge), segments) if sweeps > 1 else None
-    unsolved = torch.zeros(len(down), dtype=torch.bool, device=down.device)
+) -> list[Tensor]:
+    """Return the down projections (N, f, o) for each ridge; their residuals are freed."""
+    start, space, experts = _residual(segments, parts, target), segments.workspace, len(segments.down)
+    residuals = [start, *(start.clone() for _ in ridges[1:])]
+    downs = [space.copy(segments.down, start.dtype) for _ in ridges]
+    fits = list(map(Fit, ridges, downs, residuals))
+    failed = torch.zeros(len(ridges), experts, dtype=torch.bool, device=start.device)
+    kept: dict[int, Tensor] = {}  # matrices A by expert, for the next sweep
+    keep = sweeps > 1 and experts * segments.down.shape[1] ** 2 <= space.max_elements
     for _ in range(sweeps):
-        for expert in range(len(down)):
-            inverse, penalty, failed = systems(expert) if systems else _invert(grams(expert), ridge)
-            correlation = torch.zeros_like(down[expert])  # (f, o)
-            for part in parts(expert):
-                correlation.addmm_(part.features.T, residual[part.token])
-            step = inverse @ (reduce(correlation) - penalty * (down[expert] - original[expert]))
-            unsolved[expert] = failed
-            down[expert] += step
-            for part in parts(expert):
-                residual.index_add_(0, part.token, part.features @ step, alpha=-1)
-    if experts := [expert for expert, failed in enumerate(unsolved.tolist()) if failed]:
-        logger.warning("experts %s: singular refit system, their down projections stay; raise refit_ridge", experts)
-    return down
+        for expert in range(experts):
+            gram, correlations = _normal_equations(parts(expert), fits, expert, kept.get(expert), reduce)
+            if keep:
+                kept[expert] = gram
+            failed[:, expert] = _step_(segments, parts(expert), fits, expert, gram, correlations)
+    for fit, flags in zip(fits, failed.tolist(), strict=True):
+        if unsolved := [expert for expert, flag in enumerate(flags) if flag]:
+            reason = "singular refit system, their down projections stay; raise refit_ridge"
+            logger.warning("experts %s: %s (ridge %g)", unsolved, reason, fit.ridge)
+    return downs
+
+
+def _residual(segments: Segments, parts: Callable[[int], Iterable[Part]], target: Tensor) -> Tensor:
+    """Compute the target (T, o) less the output of the unfitted experts."""
+    residual = target.to(segments.compute_dtype, copy=True)
+    for expert, down in enumerate(segments.down):
+        for part in parts(expert):
+            output = part.features @ down.to(residual.dtype)  # (n, o)
+            bias = 0.0 if segments.output_bias is None else part.weight * segments.output_bias[expert]
+            residual.index_add_(0, part.token, output + bias, alpha=-1)
+    return residual
+
+
+def _normal_equations(
+    parts: Iterable[Part], fits: Sequence[Fit], expert: int, gram: Tensor | None, reduce: Reduce
+) -> tuple[Tensor, Tensor]:
+    """Compute an expert's matrix A (f, f), unless it is given, and its products with the residuals (ridges, f, o)."""
+    down, known = fits[0].down[expert], gram is not None
+    gram = gram if known else down.new_zeros(len(down), len(down))
+    correlations = down.new_zeros(len(fits), *down.shape)
+    for part in parts:
+        if not known:
+            gram.addmm_(part.features.T, part.features)
+        for correlation, fit in zip(correlations, fits, strict=True):
+            correlation.addmm_(part.features.T, fit.residual[part.token])
+    return gram if known else reduce(gram), reduce(correlations)
+
+
+def _step_(
+    segments: Segments,
+    parts: Iterable[Part],
+    fits: Sequence[Fit],
+    expert: int,
+    gram: Tensor,
+    correlations: Tensor,
+) -> Tensor:
+    """Take the exact step of one expert with every ridge; returns which of them (ridges,) failed."""
+    steps, failures = [], []
+    for fit, correlation in zip(fits, correlations, strict=True):
+        inverse, penalty, failed = _invert(gram, fit.ridge)
+        steps.append(inverse @ (correlation - penalty * (fit.down[expert] - segments.down[expert])))
+        fit.down[expert] += steps[-1]
+        failures.append(failed)
+    for part in parts:
+        for fit, step in zip(fits, steps, strict=True):
+            fit.residual.index_add_(0, part.token, part.features @ step, alpha=-1)
+    return torch.stack(failures)
 
 
 def _invert(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,43 +194,17 @@ def _computed_parts(segments: Segments, routing: Routing, activation: Activation
     return compute
 
 
-def _gram_source(
-    parts: Callable[[int], Iterable[Part]], segments: Segments, reduce: Reduce
-) -> Callable[[int], Tensor]:
-    """Return a function from expert to its matrix A (f, f)."""
-    width = segments.down.shape[1]
-
-    def compute(expert: int) -> Tensor:
-        gram = segments.down.new_zeros(width, width, dtype=segments.compute_dtype)
-        for part in parts(expert):
-            gram.addmm_(part.features.T, part.features)
-        return reduce(gram)
-
-    return compute
-
-
-def _kept(compute: Callable[[int], Any], segments: Segments) -> Callable[[int], Any]:
-    """Return the function with its results for all experts cached if matrices (N, f, f) fit in memory."""
-    experts, width, _ = segments.down.shape
-    if experts * width**2 > segments.workspace.max_elements:
-        return compute
-    return [compute(expert) for expert in range(experts)].__getitem__
-
-
 def refit_down_cost(shape: LayerShape, sweeps: int, ridges: int = 1) -> Cost:
     """Cost of `refit_down` on the tokens of a shape, without copies of their inputs and targets."""
     neurons, matrices = shape.tokens * shape.top_k * shape.width, shape.retained * shape.width**2
-    kept, cached = neurons <= shape.max_elements, matrices <= shape.max_elements
+    kept, cached = neurons <= shape.max_elements, sweeps > 1 and matrices <= shape.max_elements
     rounds = sweeps * ridges
-    held = (1 + (ridges > 1)) * shape.tokens * shape.outputs + 4 * shape.width**2 + 3 * shape.down
-    held += (neurons if kept else 0) + (matrices * ((ridges > 1) + (sweeps > 1)) if cached else 0)
+    held = ridges * shape.tokens * shape.outputs + 4 * shape.width**2 + (2 * ridges + 1) * shape.down
+    held += (neurons if kept else 0) + (matrices if cached else 0)
     down = shape.retained * shape.down
     routed = 2.0 * shape.tokens * shape.top_k * shape.down
-    grams = 1 if cached else rounds
+    grams = 1 if cached else sweeps
     once = experts_operations(shape) + 2.0 * neurons * shape.width * grams + 2 * rounds * routed
-    again = 0 if kept else (2 * rounds + grams) * (experts_operations(shape) - routed)
-    inverted = (ridges if cached else rounds) * shape.retained * shape.width**3
-    solved = rounds * shape.retained * 2.0 * shape.width * shape.down + inverted
-    return Cost(
-        shape.number * held + held_by_chunk(shape), (1 + (ridges > 1)) * shape.number * down, once + again + solved
-    )
+    again = 0 if kept else 2 * sweeps * (experts_operations(shape) - routed)
+    solved = rounds * shape.retained * (2.0 * shape.width * shape.down + shape.width**3)
+    return Cost(shape.number * held + held_by_chunk(shape), ridges * shape.number * down, once + again + solved)

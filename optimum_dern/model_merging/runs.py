@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.format.sidecars import copy_companions
+from ..checkpoint.output.new_folder import new_folder
 from ..checkpoint.source.resolve import resolve_checkpoint
 from ..machine.progress import progress_bar
 from ..models.loading import load_model, parse_dtype
 from .layerwise import learn_layerwise
 from .learned import LearnedSettings, learn_coefficients
-from .output import MergedCheckpoint, new_folder
+from .output import MergedCheckpoint
 from .parts import CheckpointParts
 
 

@@ -9,24 +9,12 @@ from torch import Tensor
 from ..checkpoint.format.sidecars import copy_companions
 from ..checkpoint.format.tensor_file import DTYPES, dtype_name
 from ..checkpoint.output.config_json import compressed_config
-from ..checkpoint.output.new_folder import check_no_part
 from ..checkpoint.output.shards import OutputTensor, ShardWriter, plan_shards, publish_shards
 from ..evaluation.loss.streamed import StreamedCheckpoint
 from ..text_files import replace_json
 
 
-__all__ = ["MergedCheckpoint", "check_new"]
-
-
-def check_new(output: Path) -> None:
-    """Refuse an output that exists, whole or in part: nothing of others is ever removed.
-
-    Raises:
-        FileExistsError: the message says what to do.
-    """
-    if output.exists():
-        raise FileExistsError(f"{output} exists; give a new folder")
-    check_no_part(output)
+__all__ = ["MergedCheckpoint"]
 
 
 class MergedCheckpoint:

@@ -1,13 +1,31 @@
-"""A folder that gets its final name once it is whole; until then it lies beside it as `NAME.partial`."""
+"""Folders of results: new ones that get their names once they are whole, and others that files are put into.
+
+Until it is whole, a new folder lies beside its final name as `NAME.partial`.
+"""
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
+
+from ...errors import naming
 
 
-__all__ = ["check_no_part", "new_folder"]
+__all__ = ["check_new", "check_no_part", "folder_to_fill", "new_folder"]
+
+PROBE = bytes(1 << 12)
+
+
+def check_new(output: Path) -> None:
+    """Refuse an output that exists, whole or in part: nothing of others is ever removed.
+
+    Raises:
+        FileExistsError: the message says what to do.
+    """
+    if output.exists():
+        raise FileExistsError(f"{output} exists; give a new folder")
+    check_no_part(output)
 
 
 def check_no_part(output: Path) -> None:
@@ -57,3 +75,31 @@ def _replace(output: Path, part: Path) -> None:
         except BaseException:
             earlier.replace(output)
             raise
+
+
+@contextmanager
+def folder_to_fill(folder: Path) -> Iterator[None]:
+    """Open the context of the work whose results go into a folder, which may have other files: it is made first.
+
+    Args:
+        folder: what is made of it goes again on an error, unless something is in it by then.
+
+    Raises:
+        OSError: it cannot be written to, which is found before the work.
+        ValueError: it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with naming(folder), TemporaryFile(dir=folder) as probe:
+            probe.write(PROBE)
+            probe.flush()
+        yield
+    except BaseException:
+        for path in made:
+            if any(path.iterdir()):
+                break
+            path.rmdir()
+        raise

@@ -27,7 +27,7 @@ from torch import Tensor
 from ...checkpoint.output.new_folder import check_no_part, new_folder
 from ...checks.batches import check_batches
 from ...data.files import listed
-from ...errors import explained
+from ...errors import explained, naming
 from ...text_files import read_object
 from ..loss.logits import batch_logits, rows_of
 
@@ -183,7 +183,8 @@ def _write_batches(model: Any, texts: Mapping[str, Sequence[dict]], folder: Path
         sequences = zip(logits, batch["input_ids"], batch["attention_mask"], strict=True)
         rows = [_summary(*sequence, top_k, generator) for sequence in sequences]
         tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        save_file({key: batch[key].contiguous() for key in INPUTS} | tensors, _batch_file(folder, text, i))
+        with naming(file := _batch_file(folder, text, i)):
+            save_file({key: batch[key].contiguous() for key in INPUTS} | tensors, file)
     return vocabulary
 
 

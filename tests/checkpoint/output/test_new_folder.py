@@ -1,10 +1,13 @@
-"""Folders that get their names once they are whole: nothing of others is removed, nothing half-written is seen."""
+"""Folders of results: nothing of others is removed, nothing half-written is seen, what fails leaves nothing."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from optimum_dern.checkpoint.output.new_folder import check_no_part, new_folder
+from optimum_dern.checkpoint.output import new_folder as new_folder_module
+from optimum_dern.checkpoint.output.new_folder import check_new, check_no_part, folder_to_fill, new_folder
 
 
 def write(folder: Path, text: str) -> Path:
@@ -83,3 +86,52 @@ def test_a_part_that_is_there(tmp_path, replace):
     with pytest.raises(FileExistsError, match="remove it if none runs"), new_folder(tmp_path / "out", replace):
         raise AssertionError("the folder was opened")
     assert names(tmp_path) == ["out.partial"] and (tmp_path / "out.partial" / "file").read_text() == "theirs"
+
+
+def test_new(tmp_path):
+    """Neither the output nor a part of it may be there."""
+    check_new(tmp_path / "out")
+    write(tmp_path / "out", "theirs")
+    with pytest.raises(FileExistsError, match="out exists; give a new folder"):
+        check_new(tmp_path / "out")
+
+
+def test_folders_that_are_filled(tmp_path):
+    """They are made before the work; what others have in them stays."""
+    for _ in range(2):
+        with folder_to_fill(tmp_path / "above" / "out"):
+            (tmp_path / "above" / "out" / "file").write_text("new")
+    assert names(tmp_path / "above" / "out") == ["file"]
+
+
+@pytest.mark.parametrize("there", [[], ["above"], ["above", "above/out"], ["above", "above/out", "above/out/notes"]])
+def test_work_that_fails(tmp_path, there):
+    """Only what was made for it goes again."""
+    for name in there:
+        (tmp_path / name).mkdir()
+    with pytest.raises(KeyboardInterrupt), folder_to_fill(tmp_path / "above" / "out"):
+        raise KeyboardInterrupt
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == there
+
+
+def test_work_that_leaves_something(tmp_path):
+    """A folder with files stays."""
+    with pytest.raises(KeyboardInterrupt), folder_to_fill(tmp_path / "out"):
+        (tmp_path / "out" / "file").write_text("new")
+        raise KeyboardInterrupt
+    assert names(tmp_path / "out") == ["file"]
+
+
+def test_folders_that_cannot_be_written_to(tmp_path, monkeypatch):
+    """It is said before the work, with the folder's name; a file is no folder."""
+    (tmp_path / "file").write_text("theirs")
+    with pytest.raises(ValueError, match="file is a file; give a folder"), folder_to_fill(tmp_path / "file"):
+        raise AssertionError("the work has begun")
+
+    def refuse(dir):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(new_folder_module, "TemporaryFile", refuse)
+    with pytest.raises(OSError) as caught, folder_to_fill(tmp_path / "out"):
+        raise AssertionError("the work has begun")
+    assert caught.value.filename == str(tmp_path / "out") and names(tmp_path) == ["file"]

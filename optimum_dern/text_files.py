@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ __all__ = [
     "replace_text",
     "replacing",
 ]
+
+HALF = re.compile("[\ud800-\udfff]")  # of a pair that stands for one character in UTF-16, and for nothing alone
 
 
 def replace_text(path: Path, text: str, durable: bool = False) -> None:
@@ -112,4 +115,6 @@ def parse_object(content: bytes, name: str) -> dict[str, Any]:
         raise ValueError(f"{name} {reason}; download it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{name} holds a {type(value).__name__} where a JSON object is needed; download it again")
+    if b"\\ud" in content.lower() and HALF.search(json.dumps(value, ensure_ascii=False)):
+        raise ValueError(f"{name} holds one half of a surrogate pair, which no text has; download it again")
     return value

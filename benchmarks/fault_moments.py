@@ -1,6 +1,7 @@
 """What is done to a run from within its process, and when: limits, signals, a full disk, a source that changes."""
 
 import functools
+import itertools
 import os
 import resource
 import socket
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from optimum_dern.checkpoint.source.loader import PartLoader
 from optimum_dern.engine.run import checkpoint
@@ -15,6 +17,7 @@ from optimum_dern.machine import processes
 
 
 __all__ = [
+    "at_call",
     "at_layer",
     "at_publication",
     "change_source",
@@ -43,6 +46,19 @@ def at_layer(action: Action, position: int = 1) -> None:
         return loaded(self, now, *tensors)
 
     PartLoader.loaded = acting
+
+
+def at_call(owner: Any, name: str, action: Action, number: int = 0) -> None:
+    """Act before a function of a module or class is called, the time of this number, counted from 0."""
+    function, calls = getattr(owner, name), itertools.count()
+
+    @functools.wraps(function)
+    def acting(*args, **kwargs):
+        if next(calls) == number:
+            action()
+        return function(*args, **kwargs)
+
+    setattr(owner, name, acting)
 
 
 def at_publication(action: Action) -> None:

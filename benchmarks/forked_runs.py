@@ -135,6 +135,8 @@ def digests(folder: Path) -> dict[str, str]:
 def half_written(folder: Path, expected: Mapping[str, str]) -> list[str]:
     """List the files of an unfinished run that have a final name, and not the content that they should have then.
 
+    Names that begin with a dot or end with `.partial`, and what is in folders of such names, are not final.
+
     Args:
         folder: of the output.
         expected: what `digests` says of a finished one.
@@ -142,7 +144,7 @@ def half_written(folder: Path, expected: Mapping[str, str]) -> list[str]:
     found = []
     for file in sorted(folder.rglob("*")):
         parts = file.relative_to(folder).parts
-        if not file.is_file() or any(part.startswith(".") for part in parts):  # named as unfinished
+        if not file.is_file() or any(part.startswith(".") or part.endswith(".partial") for part in parts):
             continue
         content = file.read_bytes()
         if file.name in ENDS:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 
-__all__ = ["Sizes", "random_tokens", "write_model"]
+__all__ = ["Sizes", "random_tokens", "write_fine_tuned", "write_model"]
 
 VOCABULARY = 4096
 
@@ -46,6 +46,16 @@ def write_model(folder: Path, sizes: Sizes) -> None:
         model = Qwen3MoeForCausalLM(config)
         for layer in model.model.layers:
             layer.mlp.gate.weight.normal_(std=0.05)
+    model.save_pretrained(folder)
+
+
+def write_fine_tuned(folder: Path, base: Path, seed: int) -> None:
+    """Write a checkpoint that differs from another by noise, as if it were fine-tuned from it."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Qwen3MoeForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
 
 

@@ -63,7 +63,7 @@ def describe_error(error: BaseException) -> str:
 
 @contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Name a file in the system's errors that tell none, such as those of writing.
+    """Name a file in the system's errors that tell none, such as those of writing, and in what libraries make of them.
 
     Args:
         path: of the file.
@@ -73,6 +73,11 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+    except Exception as error:
+        if not (found := re.search(r"\(os error (\d+)\)", str(error).lower())):  # of libraries in Rust
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 @contextmanager

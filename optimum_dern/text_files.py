@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,18 @@ from typing import Any
 from .errors import naming
 
 
-__all__ = ["parse_object", "read_object", "replace_by_copy", "replace_json", "replace_rows", "replace_text"]
+__all__ = [
+    "json_text",
+    "parse_object",
+    "read_object",
+    "replace_by_copy",
+    "replace_json",
+    "replace_rows",
+    "replace_text",
+    "replacing",
+]
+
+HALF = re.compile("[\ud800-\udfff]")  # of a pair that stands for one character in UTF-16, and for nothing alone
 
 
 def replace_text(path: Path, text: str, durable: bool = False) -> None:
@@ -25,7 +37,7 @@ def replace_text(path: Path, text: str, durable: bool = False) -> None:
     if path.exists() and not path.is_file():  # such as /dev/stdout, which nothing can replace
         path.write_text(text, "utf-8")
         return
-    with _replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         if durable:
             file.flush()
@@ -39,13 +51,19 @@ def replace_by_copy(path: Path, source: Path) -> None:
         path: of the file; its folder must exist.
         source: of the new content.
     """
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         shutil.copyfile(source, temporary)
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Open the context in which a file beside another is written, which then takes its name; removed on an error."""
+def replacing(path: Path) -> Iterator[Path]:
+    """Open the context in which a file beside another is written, which then takes its name; removed on an error.
+
+    Several that belong together are written in contexts within one another: what is opened first gets its name last.
+
+    Args:
+        path: of the file; its folder must exist.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with naming(path):
@@ -58,7 +76,12 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def replace_json(path: Path, value: Any) -> None:
     """Replace a file atomically by indented JSON."""
-    replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    replace_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Encode a value as indented JSON, as the files of results are."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def replace_rows(path: Path, rows: Iterable[Any]) -> None:
@@ -92,4 +115,6 @@ def parse_object(content: bytes, name: str) -> dict[str, Any]:
         raise ValueError(f"{name} {reason}; download it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{name} holds a {type(value).__name__} where a JSON object is needed; download it again")
+    if b"\\ud" in content.lower() and HALF.search(json.dumps(value, ensure_ascii=False)):
+        raise ValueError(f"{name} holds one half of a surrogate pair, which no text has; download it again")
     return value

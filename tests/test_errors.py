@@ -101,6 +101,15 @@ def test_a_write_names_its_file(tmp_path):
     assert caught.value.filename == str(tmp_path / "file")
 
 
+def test_what_a_library_makes_of_the_system_s_errors(tmp_path):
+    """The file is named there, too; what is no error of the system's passes."""
+    with pytest.raises(OSError) as caught, naming(tmp_path / "file"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert describe_error(caught.value).startswith(f"No space left on device: {tmp_path / 'file'}; free some space")
+    with pytest.raises(SafetensorError, match="header"), naming(tmp_path / "file"):
+        raise SafetensorError("header too large")
+
+
 def test_an_error_that_was_never_raised():
     """Without a traceback nothing says that it was raised on purpose."""
     assert not is_deliberate(ValueError("made"))

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.format.changes import unchanged
+from ..checkpoint.format.sidecars import copy_companions
+from ..checkpoint.output.new_folder import check_new, new_folder
+from ..checkpoint.source.resolve import resolve_checkpoint
 from ..compressor import DernCompressor
+from ..errors import naming
 from ..models.loading import load_model
 from ..models.moe.original import original_kept
 from ..models.moe.structure import MoELayer, find_moe_layers, layers_by_position
@@ -93,7 +98,7 @@ def mask_checkpoint(
 
     Args:
         model: folder or Hub id.
-        output: folder to write.
+        output: folder to write, which must not exist where neurons go.
         attribution: of the model.
         domain: one of its domains.
         experts: how many of every layer go, with their router rows: the checkpoint is smaller.
@@ -102,6 +107,7 @@ def mask_checkpoint(
         **source: `revision`, `token` and `trust_remote_code`.
 
     Raises:
+        FileExistsError: the output exists.
         ValueError: both or neither are given, or more than the model can do without.
     """
     if (experts > 0) == (neurons > 0):
@@ -114,10 +120,14 @@ def mask_checkpoint(
         options = {"method": "prune", "preset": "paper", "selection": "random", "num_experts": count - experts}
         DernCompressor(**options, protect_experts=kept).compress_checkpoint(model, output, tokenizer, **source)
         return output
-    from ..checkpoint.source.provenance import load_tokenizer
-
-    loaded = load_model(model, "cpu", **source)
-    masked_neurons_(loaded, attribution.most_skewed_neurons(domain, neurons))
-    loaded.save_pretrained(output)
-    (tokenizer or load_tokenizer(str(model), **source)).save_pretrained(output)
+    check_new(output)
+    folder, _ = resolve_checkpoint(model, **{name: source[name] for name in ("revision", "token") if name in source})
+    with new_folder(output) as part, unchanged(folder):  # loaded weights may be mapped from the files
+        loaded = load_model(model, "cpu", **source)
+        masked_neurons_(loaded, attribution.most_skewed_neurons(domain, neurons))
+        with naming(output):
+            loaded.save_pretrained(part)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(part)
+        copy_companions(folder, part, keep=True)
     return output

@@ -86,6 +86,7 @@ def attribute_experts(
             yield
 
     visit_layers(found.skeleton, loader.decoder_layers, [b for _, b in batches], loader, visit, "Measuring experts")
+    loader.reader.check_unchanged()
     tokens = {domain: sum(int(batch["attention_mask"].sum()) for batch in own) for domain, own in texts.items()}
     positions = sorted(sums)
     examples = [_examples(tops[position], batches, tokenizer) for position in positions]

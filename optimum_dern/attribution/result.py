@@ -1,6 +1,7 @@
 """`Attribution`: what every expert and neuron does for each domain, and which are a domain's own."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..text_files import replace_json, replace_text
+from ..text_files import json_text, replacing
 
 
 __all__ = ["MEASURES", "Attribution"]
@@ -88,15 +89,19 @@ class Attribution:
         return facts | {"measures": MEASURES, "experts": experts, "examples": self.examples}
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write `attribution.json`, `attribution.safetensors` (neurons) and `attribution.html`; returns the files."""
+        """Write `attribution.json`, `attribution.safetensors` (neurons) and `attribution.html`; returns the files.
+
+        Earlier ones are replaced together, when all are written.
+        """
         from .page import attribution_page
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         neurons = {domain: part.float().contiguous() for domain, part in zip(self.domains, self.neurons, strict=True)}
-        part = folder / ".attribution.safetensors.tmp"
-        save_file(neurons, part)
-        part.replace(folder / "attribution.safetensors")
-        replace_json(folder / "attribution.json", self.to_dict())
-        replace_text(folder / "attribution.html", attribution_page(self))
-        return [folder / f"attribution.{kind}" for kind in ("json", "safetensors", "html")]
+        files = [folder / f"attribution.{kind}" for kind in ("json", "safetensors", "html")]
+        with ExitStack() as stack:
+            facts, tensors, page = (stack.enter_context(replacing(file)) for file in files)
+            save_file(neurons, tensors)
+            facts.write_text(json_text(self.to_dict()), "utf-8")
+            page.write_text(attribution_page(self), "utf-8")
+        return files

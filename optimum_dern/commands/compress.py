@@ -203,8 +203,7 @@ def _print_result(folder: Path, report: Any) -> None:
     winners = [layer.winner for layer in report.layers]
     counts = ", ".join(f"{winners.count(name)} x {name}" for name in dict.fromkeys(winners))
     print(f"layers: {counts or 'unchanged'}; {report.seconds:.1f} s; saved to {folder}")
-    narrower = report.after.width if report.after.width != report.before.width else None
-    if advice := advise_serving(report.model_type, report.after.experts, width=narrower):
+    if advice := advise_serving(report.model_type, report.before, report.after):
         print(advice)
 
 

@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merge, write, and print what was learned."""
+    from ..checkpoint.output.new_folder import check_new
     from ..machine.torch_state import check_device
 
     for model in (args.base, *args.checkpoints):
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
     learned = {
         name: getattr(args, name) for name in ("initial", "epochs", "chunks") if getattr(args, name) is not None
     }
+    check_new(args.output)
     texts = _texts_in_order(args)
     if args.method != "learned" and (learned or texts is not None):
         raise ValueError("--data, --initial, --epochs and --chunks are of --method learned alone; leave them out")

@@ -61,9 +61,12 @@ def run(args: argparse.Namespace) -> None:
 def _build(args: argparse.Namespace) -> None:
     _check_model(args)
     named_data(args)
-    if (args.library / "library.json").exists() and not args.overwrite:
+    from ..patterns.library import FACTS, SCORES
+
+    if not args.overwrite and any((args.library / name).exists() for name in (FACTS, SCORES)):
         raise ValueError(f"{args.library} holds a library; give another folder, or --overwrite to replace it")
 
+    from ..checkpoint.output.new_folder import folder_to_fill
     from ..checkpoint.source.provenance import load_tokenizer
     from ..models.loading import load_config
     from ..patterns.build import build_patterns
@@ -71,8 +74,10 @@ def _build(args: argparse.Namespace) -> None:
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.model, **source)
     tasks = load_named_batches(args, load_config(args.model, **source), tokenizer)
-    library = build_patterns(args.model, tasks, top=args.top, confidence=args.confidence, device=args.device, **source)
-    library.save(args.library)
+    settings = {"top": args.top, "confidence": args.confidence}
+    with folder_to_fill(args.library):
+        library = build_patterns(args.model, tasks, **settings, device=args.device, **source)
+        library.save(args.library)
     _show(library, args)
 
 

@@ -134,12 +134,7 @@ def read_rows(path: Path) -> Any:
     if kind == ".json":
         return _json_rows(read_text(path), path)
     if kind == ".parquet":
-        import pyarrow.parquet
-        from datasets import Dataset
-
-        with explained(f"{path} is no Parquet file", "write it again"):
-            # Unlike `from_parquet`, without a copy in the disk's cache.
-            return Dataset(pyarrow.parquet.read_table(path))
+        return _parquet_rows(path)
     if kind == ".pt":
         import torch
 
@@ -149,6 +144,21 @@ def read_rows(path: Path) -> Any:
     raise ValueError(
         f"cannot read calibration data from {path.name!r}; give one of {', '.join(FILE_TYPES)}, or a folder"
     )
+
+
+def _parquet_rows(path: Path) -> Any:
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    with explained(f"{path} is no Parquet file", "write it again"):
+        try:
+            table = pyarrow.parquet.read_table(path)  # unlike `from_parquet`, without a copy in the disk's cache
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise ValueError(f"{path} is no Parquet file ({error}); write it again") from error  # it says so of bytes
+        table.validate(full=True)  # texts are UTF-8
+        return Dataset(table)
 
 
 def _json_lines(text: str, path: Path) -> list:

@@ -10,6 +10,8 @@ import torch
 
 from ..checkpoint.format.reader import stored_tensors
 from ..checkpoint.format.tensor_file import TensorInfo
+from ..checkpoint.output.new_folder import check_new, new_folder
+from ..checkpoint.output.shards import check_space
 from ..checkpoint.source.resolve import fetch_weights, resolve_checkpoint
 from ..checks.arguments import check_argument, check_number
 from ..engine.run.whole_model import bytes_needed
@@ -18,7 +20,6 @@ from ..machine.torch_state import check_device, plain_torch
 from ..models.loading import parse_dtype
 from ..paths import check_utf8
 from .learned import LearnedSettings
-from .output import check_new
 from .rules import merge_by_rule
 from .runs import Merge, merge_in_memory, merge_layerwise
 
@@ -69,6 +70,7 @@ def merge_checkpoints(
     Raises:
         ValueError: an unknown method, options of another one, or checkpoints that differ in their tensors.
         FileExistsError: the output exists.
+        OSError: there is no room for it, or its folder cannot be written to.
     """
     check_argument("output", output, str | Path, "a new folder")
     check_utf8(output)
@@ -80,8 +82,9 @@ def merge_checkpoints(
     headers = _headers((base, *checkpoints), source)
     _check_alike(headers)
     device = torch.device(device)
+    weights = _bytes_in_memory(headers[str(base)], source.get("dtype"))
+    check_space(output, weights)
     if layerwise is None:
-        weights = _bytes_in_memory(headers[str(base)], source.get("dtype"))
         layerwise = bytes_needed((len(checkpoints) + COPIES) * weights, device) > total_memory(device)
     facts: dict[str, Any] = {"method": method, "base": str(base), "checkpoints": list(map(str, checkpoints))}
     facts |= {"layerwise": layerwise}
@@ -95,7 +98,8 @@ def merge_checkpoints(
         facts |= {"strength": strength, "density": density}
         rule = partial(merge_by_rule, method=method, strength=strength, density=density, seed=seed)
     run = merge_layerwise if layerwise else merge_in_memory
-    found = run(Merge(base, checkpoints, output, rule, texts, settings, device, source))
+    with new_folder(output) as folder:
+        found = run(Merge(base, checkpoints, folder, rule, texts, settings, device, source))
     if found:
         means = torch.stack([raw.detach().sigmoid().mean(1) for raw in found.values()]).mean(0)
         facts |= {"factors": means.tolist()}

@@ -1,8 +1,6 @@
 """The merged checkpoint, written part by part under another name, and under its own when all is there."""
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,36 +14,7 @@ from ..evaluation.loss.streamed import StreamedCheckpoint
 from ..text_files import replace_json
 
 
-__all__ = ["MergedCheckpoint", "check_new", "new_folder"]
-
-
-def check_new(output: Path) -> None:
-    """Refuse an output that exists, whole or in part: nothing of others is ever removed.
-
-    Raises:
-        FileExistsError: the message says what to do.
-    """
-    if output.exists():
-        raise FileExistsError(f"{output} exists; give a new folder")
-    if (part := _part(output)).exists():
-        raise FileExistsError(f"{part} exists, of a merge that runs or was killed; remove it if none runs")
-
-
-def _part(output: Path) -> Path:
-    return output.with_name(f"{output.name}.partial")
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """Make a folder that has its final name only once the context is left without an error; else nothing stays."""
-    part = _part(output)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.replace(output)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+__all__ = ["MergedCheckpoint"]
 
 
 class MergedCheckpoint:

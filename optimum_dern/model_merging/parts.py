@@ -59,6 +59,11 @@ class CheckpointParts:
         """Load a decoder layer; `visit` is called with each source's number while its own layer is there."""
         return self._load(lambda loader: loader.loaded(position), visit)
 
+    def check_unchanged(self) -> None:
+        """Refuse to go on where a file of the checkpoints has changed since they were opened."""
+        for checkpoint in (self.base, *self.sources):
+            checkpoint.loader.reader.check_unchanged()
+
     @torch.no_grad()
     def _load(self, opened: Callable[[PartLoader], AbstractContextManager], visit: Callable[[int], None]) -> Part:
         with opened(self.base.loader):

@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checkpoint.format.changes import unchanged
 from ..checkpoint.format.sidecars import copy_companions
 from ..checkpoint.source.resolve import resolve_checkpoint
+from ..errors import naming
 from ..machine.progress import progress_bar
 from ..models.loading import load_model, parse_dtype
 from .layerwise import learn_layerwise
 from .learned import LearnedSettings, learn_coefficients
-from .output import MergedCheckpoint, new_folder
+from .output import MergedCheckpoint
 from .parts import CheckpointParts
 
 
@@ -27,7 +29,7 @@ class Merge(NamedTuple):
 
     base: str | Path  # folder or Hub id
     checkpoints: Sequence[str | Path]  # fine-tuned from it
-    output: Path  # folder to write, which does not exist
+    output: Path  # folder to write to, which is empty
     rule: Rule | None  # merges the base's parameters and the differences from them; None to learn coefficients
     texts: Sequence[Sequence[dict]] | None  # without a rule, token batches for each checkpoint
     settings: LearnedSettings | None  # of the learning
@@ -41,8 +43,19 @@ def merge_in_memory(merge: Merge) -> dict[str, Tensor]:
     Returns:
         Without a rule, the coefficients (K, chunks) by parameter, before the sigmoid.
     """
-    source = merge.source
-    model = load_model(merge.base, str(merge.device), **source)
+    where = {name: merge.source[name] for name in ("revision", "token") if name in merge.source}
+    folders = [resolve_checkpoint(model, **where)[0] for model in (merge.base, *merge.checkpoints)]
+    with unchanged(*folders):  # to the end: loaded weights may be mapped from the files
+        model, found = _merged_model(merge)
+        with naming(merge.output):
+            model.save_pretrained(merge.output)
+    copy_companions(folders[0], merge.output, keep=True)
+    return found
+
+
+def _merged_model(merge: Merge) -> tuple[Any, dict[str, Tensor]]:
+    """Return the base with merged weights, and the coefficients."""
+    model = load_model(merge.base, str(merge.device), **merge.source)
     own = {name: parameter.detach() for name, parameter in model.named_parameters()}
     differences, found = _differences(own, merge), {}
     if merge.rule is None:
@@ -55,11 +68,7 @@ def merge_in_memory(merge: Merge) -> dict[str, Tensor]:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(merged[name])
-    with new_folder(merge.output) as folder:
-        model.save_pretrained(folder)
-        where = {name: source[name] for name in ("revision", "token") if name in source}
-        copy_companions(resolve_checkpoint(merge.base, **where)[0], folder, keep=True)
-    return found
+    return model, found
 
 
 def merge_layerwise(merge: Merge) -> dict[str, Tensor]:
@@ -69,15 +78,15 @@ def merge_layerwise(merge: Merge) -> dict[str, Tensor]:
         Without a rule, the coefficients (K, chunks) by parameter of the decoder layers, before the sigmoid.
     """
     parts = CheckpointParts(merge.base, merge.checkpoints, merge.device, **merge.source)
-    with new_folder(merge.output) as folder:
-        written, found = MergedCheckpoint(parts.base, folder, parse_dtype(merge.source.get("dtype"))), {}
-        if merge.rule is None:
-            found = learn_layerwise(parts, merge.texts, merge.settings, written.write)
-        else:
-            written.write(merge.rule(*parts.outside()))
-            for position in progress_bar(range(len(parts)), "Merging layers"):
-                written.write(merge.rule(*parts.layer(position)))
-        written.finish()
+    written, found = MergedCheckpoint(parts.base, merge.output, parse_dtype(merge.source.get("dtype"))), {}
+    if merge.rule is None:
+        found = learn_layerwise(parts, merge.texts, merge.settings, written.write)
+    else:
+        written.write(merge.rule(*parts.outside()))
+        for position in progress_bar(range(len(parts)), "Merging layers"):
+            written.write(merge.rule(*parts.layer(position)))
+    parts.check_unchanged()
+    written.finish()
     return found
 
 

@@ -138,7 +138,7 @@ def retained_as_reported(path: Path) -> dict[int, list[int]]:
         return checked_protection({layer["layer"]: layer["retained"] for layer in layers})
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"protect_experts={str(path)!r} is not a dern_report.json ({error!r}); it must {PROTECTION}"
+            f"protect_experts={str(path)!r} is not a dern_report.json ({error!r:.200}); it must {PROTECTION}"
         ) from error
 
 

@@ -134,6 +134,7 @@ def _run(
 
     text = [batch for _, batch in batches]
     visit_layers(found.skeleton, loader.decoder_layers, text, loader, visit, "Scoring experts", stop)
+    loader.reader.check_unchanged()
     tokens = {name: sum(int(batch["attention_mask"].sum()) for batch in own) for name, own in tasks.items()}
     return sums, tokens
 

@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..text_files import read_object, replace_json
+from ..text_files import json_text, read_object, replacing
 
 
-__all__ = ["PatternLibrary"]
+__all__ = ["FACTS", "SCORES", "PatternLibrary"]
 
 FORMAT = 1
 FACTS, SCORES = "library.json", "patterns.safetensors"
@@ -30,14 +30,14 @@ class PatternLibrary:
     settings: Mapping[str, Any]  # `top` and `confidence` of the scores
 
     def save(self, folder: str | Path) -> None:
-        """Write the library; the scores first, so that a library is complete once it has its JSON file."""
+        """Write the library, complete once it has its JSON file; an earlier one goes when both files are written."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{SCORES}.tmp"
-        save_file({name: scores.contiguous() for name, scores in self.scores.items()}, part)
-        part.replace(folder / SCORES)
-        facts = {name: getattr(self, name) for name in ("model", "layers", "tasks", "settings")}
-        replace_json(folder / FACTS, {"format": FORMAT, **facts})
+        named = {name: getattr(self, name) for name in ("model", "layers", "tasks", "settings")}
+        with replacing(folder / FACTS) as facts, replacing(folder / SCORES) as scores:
+            save_file({name: own.contiguous() for name, own in self.scores.items()}, scores)
+            facts.write_text(json_text({"format": FORMAT, **named}), "utf-8")
+            (folder / FACTS).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: str | Path) -> "PatternLibrary":

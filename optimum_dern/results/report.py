@@ -166,7 +166,9 @@ class CompressionReport:
         try:
             return cls.from_dict(read_object(Path(path)))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a report that this release can read ({error!r})") from error
+            raise ValueError(
+                f"{path} is not a report that this release can read ({error!r:.200}); compress again"
+            ) from error
 
 
 def _without_folders(values: dict[str, Any]) -> dict[str, Any]:

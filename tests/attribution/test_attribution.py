@@ -9,9 +9,9 @@ from families import FAMILIES, make_model, runnable
 from safetensors.torch import load_file
 from tiny import compress, random_tokens, same_state, state_of, tiny_tokenizer
 from tiny import make_model as tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_dern.attribution import Attribution, attribute_experts, mask_checkpoint, masked_experts
+from optimum_dern.attribution import Attribution, attribute_experts, mask_checkpoint, masked_experts, masking
 from optimum_dern.attribution.page import attribution_page
 from optimum_dern.commands.main import main
 from optimum_dern.models.moe.structure import find_moe_layers, layers_by_position
@@ -210,6 +210,24 @@ def test_the_command(checkpoint, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([*command, *wrong])
         assert message in capsys.readouterr().err
+
+
+def test_a_masked_model_is_whole_or_not_there(checkpoint, found, tmp_path, monkeypatch):
+    """What is there stays, also where it is a part of another run; an error leaves nothing."""
+    options = (tmp_path / "masked", found, "one")
+    monkeypatch.setattr(masking, "copy_companions", lambda *args, **kwargs: (tmp_path / "none").read_bytes())
+    with pytest.raises(FileNotFoundError, match="none"):
+        mask_checkpoint(checkpoint, *options, neurons=1)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    (tmp_path / "masked.partial").mkdir()
+    with pytest.raises(FileExistsError, match="masked.partial exists, .*; remove it if none runs"):
+        mask_checkpoint(checkpoint, *options, neurons=1)
+    (tmp_path / "masked.partial").rmdir()
+    mask_checkpoint(checkpoint, *options, neurons=1)
+    AutoTokenizer.from_pretrained(tmp_path / "masked")
+    with pytest.raises(FileExistsError, match="masked exists"):
+        mask_checkpoint(checkpoint, *options, neurons=1)
 
 
 def test_no_domain(checkpoint):

@@ -109,6 +109,27 @@ def test_compress_prints_a_table(tmp_path, capsys, checkpoint, text):
     assert lines[-1][0] == "layers:" and str(tmp_path / "out") in " ".join(lines[-1])
 
 
+@pytest.mark.parametrize(
+    ("family", "overrides", "options"),
+    [
+        ("qwen3_moe", {}, ("--num-experts", "6")),
+        ("qwen3_moe", {}, ("--num-experts", "4", "--width-sparsity", "0.5")),
+        ("deepseek_v3", {"n_routed_experts": 14}, ("--num-experts", "6")),  # in two groups
+        ("deepseek_v3", {}, ("--num-experts", "4")),  # the fewest that a router with two groups can work with
+    ],
+)
+def test_advice_on_serving(tmp_path, capsys, text, family, overrides, options):
+    """What is said before a compression is what is said after it."""
+    make_model(family, **overrides).save_pretrained(source := tmp_path / "source")
+    tiny_tokenizer().save_pretrained(source)
+    given = [*options, "--method", "prune", "--preset", "fast", "--dataset", str(text), "--sequence-length", "48"]
+    said = []
+    for words in (["inspect", str(source)], ["compress", str(source), str(tmp_path / "out")]):
+        main([*words, *given])
+        said.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("for serving: ")])
+    assert said[0] == said[1] and len(said[0]) == (options != ("--num-experts", "4"))
+
+
 def load(folder):
     """A model from a folder."""
     return AutoModelForCausalLM.from_pretrained(folder)

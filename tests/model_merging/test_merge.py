@@ -1,6 +1,9 @@
 """Merged checkpoints: learned coefficients, their limits, what is refused, and the command."""
 
 import json
+import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +11,9 @@ from fine_tunes import texts
 from tiny import make_model, same_state, state_of
 from transformers import AutoModelForCausalLM
 
+from optimum_dern.commands import merge
 from optimum_dern.commands.main import main
-from optimum_dern.model_merging import LearnedSettings, learn_coefficients, merge_checkpoints
+from optimum_dern.model_merging import LearnedSettings, learn_coefficients, merge_checkpoints, runs
 from optimum_dern.model_merging.coefficients import Coefficients, chunks_by_importance, importance
 
 
@@ -170,6 +174,41 @@ def test_what_is_there_stays(folders, tmp_path):
     with pytest.raises(FileExistsError, match="out.partial exists.* remove it if none runs"):
         merge_checkpoints(folders / "base", [folders / "one", folders / "two"], tmp_path / "out", method="ties")
     assert (tmp_path / "out.partial" / "notes.txt").read_text() == "mine"
+
+
+def test_a_model_that_changes(folders, tmp_path, monkeypatch):
+    """What was read of two models is no merge, in memory either: nothing is written."""
+    shutil.copytree(folders, models := tmp_path / "models")
+    load = runs.load_model
+
+    def load_and_touch(name, *args, **kwargs):
+        model = load(name, *args, **kwargs)
+        os.utime(models / "one" / "model.safetensors", (0, 0))
+        return model
+
+    monkeypatch.setattr(runs, "load_model", load_and_touch)
+    with pytest.raises(ValueError, match="one/model.safetensors was changed during the run"):
+        merge_checkpoints(models / "base", [models / "one", models / "two"], tmp_path / "out", method="ties")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models"]
+
+
+def test_no_room(folders, tmp_path, monkeypatch):
+    """It is refused before anything is loaded."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
+    monkeypatch.delattr(runs, "load_model")
+    with pytest.raises(OSError, match="are free"):
+        merge_checkpoints(folders / "base", [folders / "one", folders / "two"], tmp_path / "out", method="ties")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_exists_is_found_before_text_is_read(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(merge, "load_named_batches")
+    (tmp_path / "a.txt").write_text("some words " * 50)
+    (tmp_path / "out").mkdir()
+    models = [str(folders / name) for name in ("base", "one", "two")]
+    with pytest.raises(SystemExit):
+        main(["merge", *models, str(tmp_path / "out"), "--data", f"one={tmp_path}/a.txt", f"two={tmp_path}/a.txt"])
+    assert "out exists; give a new folder" in capsys.readouterr().err
 
 
 def test_other_models_are_refused(folders, tmp_path):

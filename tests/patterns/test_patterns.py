@@ -1,6 +1,9 @@
 """Libraries of patterns, and models loaded with the experts of a task: what is read, and what comes out."""
 
+import errno
 import json
+import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from optimum_dern.checkpoint.source.find import find_checkpoint
 from optimum_dern.commands.main import main
 from optimum_dern.models.moe.structure import find_moe_layers, layers_by_position
 from optimum_dern.patterns import PatternLibrary, build_patterns
+from optimum_dern.patterns import library as library_module
 from optimum_dern.patterns.load import load_experts
 
 
@@ -112,6 +116,33 @@ def test_a_library_survives_its_folder(library, tmp_path):
     assert all(torch.equal(again.scores[task], library.scores[task]) for task in library.scores)
 
 
+@pytest.mark.parametrize("when", ["save_file", "json_text"])
+def test_an_earlier_library_stays_until_both_files_are_written(library, tmp_path, monkeypatch, when):
+    """Scores of one library never stand beside the facts of another."""
+    library.save(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    other = replace(library, settings={"top": 2, "confidence": None})
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(library_module, when, fail)
+    with pytest.raises(OSError, match="No space"):
+        other.save(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    renamed, replace_file = [], os.replace
+
+    def spy(*names):
+        renamed.append({file.name for file in tmp_path.iterdir()})
+        replace_file(*names)
+
+    monkeypatch.setattr(os, "replace", spy)
+    other.save(tmp_path)
+    assert len(renamed) == 2 and not any("library.json" in names for names in renamed)
+    assert PatternLibrary.load(tmp_path).settings["top"] == 2
+
+
 def broken(folder, how):
     if how == "missing":
         (folder / "library.json").unlink()
@@ -195,6 +226,8 @@ def test_the_commands(checkpoint, tmp_path, capsys):
     prompt = ["--prompt", "0123456789 012345", "--model", str(checkpoint), "--json"]
     main(["patterns", "match", str(tmp_path / "library"), *prompt])
     assert json.loads(capsys.readouterr().out)["task"] == "digits"
-    with pytest.raises(SystemExit):
-        main(build)
-    assert "--overwrite" in capsys.readouterr().err
+    for name in ("patterns.safetensors", "library.json"):  # also one of them alone, which a killed run has left
+        with pytest.raises(SystemExit):
+            main(build)
+        assert "--overwrite" in capsys.readouterr().err
+        (tmp_path / "library" / name).unlink()

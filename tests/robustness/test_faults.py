@@ -21,6 +21,11 @@ QUICK = (
     "SIGTERM, at a layer",
     "SIGKILL, while files are moved",
     "source replaced, and put back",
+    "merge: SIGKILL, before it gets its name",
+    "merge: fine-tuned model replaced, and put back",
+    "merge --layerwise: full disk, at the second layer",
+    "patterns build: SIGTERM, between its files",
+    "attribute: SIGKILL, while the masked model is written",
 )
 SLOW = tuple(name for name in FAULTS if name not in QUICK)
 
@@ -35,7 +40,10 @@ def injected(names):
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_faults(name):
-    """The run says what is wrong and what to do; source and final names are whole; the same command gets it done."""
+    """The run says what is wrong and what to do; source and final names are whole; the same command gets it done.
+
+    Names of faults of other commands than `compress` begin with the command.
+    """
     rows, errors = injected(QUICK if name in QUICK else SLOW)
     if name not in rows and FAULTS[name].mounts and rows:
         pytest.skip("no disk can be mounted here; a limit on the size of files stands for the full one")

@@ -98,6 +98,8 @@ def test_names_that_leave_the_folder(name, where, tmp_path):
         ('{"weight_map": []}', "has no weight_map"),
         ('{"weight_map": {"a": 1}}', "names 1 as a weight file"),
         ('{"weight_map": {"a": ""}}', "names '' as a weight file"),
+        ('{"weight_map": {"a": "' + "a" * 300 + '"}}', "names 'a{79} as a weight file; download it again"),
+        ('{"weight_map": {"a": "\\ud800.safetensors"}}', "holds one half of a surrogate pair.*; download it again"),
         ("{", "is not JSON"),
     ],
 )

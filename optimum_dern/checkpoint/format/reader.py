@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core.layer.workspace import Empty
 from ...text_files import read_object
+from .changes import FileStamps
 from .quantisation import check_quantisation, find_packed, without_quantisation
 from .tensor_file import DTYPES, TensorInfo, read_header, read_tensor
 from .weight_files import weight_files
@@ -72,7 +73,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._stamps = {path: _stamp(path) for path in [folder / "config.json", *weight_files(folder)]}
+        self._stamps = FileStamps([folder / "config.json", *weight_files(folder)])
         self.config = read_object(folder / "config.json")
         self.stored = stored_tensors(folder)
         self.infos, self._packed = self.stored, {}
@@ -101,15 +102,7 @@ class CheckpointReader:
         Raises:
             ValueError: the message names the file.
         """
-        for path in self._stamps:
-            self._check_file(path)
-
-    def _check_file(self, path: Path) -> None:
-        if _stamp(path) != self._stamps[path]:
-            raise ValueError(
-                f"{path} was {'changed' if path.exists() else 'removed'} during the run; put the earlier file back "
-                "and give the same command again, or start over with the new one (restart=True, --restart)"
-            )
+        self._stamps.check()
 
     def lazy(self, name: str) -> LazyTensor:
         """Return a tensor that is read when it is used."""
@@ -181,7 +174,7 @@ class CheckpointReader:
 
     def _file(self, path: Path) -> int:
         if path not in self._files:
-            self._check_file(path)
+            self._stamps.check_file(path)
             self._files[path] = os.open(path, os.O_RDONLY)
         return self._files[path]
 
@@ -195,11 +188,3 @@ class CheckpointReader:
 def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
     """Read the headers of the files that `weight_files` finds: a checkpoint's tensors as they are stored, by name."""
     return {name: info for path in weight_files(folder) for name, info in read_header(path).items()}
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """What tells one content of a file from another: its size and time of change; None without a file."""
-    if not path.exists():
-        return None
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns

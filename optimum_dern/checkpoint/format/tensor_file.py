@@ -71,7 +71,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     with path.open("rb") as file:
         offset = 8 + int.from_bytes(file.read(8), "little")
         if not 8 < offset <= min(length, LONGEST_HEADER):
-            raise ValueError(f"{path.name} is not a safetensors file")
+            raise ValueError(f"{path.name} is not a safetensors file; download it again")
         header = parse_object(file.read(offset - 8), f"the header of {path.name}")
     header.pop("__metadata__", None)
     infos = {name: _described(path, offset, name, entry) for name, entry in header.items()}

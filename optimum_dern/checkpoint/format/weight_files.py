@@ -26,6 +26,7 @@ __all__ = [
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 ADAPTER_NAME = "adapter_config.json"
+LONGEST_NAME = 255  # as long as file systems have them
 PICKLED = (".bin", ".pt", ".pth")
 
 
@@ -59,11 +60,13 @@ def _inside(name: object, source: str) -> str:
     Raises:
         ValueError: it is no name, or leads elsewhere.
     """
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ValueError(f"{source} names {name!r} as a weight file; download it again")
+    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or "\0" in name:
+        raise ValueError(f"{source} names {name!r:.80} as a weight file; download it again")
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
-        raise ValueError(f"{source} names the weight file {name!r}, which is outside of the checkpoint's folder")
+        raise ValueError(
+            f"{source} names the weight file {name!r}, which is outside of the checkpoint's folder; download it again"
+        )
     return name
 
 
@@ -84,7 +87,9 @@ def weight_files(folder: Path) -> list[Path]:
         raise no_weights(folder, folder, [file.name for file in folder.iterdir()], "FOLDER")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{folder} lacks {len(missing)} of its {len(names)} shards, such as {missing[0]}")
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of its {len(names)} shards, such as {missing[0]}; download it again"
+        )
     return [folder / name for name in names]
 
 

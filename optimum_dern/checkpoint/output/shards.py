@@ -22,7 +22,7 @@ from ..format.tensor_file import DTYPES, TensorInfo, create_file, read_header, r
 from ..format.weight_files import SINGLE_NAME, write_index
 
 
-__all__ = ["OutputTensor", "ShardWriter", "check_room", "parse_bytes", "plan_shards", "publish_shards"]
+__all__ = ["OutputTensor", "ShardWriter", "check_room", "check_space", "parse_bytes", "plan_shards", "publish_shards"]
 
 
 class OutputTensor(NamedTuple):
@@ -74,7 +74,21 @@ def check_room(folder: Path, plans: Mapping[Path, Mapping[str, Sequence[OutputTe
     if any((work / name).exists() for work, plan in plans.items() for name in plan):
         return
     needed = sum(tensor.size for plan in plans.values() for tensors in plan.values() for tensor in tensors)
-    free = shutil.disk_usage(folder).free
+    check_space(folder, needed)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse weights that are larger than what a disk has left.
+
+    Args:
+        folder: on that disk; it need not exist.
+        needed: in bytes.
+
+    Raises:
+        OSError: the message has both sizes.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
     if needed > free:
         sizes = [f"{size / 2**30:.3g} GiB" for size in (needed, free)]
         raise OSError(errno.ENOSPC, "the weights of the result take {}, and {} are free".format(*sizes), str(folder))

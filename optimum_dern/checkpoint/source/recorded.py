@@ -84,7 +84,7 @@ class RecordedStatistics:
             if not all(isinstance(self.description[part], dict) for part in ("options", "calibration")):
                 raise ValueError("its metadata names neither options nor calibration data")
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is not a {STATISTICS_NAME} ({error!r}); record it again") from error
+            raise ValueError(f"{path} is not a {STATISTICS_NAME} ({error!r:.200}); record it again") from error
 
     def read(self, position: int) -> ExpertStatistics:
         """Read the statistics of one layer."""

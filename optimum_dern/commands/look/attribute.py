@@ -47,17 +47,20 @@ def run(args: argparse.Namespace) -> None:
 
     from ...attribution.masking import mask_checkpoint
     from ...attribution.measure import attribute_experts
+    from ...checkpoint.output.new_folder import folder_to_fill
     from ...checkpoint.source.provenance import load_tokenizer
     from ...models.loading import load_config
 
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.model, **source)
     texts = load_named_batches(args, load_config(args.model, **source), tokenizer)
-    found = attribute_experts(args.model, texts, tokenizer, args.device, **source)
-    files = found.save(args.output)
-    if args.mask_domain is not None:
-        counts = {"experts": args.mask_experts, "neurons": args.mask_neurons}
-        files.append(mask_checkpoint(args.model, args.output / "masked", found, args.mask_domain, **counts, **source))
+    with folder_to_fill(args.output):
+        found = attribute_experts(args.model, texts, tokenizer, args.device, **source)
+        files = found.save(args.output)
+        if args.mask_domain is not None:
+            counts = {"experts": args.mask_experts, "neurons": args.mask_neurons}
+            masked = args.output / "masked"
+            files.append(mask_checkpoint(args.model, masked, found, args.mask_domain, **counts, **source))
     if args.json:
         print(json.dumps({"files": list(map(str, files)), "tokens": found.tokens}))
         return
@@ -69,6 +72,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace, names: dict[str, str]) -> None:
+    from ...checkpoint.output.folder import WORK_NAME
+    from ...checkpoint.output.new_folder import check_no_part
+
     masks = args.mask_experts, args.mask_neurons
     if min(masks) < 0 or (args.mask_domain is None and any(masks)):
         raise ValueError("give --mask-experts and --mask-neurons numbers above 0, with --mask-domain NAME")
@@ -77,8 +83,10 @@ def _check(args: argparse.Namespace, names: dict[str, str]) -> None:
             raise ValueError(f"--mask-domain {args.mask_domain!r} is none of the data; give one of {', '.join(names)}")
         if (masks[0] > 0) == (masks[1] > 0) or len(names) < 2:
             raise ValueError("--mask-domain needs --mask-experts N or --mask-neurons N, and at least two texts")
-        if (args.output / "masked").exists():
-            raise ValueError(f"{args.output / 'masked'} exists; give another OUTPUT")
+        masked = args.output / "masked"
+        if masked.exists() and not (masked / WORK_NAME).is_dir():  # else of a run that was interrupted, which goes on
+            raise ValueError(f"{masked} exists; give another OUTPUT, or remove it")
+        check_no_part(masked)
 
 
 def _first(found, domain: str) -> list[tuple[str, str, str]]:

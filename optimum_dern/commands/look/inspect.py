@@ -98,9 +98,7 @@ def run(args: argparse.Namespace) -> None:
         "disk_bytes": after.bytes + memory.disk,
         "padding": padding_notice(layers[0], config),
         "seconds": predict_seconds(layers, tokens, config, count, rate),
-        "advice": advise_serving(
-            model.config.model_type, count, layers[0].num_groups, after.width if after.width != before.width else None
-        ),
+        "advice": advise_serving(model.config.model_type, before, after),
     }
     if args.json:
         print(json.dumps(facts))

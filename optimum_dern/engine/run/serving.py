@@ -1,7 +1,11 @@
 """Advice on the sizes that serving engines and their kernels want: one line, where there is anything to say.
 
-What each engine accepts is in docs/source/serving.md, with what has been run.
+What each engine accepts is in docs/source/serving.md, with what has been run.  That llama.cpp needs more experts than
+a router has groups is no advice: every result has at least two in each group, as `models.refusals` sees to.
 """
+
+from ...results.report import ModelSize
+
 
 __all__ = ["advise_serving"]
 
@@ -10,15 +14,17 @@ LLAMA_CPP_MOST = 1024
 KERNELS = 64  # neurons: tiles of grouped matrix products, 16 at the very least
 
 
-def advise_serving(model_type: str, experts: int, groups: int = 1, width: int | None = None) -> str | None:
+def advise_serving(model_type: str, before: ModelSize, after: ModelSize) -> str | None:
     """Return one line of advice on a compressed model's sizes, or None.
 
     Args:
         model_type: of the config.
-        experts: N, that every layer keeps.
-        groups: of a group-limited router.
-        width: neurons of an expert, where it is not the original's.
+        before: sizes of the original.
+        after: of the compressed model, predicted or measured.
     """
+    experts, width = after.experts, after.width
+    if not experts:  # all layers are dense
+        return None
     found = []
     if experts & (experts - 1) and experts % 8:
         below, above = 1 << (experts.bit_length() - 1), -(-experts // 8) * 8
@@ -29,10 +35,8 @@ def advise_serving(model_type: str, experts: int, groups: int = 1, width: int | 
     if model_type == "deepseek_v4" and experts not in VLLM_DEEPSEEK_V4:
         nearest = min(VLLM_DEEPSEEK_V4, key=lambda count: abs(count - experts))
         found.append(f"vLLM's router of DeepSeek-V4 does not load {experts} experts, the nearest it does is {nearest}")
-    if 1 < groups and experts <= groups:
-        found.append(f"llama.cpp needs more experts than the router's {groups} groups")
     if experts > LLAMA_CPP_MOST:
         found.append(f"llama.cpp loads at most {LLAMA_CPP_MOST:,} experts")
-    if width is not None and width % KERNELS:
+    if width != before.width and width % KERNELS:
         found.append(f"{width} neurons an expert are no multiple of {KERNELS}, which kernels prefer")
     return f"for serving: {'; '.join(found)}" if found else None

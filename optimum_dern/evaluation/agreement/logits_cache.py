@@ -13,9 +13,9 @@ A cache is a folder: `cache.json`, and one safetensors file per batch with the t
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ...checkpoint.output.new_folder import check_no_part, new_folder
 from ...checks.batches import check_batches
-from ...errors import explained
+from ...data.files import listed
+from ...errors import explained, naming
 from ...text_files import read_object
 from ..loss.logits import batch_logits, rows_of
 
@@ -33,6 +35,7 @@ from ..loss.logits import batch_logits, rows_of
 __all__ = ["CACHE_NAME", "INPUTS", "LogitsCache", "cache_logits", "check_folder", "predicted_positions"]
 
 CACHE_NAME = "cache.json"
+BATCH_NAMES = "text-*-batch-*.safetensors"
 FORMAT = 1
 INPUTS = ("input_ids", "attention_mask")
 SAMPLES = 16
@@ -114,6 +117,7 @@ def cache_logits(
         name: of the model, stored with the cache; by default the name or path it was loaded from.
 
     Raises:
+        FileExistsError: another run is writing the cache, or was killed while it did.
         ValueError: `top_k` is below 1, there is no text, or the folder is not empty.
     """
     folder = Path(folder)
@@ -124,29 +128,37 @@ def cache_logits(
     check_folder(folder, overwrite)
     for batches in texts.values():
         check_batches(batches, rows_of(model), masked=True)
-    work = folder.with_name(f"{folder.name}.partial")
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    try:
+    with new_folder(folder, replace=True) as work:
         vocabulary = _write_batches(model, texts, work, top_k)
         name = name or str(getattr(model.config, "name_or_path", "") or type(model).__name__)
         facts = {"format": FORMAT, "model": name, "vocabulary": vocabulary}
         facts |= {"top_k": min(top_k, vocabulary), "texts": {text: len(batches) for text, batches in texts.items()}}
         (work / CACHE_NAME).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return LogitsCache.load(folder)
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError where a cache cannot be written: the folder has files, and is no cache to overwrite."""
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        if not (overwrite and (folder / CACHE_NAME).is_file()):
-            raise ValueError(f"{folder} is not an empty folder; choose another one or, if it is a cache, overwrite it")
+    """Refuse a folder that a cache cannot be written to.
+
+    Args:
+        folder: empty, or not there.
+        overwrite: it may also be a cache, with no other files beside it.
+
+    Raises:
+        FileExistsError: a cache is being written there.
+        ValueError: the folder has files.
+    """
+    check_no_part(folder)
+    if not folder.exists():
+        return
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else [folder.name]
+    if names and not (overwrite and (folder / CACHE_NAME).is_file()):
+        raise ValueError(f"{folder} is not an empty folder; choose another one or, if it is a cache, overwrite it")
+    if others := [name for name in names if name != CACHE_NAME and not fnmatchcase(name, BATCH_NAMES)]:
+        raise ValueError(
+            f"{folder} holds {listed(sorted(others))}, which are no part of a cache and would be lost; move them "
+            "away, or choose another folder"
+        )
 
 
 def predicted_positions(mask: Tensor) -> Tensor:
@@ -171,7 +183,8 @@ def _write_batches(model: Any, texts: Mapping[str, Sequence[dict]], folder: Path
         sequences = zip(logits, batch["input_ids"], batch["attention_mask"], strict=True)
         rows = [_summary(*sequence, top_k, generator) for sequence in sequences]
         tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        save_file({key: batch[key].contiguous() for key in INPUTS} | tensors, _batch_file(folder, text, i))
+        with naming(file := _batch_file(folder, text, i)):
+            save_file({key: batch[key].contiguous() for key in INPUTS} | tensors, file)
     return vocabulary
 
 

@@ -83,7 +83,7 @@ def make_task(name: str, rows: Sequence[Mapping[str, Any]], limit: int | None = 
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; give at least 1 item a task")
     if not rows:
-        raise ValueError(f"task {name!r} has no row")
+        raise ValueError(f"task {name!r} has no row; give data with at least one")
     count = min(len(rows), limit or len(rows))
     places = [i * len(rows) // count for i in range(count)]
     try:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from optimum_dern.checkpoint.output.shards import OutputTensor, ShardWriter, check_room
+from optimum_dern.checkpoint.output.shards import OutputTensor, ShardWriter, check_room, check_space
 
 
 def test_room_on_the_disk(tmp_path, monkeypatch):
@@ -24,3 +24,14 @@ def test_room_on_the_disk(tmp_path, monkeypatch):
     room.free = 0
     ShardWriter(tmp_path / "6", plan).close()
     check_room(tmp_path, plans)
+
+
+def test_room_for_a_new_folder(tmp_path, monkeypatch):
+    """The disk is that of the nearest folder there is."""
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: asked.append(folder) or SimpleNamespace(free=9))
+    check_space(tmp_path / "deep" / "out", 9)
+    assert asked == [tmp_path]
+    with pytest.raises(OSError, match="are free") as caught:
+        check_space(tmp_path / "deep" / "out", 10)
+    assert caught.value.filename == str(tmp_path / "deep" / "out")

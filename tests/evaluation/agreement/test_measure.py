@@ -149,6 +149,20 @@ def test_folders_that_are_not_overwritten(tmp_path, original, texts):
     assert (tmp_path / "other" / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize("there", ["cache.partial", "cache"])
+def test_what_others_have_made_stays(tmp_path, original, texts, there):
+    """What has the name of an unfinished cache, and files beside a cache's own, are never removed."""
+    short = {"short": texts["short"]}
+    cache_logits(original, short, tmp_path / "cache", 1)
+    (tmp_path / there).mkdir(exist_ok=True)
+    (tmp_path / there / "thesis.txt").write_text("all of it", "utf-8")
+    says = {"cache.partial": "cache.partial exists.*; remove it if none runs", "cache": "thesis.txt.* move them away"}
+    with pytest.raises((FileExistsError, ValueError), match=says[there]):
+        cache_logits(original, short, tmp_path / "cache", 2, overwrite=True)
+    assert (tmp_path / there / "thesis.txt").exists()
+    assert LogitsCache.load(tmp_path / "cache").top_k == 1
+
+
 def test_an_interrupted_cache(tmp_path, texts):
     """Nothing stays of it, and a cache that was there does."""
     model = make_model("mixtral")

@@ -1,8 +1,9 @@
-"""Process that has imported torch and transformers, and starts Python programs by forking, for `forked.py`.
+"""Process that has imported large packages, and starts Python programs by forking, for `forked.py`.
 
-python fork_server.py DESCRIPTOR: of a socket.  Each request is JSON with the words after the interpreter's name, the
-environment and the working folder, and comes with four descriptors: standard input, output and error, and one for two
-lines in answer, the process id and in the end the exit code.  `optimum_dern` is never imported here.
+python fork_server.py FIRST SECOND: descriptors of two sockets.  Programs asked for at the first find torch imported,
+those asked for at the second transformers, too; `optimum_dern` is never imported here.  Each request is JSON with the
+words after the interpreter's name, the environment and the working folder, and comes with four descriptors: standard
+input, output and error, and one for two lines in answer, the process id and in the end the exit code.
 """
 
 import gc
@@ -13,9 +14,10 @@ import socket
 import sys
 import traceback
 
+import scipy.optimize  # noqa: F401 - here and below: what transformers imports of other packages
 import torch
-import transformers.models.mixtral.modeling_mixtral  # noqa: F401 - brings what all models need
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+import torch._dynamo  # noqa: F401
+import torch.distributed.tensor  # noqa: F401
 
 
 PYTHONPATH = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -98,6 +100,24 @@ def execute(command: list[str]) -> None:
         runpy.run_path(program, run_name="__main__")
 
 
-if __name__ == "__main__":
+def import_transformers() -> None:
+    """Import what all models need."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+
+def main() -> None:
+    """Serve at both sockets, each in a process of its own."""
     torch.set_num_threads(1)
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    first, second = (socket.socket(fileno=int(descriptor)) for descriptor in sys.argv[1:])
+    if child := os.fork():
+        second.close()
+        serve(first)
+        os.waitpid(child, 0)
+    else:
+        first.close()
+        import_transformers()
+        serve(second)
+
+
+if __name__ == "__main__":
+    main()

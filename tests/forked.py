@@ -1,7 +1,7 @@
 """Python programs in processes forked from one that has imported torch and transformers, by subprocess's own names.
 
 A new process takes four seconds to import them, a forked one a tenth of a second to start.  Processes whose imports
-are tested, or whose libraries read variables on import, have to be new ones.
+are tested have to be new ones.
 """
 
 import atexit
@@ -26,15 +26,17 @@ SERVER = Path(__file__).with_name("fork_server.py")
 
 
 @functools.cache
-def server() -> socket.socket:
-    """Start the process to fork from, once a session; it ends with this one."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, SERVER, str(theirs.fileno())]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, pass_fds=[theirs.fileno()])
-    theirs.close()
+def servers() -> dict[str, socket.socket]:
+    """Start the processes to fork from, once a session, by what they have imported; they end with this one."""
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+    ends = [theirs.fileno() for _, theirs in pairs]
+    command = [sys.executable, SERVER, *map(str, ends)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, pass_fds=ends)
     atexit.register(process.wait)
-    atexit.register(ours.close)
-    return ours
+    for ours, theirs in pairs:
+        theirs.close()
+        atexit.register(ours.close)
+    return dict(zip(("torch", "transformers"), (ours for ours, _ in pairs), strict=True))
 
 
 class Popen:
@@ -42,10 +44,11 @@ class Popen:
 
     Args:
         command: this interpreter, then "-c", "-m" or the path of a script, and arguments.
-        env: environment; variables that libraries read on import have no effect.
+        env: environment; variables that are read on import have no effect on what is `imported`.
         cwd: working folder.
         stdin, stdout, stderr: None, for those of this process, `PIPE` or `DEVNULL`.
         text: True wherever there is a pipe.
+        imported: "transformers", or "torch" alone, where huggingface_hub has to read `env` on import.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Popen:
         stdout: int | None = None,
         stderr: int | None = None,
         text: bool = False,
+        imported: str = "transformers",
     ) -> None:
         interpreter, *words = map(str, command)
         assert interpreter == sys.executable and (text or PIPE not in (stdin, stdout, stderr))
@@ -66,7 +70,7 @@ class Popen:
         self._answer, end = os.pipe()
         request = {"command": words, "folder": str(cwd or os.getcwd())}
         request["environment"] = dict(os.environ if env is None else env)
-        socket.send_fds(server(), [json.dumps(request).encode()], [*ends, end])
+        socket.send_fds(servers()[imported], [json.dumps(request).encode()], [*ends, end])
         for descriptor in (*ends, end):
             os.close(descriptor)
         self.pid = int(self._line())

@@ -3,6 +3,7 @@
 A child can be limited before it starts, and made to act at a moment of its run; the parent then looks at what is left.
 """
 
+import gc
 import hashlib
 import importlib
 import json
@@ -124,6 +125,7 @@ def warm(words: Sequence[object], folder: Path) -> None:
     for name in json.loads(names.read_text("utf-8")):
         with suppress(Exception):  # some exist only within another
             importlib.import_module(name)
+    gc.freeze()  # a child that collects garbage would otherwise copy all pages of what is imported here
 
 
 def digests(folder: Path) -> dict[str, str]:

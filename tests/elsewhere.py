@@ -1,10 +1,11 @@
-"""Run a script of this folder in a new process, optionally with another transformers, and read its result."""
+"""Run a script of this folder in another process, optionally with another transformers, and read its result."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -19,10 +20,11 @@ def run_elsewhere(script, result, *arguments, path=None):
         path: folder with the packages that come first, such as that of another transformers.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = forked.run  # this transformers is imported there already
     if path is not None:
-        environment["PYTHONPATH"] = str(path)
+        environment["PYTHONPATH"], run = str(path), subprocess.run
     command = [sys.executable, Path(__file__).with_name(script), result, *arguments]
-    subprocess.run(command, check=True, env=environment, cwd=result.parent)
+    run(command, check=True, env=environment, cwd=result.parent)
     return torch.load(result, weights_only=True)
 
 

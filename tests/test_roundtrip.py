@@ -1,13 +1,10 @@
 """A compressed checkpoint, loaded by plain transformers in a process without this package, is the model in memory."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import run_elsewhere
 from load_plainly import IMPLEMENTATIONS, observe
 from safetensors import safe_open
 from tiny import AUX_LOSS, EXPERTS, FAMILIES, FIRST_MOE, make_model, random_tokens
@@ -44,13 +41,9 @@ def compressed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reloaded(compressed, tmp_path_factory):
-    """What one fresh process sees of all the checkpoints."""
-    result = tmp_path_factory.mktemp("reloaded") / "result.pt"
-    script = Path(__file__).with_name("load_plainly.py")
+    """What one process without this package sees of all the checkpoints."""
     folders = [folder for _, _, folder in compressed.values()]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([sys.executable, script, result, *folders], check=True, env=environment, cwd=result.parent)
-    return torch.load(result, weights_only=True)
+    return run_elsewhere("load_plainly.py", tmp_path_factory.mktemp("reloaded") / "result.pt", *folders)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

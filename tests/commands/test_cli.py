@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,12 +25,10 @@ from optimum_dern.commands.main import main
 ROOT = str(Path(__file__).parents[2])
 
 
-def run_process(*arguments, program=(sys.executable, "-m", "optimum_dern"), **environment):
+def run_process(*arguments, program=(sys.executable, "-m", "optimum_dern"), run=subprocess.run):
     """Run the program; the finished process comes back."""
-    environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [*program, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd="/", timeout=300
-    )
+    environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
+    return run([*program, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd="/", timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def test_compress_end_to_end(tmp_path, checkpoint, text):
     """One command: one JSON line on stdout, a checkpoint that loads, and the same result as the Python API."""
     output = tmp_path / "out"
     options = ("--num-experts", 4, "--sequence-length", 48, "--batch-size", 4, "--self-share", 0, "--json")
-    done = run_process("compress", checkpoint, output, "--dataset", text, "--evaluate", text, *options)
+    done = run_process("compress", checkpoint, output, "--dataset", text, "--evaluate", text, *options, run=forked.run)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     result = json.loads(line)

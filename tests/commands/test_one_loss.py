@@ -3,12 +3,14 @@
 import json
 import re
 
+import forked
 import pytest
 from tiny import EOS, make_model, sample_texts, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from optimum_dern import CompressionReport
 from optimum_dern.commands.main import main
+from optimum_dern.evaluation.compare import model_process
 
 
 LIMIT, CALIBRATION = 64, 24  # tokens of a sequence: what the model is made for, and what calibration is told
@@ -90,7 +92,7 @@ def evaluated(output, *arguments):
 
 
 @pytest.mark.slow
-def test_every_command_shows_the_same_loss(tmp_path, capsys, model, texts, calibration):
+def test_every_command_shows_the_same_loss(tmp_path, capsys, monkeypatch, model, texts, calibration):
     """compress, compare and evaluate, whole, streamed and against the original; in files and tables alike."""
     one, several, output = tmp_path / "one", tmp_path / "several", tmp_path / "figures.json"
     run("inspect", model, "--num-experts", 4, *calibration, "--json")
@@ -109,6 +111,7 @@ def test_every_command_shows_the_same_loss(tmp_path, capsys, model, texts, calib
     assert same(reported(several / "6-experts")[0], before) and same(reported(several / "4-experts")[1], after)
     capsys.readouterr()
 
+    monkeypatch.setattr(model_process, "subprocess", forked)
     run("compare", model, several / "4-experts", "--data", texts, "--no-speed", "--device", "cpu", "--output", output)
     first, last = json.loads(output.read_text("utf-8"))["models"]
     assert same(losses_of(first["losses"]), before) and same(losses_of(last["losses"]), after)

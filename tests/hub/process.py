@@ -1,8 +1,9 @@
 """Runs of scripts, and of the `hf` command, in processes that talk to the fake Hub."""
 
-import subprocess
 import sys
 from pathlib import Path
+
+import forked
 
 from .server import LoopbackHub
 
@@ -22,7 +23,7 @@ def run(hub: LoopbackHub, folder: Path, program: str, *arguments: object, stdin:
     environment = hub.environment(folder / "home") | {"TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
     script = ["-m", "huggingface_hub.cli.hf"] if program == "hf" else [str(TESTS / program)]
     command = [sys.executable, *script, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True)
+    done = forked.run(command, env=environment, input=stdin, capture_output=True, text=True, imported="torch")
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -2,10 +2,10 @@
 
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -59,7 +59,7 @@ def run(folder, size):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | {key: str(group[key]) for key in group if size > 1}
         command = [sys.executable, "-c", WORKER, tests, folder]
-        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        running.append(forked.Popen(command, env=environment, stderr=forked.PIPE, text=True))
     for process in running:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors

@@ -1,20 +1,17 @@
 """Router distillation: only the routers move, towards the original, and what is saved stays an ordinary checkpoint."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from distilling import collate, make_trainer, rows, with_noisy_routers
+from elsewhere import run_elsewhere
 from tiny import FAMILIES, HIDDEN, compress, make_model, same_state, state_of
 from transformers import AutoModelForCausalLM
 
 from optimum_dern.integration.router_kd import only_routers_trainable, router_parameters
 
 
-LOAD_PLAINLY = Path(__file__).parent.parent / "load_plainly.py"
 ROUTER = ".gate.weight"
 
 
@@ -162,10 +159,7 @@ def test_saved_result_is_a_plain_checkpoint(tmp_path):
     trainer = make_trainer(model, make_model("qwen3_moe"), tmp_path / "run", max_steps=2)
     trainer.train()
     trainer.save_model(tmp_path / "distilled")
-    command = [sys.executable, LOAD_PLAINLY, tmp_path / "seen.pt", tmp_path / "distilled"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    seen = torch.load(tmp_path / "seen.pt")["distilled"]
+    seen = run_elsewhere("load_plainly.py", tmp_path / "seen.pt", tmp_path / "distilled")["distilled"]
     ids = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         assert torch.allclose(seen["observed"]["logits, grouped_mm"], model.eval()(ids).logits, atol=1e-4)

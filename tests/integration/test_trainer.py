@@ -3,12 +3,10 @@
 import copy
 import functools
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import run_elsewhere
 from tiny import (
     AUX_LOSS,
     FAMILIES,
@@ -27,7 +25,6 @@ from optimum_dern.evaluation.loss.metrics import trainer_metrics
 from optimum_dern.evaluation.loss.perplexity import evaluate_loss
 
 
-LOAD_PLAINLY = Path(__file__).parent.parent / "load_plainly.py"
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 ATTENTION = {"deepseek_v3": ["q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"]}
 DEFAULT_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -217,9 +214,7 @@ def test_checkpoints_of_trainer(tmp_path):
         ids = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(7))
         with torch.no_grad():
             expected[family] = model.eval()(ids).logits
-    result = subprocess.run([sys.executable, LOAD_PLAINLY, tmp_path / "seen.pt", *folders], capture_output=True)
-    assert result.returncode == 0, result.stderr
-    seen = torch.load(tmp_path / "seen.pt")
+    seen = run_elsewhere("load_plainly.py", tmp_path / "seen.pt", *folders)
     for folder in folders:
         assert not seen[folder.name]["problems"]
         logits = seen[folder.name]["observed"]["logits, grouped_mm"]

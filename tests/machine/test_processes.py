@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -158,7 +159,7 @@ def notes(folder):
 
     @functools.cache
     def launch(count):
-        for errors, code in forked(count, folder, folder / "worker.py", folder):
+        for _, errors, code in together(count, folder / "worker.py", folder):
             assert code == 0, errors
         return [json.loads((folder / f"notes {count} {rank}.json").read_text("utf-8")) for rank in range(count)]
 
@@ -193,37 +194,19 @@ def address(count):
         }
 
 
-def forked(count, errors, *arguments, **variables):
-    """Run a program `count` times, importing everything once, with nobody to stop the rest where one ends.
+def together(count, *arguments, awaited=None, **variables):
+    """Start a program `count` times, with nobody to stop the rest where one ends.
 
     Returns:
-        Errors and exit code of each.
+        Output, errors and exit code of each, or of the first `awaited`.
     """
-    command = [sys.executable, TESTS / "forked.py", errors, count, *arguments]
-    launched = run(map(str, command), **address(count), **variables)
-    assert launched.returncode == 0, launched.stderr
-    codes = json.loads(launched.stdout.splitlines()[-1])
-    return [((errors / f"{rank}.err").read_text("utf-8"), code) for rank, code in enumerate(codes)]
-
-
-def without_launcher(count, *arguments, awaited=None, **variables):
-    """Start a program `count` times, with nobody to stop the rest where one ends; errors and exit codes of the first.
-
-    Waits for all unless fewer are `awaited`.
-    """
-    meeting = address(count)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            env=environment(**meeting, RANK=str(rank), LOCAL_RANK=str(rank), **variables),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+    meeting, processes = address(count), []
+    for rank in range(count):
+        own = environment(**meeting, RANK=str(rank), LOCAL_RANK=str(rank), **variables)
+        pipes = {"stdout": forked.PIPE, "stderr": forked.PIPE, "text": True}
+        processes.append(forked.Popen([sys.executable, *arguments], env=own, **pipes))
     try:
-        return [(process.communicate(timeout=60)[1], process.returncode) for process in processes[:awaited]]
+        return [(*process.communicate(timeout=60), process.returncode) for process in processes[:awaited]]
     finally:
         for process in processes:
             process.kill()
@@ -288,21 +271,24 @@ def test_a_killed_process(folder, quick):
     assert not (folder / "killed" / "model.safetensors").exists()
     manifest = json.loads((folder / "killed" / ".dern" / "manifest.json").read_text("utf-8"))
     assert "0" in manifest["layers"] and "report" not in manifest
-    finished = torchrun(2, "-m", "optimum_dern", *command)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("saved to") == finished.stdout.count("experts per layer") == 1
+    finished = together(2, "-m", "optimum_dern", *command)
+    assert [code for *_, code in finished] == [0, 0], finished
+    assert [(output.count("saved to"), output.count("experts per layer")) for output, *_ in finished] == [
+        (1, 1),
+        (0, 0),
+    ]
     assert not (folder / "killed" / ".dern").exists()
     assert_same(folder / "killed", quick)
 
 
 @pytest.mark.parametrize("stops", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_killed_process_without_launcher(stops, folder, tmp_path):
+def test_a_killed_process_without_launcher(stops, folder):
     """Nobody has to stop the rest: they notice, say so in one line, and leave a folder to go on with."""
     output = folder / f"alone {stops}"
     command = [folder / "stopping.py", *quick_arguments(folder, output)]
-    ended = forked(2, tmp_path, *command, STOPS=str(stops), STOPS_BY="kill")
-    assert ended[stops][1] == -signal.SIGKILL
-    errors, code = ended[1 - stops]
+    ended = together(2, *command, STOPS=str(stops), STOPS_BY="kill")
+    assert ended[stops][-1] == -signal.SIGKILL
+    _, errors, code = ended[1 - stops]
     assert code == 2
     assert len(error_lines(errors)) == 1 and "another process of the run has ended" in error_lines(errors)[0]
     assert (output / ".dern" / "manifest.json").exists()
@@ -311,9 +297,9 @@ def test_a_killed_process_without_launcher(stops, folder, tmp_path):
 def test_an_error_in_one_process(folder):
     """The process that has failed tells why; the others end with it and keep quiet."""
     command = quick_arguments(folder, folder / "error")
-    ended = torchrun(3, folder / "stopping.py", *command, STOPS="1", STOPS_BY="error")
-    assert ended.returncode != 0
-    assert error_lines(ended.stderr) == ["optimum-dern: error: out of luck"]
+    ended = together(3, folder / "stopping.py", *command, STOPS="1", STOPS_BY="error")
+    assert [code for *_, code in ended] == [2, 2, 2]
+    assert [error_lines(errors) for _, errors, _ in ended] == [[], ["optimum-dern: error: out of luck"], []]
 
 
 MISTAKES = {
@@ -336,9 +322,14 @@ def test_errors_come_once(mistake, folder, tmp_path):
         (tmp_path / "out" / ".dern").mkdir()
         (tmp_path / "out" / ".dern" / "manifest.json").write_text(DIFFERS, "utf-8")
     batch_size = 20 if mistake == "processes" else 4  # all sequences in one batch
-    ended = torchrun(2, "-m", "optimum_dern", *quick_arguments(folder, tmp_path / "out", batch_size))
-    assert ended.returncode != 0
-    lines = error_lines(ended.stderr)
+    command = ["-m", "optimum_dern", *quick_arguments(folder, tmp_path / "out", batch_size)]
+    if mistake == "output":
+        launched = torchrun(2, *command)
+        lines, codes = error_lines(launched.stderr), [launched.returncode]
+    else:
+        _, errors, codes = zip(*together(2, *command), strict=True)
+        lines = error_lines("".join(errors))
+    assert 0 not in codes
     assert len(lines) == 1 and MISTAKES[mistake] in lines[0]
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
@@ -368,7 +359,7 @@ def test_a_process_that_hangs(tmp_path):
         "        processes.reduce(torch.ones(1))\n",
         "utf-8",
     )
-    errors, code = without_launcher(2, tmp_path / "hang.py", awaited=1)[0]
+    ((_, errors, code),) = together(2, tmp_path / "hang.py", awaited=1)
     assert code == 1 and "ProcessFailed: another process of the run has ended or does not answer" in errors
 
 
@@ -511,5 +502,5 @@ def test_no_state_stays_behind(tmp_path):
         "assert processes.is_main or within[:3] == (False, logging.ERROR, logging.ERROR)\n",
         "utf-8",
     )
-    for errors, code in without_launcher(2, tmp_path / "state.py"):
+    for _, errors, code in together(2, tmp_path / "state.py"):
         assert code == 0, errors

@@ -1,10 +1,10 @@
 """Models compressed by their Hub ids, over real HTTP: what is asked for, what comes of it, and what is refused."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from hub import BROKEN, WRITER, LoopbackHub
 from hub.endpoints import Handler
@@ -135,7 +135,7 @@ def run(hub, folder, name, jobs, token=None, **variables):
     lines = "".join(json.dumps([job, *JOBS[job]]) + "\n" for job in jobs)
     environment = hub.environment(folder / "home", token) | {"OMP_NUM_THREADS": "1"} | variables
     command = [sys.executable, str(TESTS / "hub_download.py"), str(folder / name)]
-    done = subprocess.run(command, env=environment, input=lines, capture_output=True, text=True)
+    done = forked.run(command, env=environment, input=lines, capture_output=True, text=True, imported="torch")
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

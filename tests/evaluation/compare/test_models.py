@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import forked
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -10,6 +11,7 @@ from tiny import compress, make_model, sample_texts, tiny_tokenizer
 
 from optimum_dern.checkpoint.source.recorded import STATISTICS_NAME
 from optimum_dern.commands.main import main
+from optimum_dern.evaluation.compare import model_process as processes
 from optimum_dern.evaluation.compare.model_process import ModelProcessError, model_process
 from optimum_dern.evaluation.compare.models import Comparison, ModelFigures, compare_models
 from optimum_dern.evaluation.loss.perplexity import evaluate_texts, load_texts
@@ -51,8 +53,9 @@ def task(text):
 
 
 @pytest.mark.slow
-def test_figures_are_those_of_the_models(checkpoints, text, task, tmp_path, capsys):
+def test_figures_are_those_of_the_models(checkpoints, text, task, tmp_path, capsys, monkeypatch):
     """Losses equal those measured in this process; sizes, memory and one speed a round are there; so is the table."""
+    monkeypatch.setattr(processes, "subprocess", forked)
     names = [str(path) for path in checkpoints]
     options = ["--data", str(text), "--tasks", str(task), "--sequence-length", "32", "--device", "cpu", "--json"]
     speed = ["--batch-size", "2", "--prompt-length", "16", "--new-tokens", "3", "--repeats", "2"]

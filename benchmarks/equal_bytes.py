@@ -150,21 +150,29 @@ def plot(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     matplotlib.rcParams |= {"svg.hashsalt": "equal bytes", "svg.fonttype": "none"}
-    figure, axes = plt.subplots(1, len(results), figsize=(5.4 * len(results), 4.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(results), figsize=(4.6 * len(results) + 2.8, 4.6), squeeze=False)
+    names = [plan.rpartition(", ")[0] for result in results.values() for plan in figures(result)]
+    colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(sorted(names)))}
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
         found = {plan: sorted(row.values()) for plan, row in figures(result).items()}
-        for number, (plan, points) in enumerate(sorted(found.items())):
+        for plan, points in sorted(found.items()):
+            colour = colours[plan.rpartition(", ")[0]]
             style = "-" if plan.endswith("recommended") else ":"
             kept, increase, _ = zip(*points, strict=True)
-            axis.plot(
-                kept, increase, style, color=f"C{number // 2}", marker="o", markersize=3, linewidth=1, label=plan
-            )
+            axis.plot(kept, increase, style, color=colour, marker="o", markersize=3, linewidth=1, label=plan)
         axis.plot(*frontier(found), color="black", linewidth=3, alpha=0.25, label="frontier")
         axis.set(yscale="log", xlabel="bytes of the routed experts kept", title=name)
         axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
     axes[0][0].set_ylabel("loss increase, nats per token")
-    axes[0][-1].legend(fontsize=6)
-    figure.tight_layout()
+    width = 1 - 2.8 / figure.get_figwidth()
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(),
+        fontsize=7,
+        frameon=False,
+        loc="center left",
+        bbox_to_anchor=(width, 0.55),
+    )
+    figure.tight_layout(rect=(0, 0, width, 1))
     figure.savefig(path, metadata={"Date": None})
 
 

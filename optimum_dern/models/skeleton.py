@@ -16,6 +16,7 @@ from .refusals import check_config
 __all__ = ["build_like", "build_skeleton"]
 
 LARGE = 1 << 24  # elements; more than any buffer has
+INITIALISERS = ("normal_", "uniform_", "kaiming_uniform_")  # of torch, and what transformers puts in their place
 
 
 def build_skeleton(
@@ -71,9 +72,10 @@ def build_like(model: nn.Module, config: Any) -> nn.Module:
 
 
 class LargeOnMeta(TorchFunctionMode):
-    """Torch function mode that creates large tensors on the meta device.
+    """Torch function mode that creates large tensors on the meta device, and draws no values for tensors there.
 
-    accelerate replaces a parameter only after its allocation, which fails where address space is limited.
+    accelerate replaces a parameter only after its allocation, which fails where address space is limited.  Drawing
+    values that are kept nowhere is most of the time that it takes to build a model.
     """
 
     def __torch_function__(
@@ -84,4 +86,7 @@ class LargeOnMeta(TorchFunctionMode):
             shape = args if isinstance(args[0], int) else args[0]
             if torch.Size(shape).numel() >= LARGE:
                 kwargs = {**kwargs, "device": "meta"}
+        tensor = args[0] if args else kwargs.get("tensor")
+        if getattr(function, "__name__", "") in INITIALISERS and tensor is not None and tensor.is_meta:
+            return tensor
         return function(*args, **kwargs)

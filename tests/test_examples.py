@@ -1,5 +1,6 @@
-"""The examples run as they stand, on the trained models of the repository."""
+"""The examples run as they stand, on the trained models of the repository; one is measured on less text."""
 
+import functools
 import math
 import runpy
 import sys
@@ -8,16 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from optimum_dern.evaluation.loss import perplexity
+from optimum_dern.evaluation.loss.perplexity import evaluate_loss, load_texts
+
 
 ROOT = Path(__file__).parent.parent
 EVALUATION = ROOT / "examples" / "tiny_moe" / "text" / "evaluation"
+SEQUENCES = 24  # of every text of evaluation, for the example that needs no more
 
 
 @pytest.fixture
 def run_example(tmp_path, monkeypatch, capsys):
     """What a script prints, run in a folder of its own; in this process, which has imported the large packages."""
 
-    def run(name, *arguments):
+    def run(name, *arguments, sequences=None):
+        monkeypatch.setattr(perplexity, "load_texts", functools.partial(load_texts, limit=sequences))
         script = str(ROOT / "examples" / name)
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -72,8 +78,6 @@ def test_heal_with_lora(run_example, tmp_path):
     pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from optimum_dern.evaluation.loss.perplexity import evaluate_loss, load_texts
-
     table = table_of(run_example("heal_with_lora.py"))
     before, compressed, healed = (table[name][0] for name in ("before compression", "compressed", "healed"))
     assert before < compressed < before + 0.1
@@ -92,7 +96,7 @@ def test_finetune_condensed(run_example, tmp_path):
     """Half of the layers become dense; training them takes a part of the loss back, in a plain checkpoint."""
     from transformers import AutoConfig
 
-    text = run_example("finetune_condensed.py")
+    text = run_example("finetune_condensed.py", sequences=SEQUENCES)
     table = table_of(text)
     original, condensed, tuned = (table[name][0] for name in ("original", "condensed", "fine-tuned"))
     assert original < condensed < original + 0.4

@@ -57,8 +57,8 @@ SEQUENCES, LENGTH = 16, 256
 class Timers:
     """Seconds and calls by stage, where a stage inside another one counts for itself alone."""
 
-    def __init__(self, clock: Callable[[], float] = time.process_time) -> None:
-        self.clock = clock
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        self.clock = clock or time.process_time
         self.seconds: dict[str, float] = defaultdict(float)
         self.calls: dict[str, int] = defaultdict(int)
         self.inside: list[str] = []

@@ -12,6 +12,7 @@ import os
 import runpy
 import socket
 import sys
+import tempfile
 import traceback
 
 import scipy.optimize  # noqa: F401 - here and below: what transformers imports of other packages
@@ -67,6 +68,7 @@ def run(request: dict, streams: list[int]) -> int:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
+    tempfile.tempdir = None  # found before, perhaps, in another environment
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     try:
         execute(request["command"])

@@ -42,6 +42,7 @@ def mapped_bytes():
 @linux
 def test_tensors_in_files(tmp_path):
     """They keep their content when their pages go, leave no name in the folder, and give their space back."""
+    gc.collect()  # what earlier tests have left
     before = mapped_bytes()
     maker = Scratch(tmp_path)
     tensor = maker.empty((64, 1 << 16), dtype=torch.bfloat16)
@@ -170,6 +171,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, in_files):
     """With experts in files, too, the same command ends with the bits of an undisturbed run, and no file is left."""
     make_model("mixtral", **SOURCES["mixtral"]).save_pretrained(tmp_path / "source")
     compress(tmp_path / "source", tmp_path / "whole", neuron_refit=False)
+    gc.collect()  # what earlier tests have left
     finish, before = CheckpointOutput.finish, mapped_bytes() if sys.platform == "linux" else 0
 
     def stopped(self, position, report):

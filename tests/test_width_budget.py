@@ -8,6 +8,7 @@ import torch
 from families import make_model
 from safetensors.torch import load_file
 from tiny import compress, random_tokens, same_state, state_of
+from tiny import make_model as tiny_model
 
 from optimum_dern import DernCompressor
 from optimum_dern.checkpoint.output.manifest import Manifest
@@ -104,6 +105,18 @@ def test_all_layers_together(method, monkeypatch):
     found = [(neurons >= 0).sum(1).tolist() for neurons in kept]
     assert found == reference_widths(scores, 2 * 8 * 8)
     assert sum(found[0]) != sum(found[1])
+
+
+def test_all_layers_are_ranked_once(monkeypatch):
+    """However many layers there are; each takes its part of what one ranking has chosen."""
+    sizes, select = [], narrowing.select_together
+    monkeypatch.setattr(
+        narrowing, "select_together", lambda scores, *rest: (sizes.append(len(scores)), select(scores, *rest))[1]
+    )
+    compress(tiny_model("qwen3_moe", num_hidden_layers=5), **OPTIONS, num_experts=None, method="heapr")
+    assert sizes == [5 * 8]
+    compress(tiny_model("qwen3_moe", num_hidden_layers=3), **OPTIONS, num_experts=4, method="heapr")
+    assert sizes[1:] and set(sizes[1:]) == {4}  # which experts stay in later layers is not known: each by itself
 
 
 @pytest.mark.parametrize("options", [{"method": "camera_p"}, {"method": "heapr", "num_experts": 4}])

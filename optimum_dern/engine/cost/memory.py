@@ -11,6 +11,7 @@ from ...config import DernConfig
 from ...core.layer.workspace import MAX_ELEMENTS
 from ...models.moe.structure import MoELayer, find_decoder_layers
 from ..layer.importance import gradient_needed
+from ..layer.narrowing import ranks_all_layers
 from .condensing import SearchMemory, network_bytes, plan_of, search_memory
 from .phases import layer_phases, pass_tokens, result_shape
 
@@ -19,7 +20,8 @@ __all__ = ["INTERPRETER", "MemoryPlan", "plan_memory"]
 
 INTERPRETER = 600 << 20  # Python, torch, transformers and datasets, without any weight
 MAPPED = 160 << 20  # pages of files that a run has mapped at once
-MEASURED, RANKED = 6 * 8, 5 * 8  # bytes a neuron: its statistics; scores, indices and masks while all are ranked
+# Bytes a neuron: its statistics; its index among those that stay; scores, indices and masks while all are ranked.
+MEASURED, KEPT, RANKED = 6 * 8, 8, 5 * 8
 SMALLEST = MAX_ELEMENTS >> 4  # smaller blocks save little and take long
 
 
@@ -104,7 +106,8 @@ def _plans(
     if gradient_needed(config):  # before all else: what enters every layer, and a gradient
         streams = max(streams, len(decoder_layers) + 2)
     hidden = streams * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
-    neurons, attention = _neurons(layers, config), _attention(model, pass_tokens(tokens, config))
+    (neurons, ranking), attention = _neurons(layers, config, counts), _attention(model, pass_tokens(tokens, config))
+    least = max(attention, ranking)
     condensing = plan_of(model, layers, config)
     search = search_memory(model, condensing, tokens, config) if condensing and condensing.searched else None
 
@@ -115,7 +118,7 @@ def _plans(
             interpreter=INTERPRETER,
             outside=outside,
             layer=largest,
-            working=neurons + max(attention, *(phase.tokens + (0 if in_file else phase.experts) for phase in phases)),
+            working=neurons + max(least, *(phase.tokens + (0 if in_file else phase.experts) for phase in phases)),
             hidden=hidden,
             scratch=(sum(network_bytes(condensing)) if condensing else 0)
             + (largest + max(p.experts for p in phases) if in_file else 0),
@@ -151,12 +154,14 @@ def _attention(model: Any, tokens: int) -> int:
     return model.dtype.itemsize * tokens * (config.hidden_size + 4 * queries + 2 * pairs)
 
 
-def _neurons(layers: Sequence[MoELayer], config: DernConfig) -> int:
-    """Return the bytes of the neurons' statistics that a backward pass leaves of all layers, and of their ranking."""
+def _neurons(layers: Sequence[MoELayer], config: DernConfig, counts: Sequence[int]) -> tuple[int, int]:
+    """Return the bytes of what a run knows of the neurons of all layers, and of ranking them before the first one."""
     if gradient_needed(config) is None:
-        return 0
-    ranked = RANKED if config.width_budget == "global" else 0
-    return (MEASURED + ranked) * sum(layer.num_experts * layer.width for layer in layers)
+        return 0, 0
+    neurons = sum(layer.num_experts * layer.width for layer in layers)
+    if not any(ranks_all_layers(layers[0], config, count) for count in counts):
+        return MEASURED * neurons, 0
+    return (MEASURED + KEPT) * neurons, RANKED * neurons
 
 
 def _bytes(module: nn.Module) -> int:

@@ -57,6 +57,7 @@ class MeasuredLayer:
     residual: Tensor | None = None  # (T, d) the residual stream before the experts, where the criterion needs it
     neurons: Mapping[str, Mapping[int, NeuronStatistics]] = field(default_factory=dict)  # of all MoE layers, by the
     # loss whose gradient they are of, and the layer's position
+    kept_neurons: Mapping[int, Tensor] | None = None  # (E, f) by position, where those of all layers share one budget
     goal: Goal | None = None  # target of the refits, where it is not `target`
 
     def observe(self, held_out: Tensor) -> ObservedLayer:

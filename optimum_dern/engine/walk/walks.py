@@ -84,6 +84,7 @@ class Pass:
     shared: bool  # whether the original layers are restored, for other recipes or because a sink demands it
     keep_statistics: Callable[[int, ExpertStatistics], None] | None
     neurons: Mapping[str, Mapping[int, NeuronStatistics]]  # by loss and position, for importance by gradients
+    kept_neurons: Mapping[int, Tensor] | None  # by position, where the neurons of all layers share one budget
 
 
 def open_walks(
@@ -165,7 +166,7 @@ def _measure(walk: Walk, position: int, decoder_layer: nn.Module, layer: MoELaye
         else:
             (walk.stream.probe if stops else walk.stream.step)(position, decoder_layer)
     measured = measure_layer(layer, position, run, common.masks, common.labels, common.processes)
-    measured = replace(measured, neurons=common.neurons)
+    measured = replace(measured, neurons=common.neurons, kept_neurons=common.kept_neurons)
     if drift is not None:
         measured = replace(measured, goal=drift.goal(recipes[0].config.drift_correction))
     return measured if residual is None else replace(measured, residual=residual.without_padding(common.masks))

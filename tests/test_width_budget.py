@@ -6,13 +6,18 @@ import re
 import pytest
 import torch
 from families import make_model
+from layers_aside import LayersAside
 from safetensors.torch import load_file
 from tiny import compress, random_tokens, same_state, state_of
+from tiny import make_model as tiny_model
 
-from optimum_dern import DernCompressor
+from optimum_dern import DernCompressor, DernConfig
 from optimum_dern.checkpoint.output.manifest import Manifest
 from optimum_dern.commands.main import main
 from optimum_dern.engine.layer import narrowing
+from optimum_dern.engine.run.checks import check_request
+from optimum_dern.engine.walk.decoder import compress_layers_
+from optimum_dern.engine.walk.recipe import Recipe
 from optimum_dern.models.moe.structure import find_moe_layers
 from optimum_dern.models.moe.view import read_layer
 from optimum_dern.reporting.verdict import verdict
@@ -104,6 +109,37 @@ def test_all_layers_together(method, monkeypatch):
     found = [(neurons >= 0).sum(1).tolist() for neurons in kept]
     assert found == reference_widths(scores, 2 * 8 * 8)
     assert sum(found[0]) != sum(found[1])
+
+
+def test_all_layers_are_ranked_once(monkeypatch):
+    """However many layers there are; each takes its part of what one ranking has chosen."""
+    sizes, select = [], narrowing.select_together
+    monkeypatch.setattr(
+        narrowing, "select_together", lambda scores, *rest: (sizes.append(len(scores)), select(scores, *rest))[1]
+    )
+    compress(tiny_model("qwen3_moe", num_hidden_layers=5), **OPTIONS, num_experts=None, method="heapr")
+    assert sizes == [5 * 8]
+    compress(tiny_model("qwen3_moe", num_hidden_layers=3), **OPTIONS, num_experts=4, method="heapr")
+    assert sizes[1:] and set(sizes[1:]) == {4}  # which experts stay in later layers is not known: each by itself
+
+
+def test_several_rankings_in_one_pass():
+    """Each configuration keeps the neurons of its own importance and width."""
+    model, data = tiny_model("qwen3_moe"), random_tokens(8)
+    layers = find_moe_layers(model)
+    asked = {(method, width): {"method": method, "width": width} for method in ("heapr", "slim") for width in (4, 8)}
+    configs = {key: DernConfig(**{**OPTIONS, "preset": "paper", **options}) for key, options in asked.items()}
+    sinks = {key: LayersAside(model, layers) for key in configs}
+    recipes = [Recipe(config, check_request(config, model, layers), sinks[key]) for key, config in configs.items()]
+    batches = [
+        {"input_ids": row["input_ids"][None], "attention_mask": torch.ones(1, 24, dtype=torch.long)} for row in data
+    ]
+    compress_layers_(model, layers, batches, recipes)
+    for key, options in asked.items():
+        alone = compress(
+            tiny_model("qwen3_moe"), **{**OPTIONS, "preset": "paper", "num_experts": None, **options}, dataset=data
+        )
+        assert [report.widths for report in sinks[key].finished.values()] == [r.widths for r in alone.report.layers]
 
 
 @pytest.mark.parametrize("options", [{"method": "camera_p"}, {"method": "heapr", "num_experts": 4}])

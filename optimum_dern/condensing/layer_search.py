@@ -24,6 +24,7 @@ from ..engine.walk.calls import own_containers, record_layer_calls
 from ..engine.walk.stream import HiddenStream
 from ..engine.walk.walks import LayerProvider, LayersInMemory
 from ..machine.progress import progress_bar
+from ..machine.scratch import CopiesInFiles
 from ..models.moe.structure import find_decoder_layers
 from .dense_form import possible_layers
 from .plan import CondensingPlan
@@ -62,7 +63,8 @@ def search_layers(
     masks = [batch["attention_mask"].bool() for batch in batches]
     _, decoder_layers = find_decoder_layers(model, plan.at[min(plan.at)])
     with provider.outside():
-        calls = record_layer_calls(model, decoder_layers, [model_inputs(batch) for batch in batches])
+        keep = torch.detach if spill is None else CopiesInFiles(spill).copy
+        calls = record_layer_calls(model, decoder_layers, [model_inputs(batch) for batch in batches], keep)
         device = model.get_input_embeddings().weight.device
     original: list[Tensor] | None = None
     found: dict[int, float] = {}

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         "experts_in_file": memory.experts_in_file,
         "disk_bytes": after.bytes + memory.disk,
         "padding": padding_notice(layers[0], config),
-        "seconds": predict_seconds(layers, tokens, config, count, rate),
+        "seconds": predict_seconds(model, layers, tokens, config, count, rate),
         "advice": advise_serving(model.config.model_type, before, after),
     }
     if args.json:

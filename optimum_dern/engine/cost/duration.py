@@ -8,11 +8,13 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from ...config import DernConfig
 from ...core.layer.cost import experts_operations
 from ...machine.torch_state import finish
 from ...models.moe.structure import MoELayer
+from .condensing import condensing_operations
 from .phases import layer_phases, result_shape
 
 
@@ -23,22 +25,25 @@ OVERHEAD = 1.5  # everything that is not a product of matrices
 
 
 def predict_seconds(
-    layers: Sequence[MoELayer], tokens: int, config: DernConfig, num_experts: int, rate: float
+    model: nn.Module, layers: Sequence[MoELayer], tokens: int, config: DernConfig, num_experts: int, rate: float
 ) -> float:
-    """Predict the seconds that compressing all MoE layers takes.
+    """Predict the seconds that a compression takes, loading and writing aside.
 
     Args:
-        layers: MoE layers; their weights need not be loaded.
+        model: its weights need not be loaded.
+        layers: its MoE layers.
         tokens: number of calibration tokens.
         config: of the compression.
         num_experts: N, experts that each layer keeps.
         rate: operations per second, from `measure_rate`.
     """
+    if config.condensed_layers is not None:
+        return OVERHEAD * condensing_operations(model, layers, tokens, config) / rate
     return OVERHEAD * sum(count_operations(layer, tokens, config, num_experts) for layer in layers) / rate
 
 
 def count_operations(layer: MoELayer, tokens: int, config: DernConfig, num_experts: int) -> float:
-    """Count the floating-point operations of compressing one layer; a multiply-add counts as two."""
+    """Count the operations of compressing one layer that keeps its router; a multiply-add counts as two."""
     shape = result_shape(layer, tokens, config, num_experts)
     attention = 8.0 * tokens * shape.inputs**2
     run = attention + experts_operations(shape)

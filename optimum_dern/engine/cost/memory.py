@@ -1,18 +1,18 @@
 """Prediction of the peak memory of a compression from tensor shapes, and a plan that keeps it below `max_memory`."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...condensing.layer_search import SEARCHED
 from ...config import DernConfig
-from ...core.layer.cost import LayerShape
 from ...core.layer.workspace import MAX_ELEMENTS
 from ...models.moe.structure import MoELayer, find_decoder_layers
 from ..layer.importance import gradient_needed
+from ..layer.narrowing import ranks_all_layers
+from .condensing import SearchMemory, network_bytes, plan_of, search_memory
 from .phases import layer_phases, pass_tokens, result_shape
 
 
@@ -20,7 +20,8 @@ __all__ = ["INTERPRETER", "MemoryPlan", "plan_memory"]
 
 INTERPRETER = 600 << 20  # Python, torch, transformers and datasets, without any weight
 MAPPED = 160 << 20  # pages of files that a run has mapped at once
-MEASURED, RANKED = 6 * 8, 5 * 8  # bytes a neuron: its statistics; scores, indices and masks while all are ranked
+# Bytes a neuron: its statistics; its index among those that stay; scores, indices and masks while all are ranked.
+MEASURED, KEPT, RANKED = 6 * 8, 8, 5 * 8
 SMALLEST = MAX_ELEMENTS >> 4  # smaller blocks save little and take long
 
 
@@ -104,26 +105,28 @@ def _plans(
     streams += config.corrects_drift  # and that of the original model
     if gradient_needed(config):  # before all else: what enters every layer, and a gradient
         streams = max(streams, len(decoder_layers) + 2)
-    rows = streams * tokens
-    if isinstance(config.condensed_layers, int):  # a stream for every layer that is tried
-        rows = max(rows, (len(layers) + 2) * min(tokens, SEARCHED + pass_tokens(tokens, config)))
-    hidden = rows * model.config.get_text_config().hidden_size * model.dtype.itemsize
-    neurons, attention = _neurons(layers, config), _attention(model, pass_tokens(tokens, config))
+    hidden = streams * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
+    (neurons, ranking), attention = _neurons(layers, config, counts), _attention(model, pass_tokens(tokens, config))
+    least = max(attention, ranking)
+    condensing = plan_of(model, layers, config)
+    search = search_memory(model, condensing, tokens, config) if condensing and condensing.searched else None
 
     def plan(spilled: bool, in_file: bool, max_elements: int = MAX_ELEMENTS) -> MemoryPlan:
         shapes = [result_shape(layer, tokens, config, count, max_elements) for layer in layers for count in counts]
         phases = [phase for shape in dict.fromkeys(shapes) for phase in layer_phases(shape, config, len(counts) > 1)]
-        return MemoryPlan(
+        made = MemoryPlan(
             interpreter=INTERPRETER,
             outside=outside,
             layer=largest,
-            working=neurons + max(attention, *(phase.tokens + (0 if in_file else phase.experts) for phase in phases)),
+            working=neurons + max(least, *(phase.tokens + (0 if in_file else phase.experts) for phase in phases)),
             hidden=hidden,
-            scratch=_network_bytes(config, shapes) + (largest + max(p.experts for p in phases) if in_file else 0),
+            scratch=(sum(network_bytes(condensing)) if condensing else 0)
+            + (largest + max(p.experts for p in phases) if in_file else 0),
             spilled=spilled,
             experts_in_file=in_file,
             max_elements=max_elements,
         )
+        return made if search is None else _with_search(made, search, attention)
 
     yield plan(spilled=False, in_file=False)
     yield plan(spilled=True, in_file=False)
@@ -131,6 +134,14 @@ def _plans(
     while max_elements >= SMALLEST:
         yield plan(True, True, max_elements)
         max_elements //= 2
+
+
+def _with_search(plan: MemoryPlan, search: SearchMemory, attention: int) -> MemoryPlan:
+    """Return the plan of whichever takes more memory, the work on the layers or the search among them after it."""
+    working = search.network + max(search.forward, attention) + (search.kept if plan.spilled else 0)
+    searching = replace(plan, working=working, hidden=search.hidden)
+    most = max(plan, searching, key=lambda stage: stage.peak)
+    return replace(most, hidden=max(plan.hidden, search.hidden)) if plan.spilled else most
 
 
 def _attention(model: Any, tokens: int) -> int:
@@ -143,21 +154,14 @@ def _attention(model: Any, tokens: int) -> int:
     return model.dtype.itemsize * tokens * (config.hidden_size + 4 * queries + 2 * pairs)
 
 
-def _neurons(layers: Sequence[MoELayer], config: DernConfig) -> int:
-    """Return the bytes of the neurons' statistics that a backward pass leaves of all layers, and of their ranking."""
+def _neurons(layers: Sequence[MoELayer], config: DernConfig, counts: Sequence[int]) -> tuple[int, int]:
+    """Return the bytes of what a run knows of the neurons of all layers, and of ranking them before the first one."""
     if gradient_needed(config) is None:
-        return 0
-    ranked = RANKED if config.width_budget == "global" else 0
-    return (MEASURED + ranked) * sum(layer.num_experts * layer.width for layer in layers)
-
-
-def _network_bytes(config: DernConfig, shapes: Sequence[LayerShape]) -> int:
-    """Return the bytes of the networks of all layers that may become dense."""
-    which = config.condensed_layers
-    if which is None:
-        return 0
-    count = len(shapes) if isinstance(which, int) else len(which)
-    return count * shapes[0].narrower.expert * shapes[0].itemsize
+        return 0, 0
+    neurons = sum(layer.num_experts * layer.width for layer in layers)
+    if not any(ranks_all_layers(layers[0], config, count) for count in counts):
+        return MEASURED * neurons, 0
+    return (MEASURED + KEPT) * neurons, RANKED * neurons
 
 
 def _bytes(module: nn.Module) -> int:

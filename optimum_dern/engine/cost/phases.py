@@ -141,11 +141,13 @@ def _condensing_phases(standing: Standing) -> Iterator[Phase]:
     chosen = condense_experts_cost(shape._replace(retained=dense.width // shape.width))
     outputs, weights = 2 * standing.output, shape.number * dense.expert  # beside the routed experts, and of the block
     yield Phase("condense", standing.tokens + outputs + chosen.held, 0, chosen.operations)
-    run = outputs + shape.number * shape.tokens * (shape.inputs + shape.outputs) + held_by_chunk(dense)
-    yield Phase("join", standing.tokens + run, 2 * weights, 2 * experts_operations(dense))
+    judged = experts_operations(dense) * (1 + bool(config.refit)) * bool(config.guard) / 10
+    run = outputs + shape.number * shape.tokens * (shape.inputs + shape.outputs)
+    run += 2 * weights  # the joined neurons are in memory, also where experts are in files
+    yield Phase("join", standing.tokens + run + held_by_chunk(dense), 0, judged)
     if config.refit:
         cost = refit_down_cost(dense, sweeps=1)
-        yield Phase("refit", standing.tokens + run + cost.held, 2 * weights + cost.experts, cost.operations)
+        yield Phase("refit", standing.tokens + run + cost.held, cost.experts, cost.operations)
 
 
 def _original_phases(standing: Standing) -> Iterator[Phase]:

@@ -21,7 +21,14 @@ from ..measure.measured import MeasuredLayer
 from .importance import gradient_needed, score_neurons
 
 
-__all__ = ["find_width", "narrow_candidates", "padding_notice", "written_width"]
+__all__ = [
+    "find_width",
+    "narrow_candidates",
+    "padding_notice",
+    "ranks_all_layers",
+    "select_in_all_layers",
+    "written_width",
+]
 
 
 def find_width(layer: MoELayer, config: DernConfig) -> int:
@@ -45,6 +52,33 @@ def padding_notice(layer: MoELayer, config: DernConfig) -> str | None:
     )
 
 
+def ranks_all_layers(layer: MoELayer, config: DernConfig, num_experts: int) -> bool:
+    """Whether the neurons of all layers share one budget: all are measured before the first layer is compressed."""
+    together = config.width_budget == "global" and num_experts == layer.num_experts
+    return together and gradient_needed(config) is not None and find_width(layer, config) < layer.width
+
+
+def select_in_all_layers(
+    statistics: Mapping[int, NeuronStatistics], width: int, config: DernConfig
+) -> dict[int, Tensor]:
+    """Rank the neurons of all layers together, and choose those that stay.
+
+    Args:
+        statistics: of the neurons of every MoE layer, by position.
+        width: neurons that an expert keeps on average.
+        config: names the importance.
+
+    Returns:
+        By position, indices (E, f) of the neurons of each expert, then `PADDING`.
+    """
+    positions = sorted(statistics)
+    device = statistics[positions[0]].count.device
+    ranked = zip(*(score_neurons(statistics[position], config) for position in positions), strict=True)
+    scores, protected = (torch.cat([part.to(device) for part in parts]) for parts in ranked)
+    kept = select_together(scores, len(scores) * width, protected)
+    return dict(zip(positions, kept.split([len(statistics[p].count) for p in positions]), strict=True))
+
+
 def narrow_candidates(
     candidates: Mapping[str, Candidate], measured: MeasuredLayer, statistics: NeuronStatistics, config: DernConfig
 ) -> dict[str, Candidate]:
@@ -66,15 +100,11 @@ def narrow_candidates(
 
 def _choose(retained: Tensor, measured: MeasuredLayer, statistics: NeuronStatistics, config: DernConfig) -> Tensor:
     """Choose the neurons of the retained experts (N,): indices (N, width), or (N, f) with padding."""
-    width, loss = find_width(measured.layer, config), gradient_needed(config)
+    width = find_width(measured.layer, config)
     scores, protected = score_neurons(statistics, config)
     if config.width_budget == "uniform":
         return select_neurons(scores[retained], width, protected[retained])
-    if loss is None or len(retained) < len(scores):  # what stays in later layers is not known yet
+    kept = measured.kept_neurons.get((config.importance, width))
+    if kept is None or len(retained) < len(scores):  # what stays in later layers is not known yet
         return select_together(scores[retained], len(retained) * width, protected[retained])
-    layers = measured.neurons[loss]
-    ranked = [score_neurons(layers[position], config) for position in sorted(layers)]
-    both = zip(*ranked, strict=True)
-    scores, protected = (torch.cat([part.to(retained.device) for part in parts]) for parts in both)
-    before = sum(len(layers[position].count) for position in layers if position < measured.position)
-    return select_together(scores, len(scores) * width, protected)[before + retained]
+    return kept[measured.position].to(retained.device)[retained]

@@ -20,7 +20,10 @@ from ...models.moe.view import LayerWeights, layer_activation, read_layer, write
 from .recording import record_routing
 
 
-__all__ = ["Goal", "MeasuredLayer"]
+__all__ = ["Goal", "KeptNeurons", "MeasuredLayer"]
+
+# Indices (E, f) of the neurons that stay, by importance and width, then by the layer's position.
+KeptNeurons = Mapping[tuple[str | None, int], Mapping[int, Tensor]]
 
 
 class Goal(NamedTuple):
@@ -57,6 +60,7 @@ class MeasuredLayer:
     residual: Tensor | None = None  # (T, d) the residual stream before the experts, where the criterion needs it
     neurons: Mapping[str, Mapping[int, NeuronStatistics]] = field(default_factory=dict)  # of all MoE layers, by the
     # loss whose gradient they are of, and the layer's position
+    kept_neurons: KeptNeurons = field(default_factory=dict)  # where those of all layers share one budget
     goal: Goal | None = None  # target of the refits, where it is not `target`
 
     def observe(self, held_out: Tensor) -> ObservedLayer:

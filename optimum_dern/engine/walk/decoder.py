@@ -10,7 +10,7 @@ can correct for them: every recipe then has hidden states of its own.  With "one
 original layers, and all recipes share these hidden states and the measurements on them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ...core.layer.statistics import ExpertStatistics
+from ...core.neurons.statistics import NeuronStatistics
 from ...data.labels import label_tokens, model_inputs
 from ...machine.processes import ALONE, Processes
 from ...machine.progress import progress_bar
@@ -25,6 +26,8 @@ from ...machine.scratch import CopiesInFiles
 from ...models.moe.structure import MoELayer, find_decoder_layers, layers_by_position
 from ...results.report import LayerReport
 from ..layer.importance import gradient_needed
+from ..layer.narrowing import find_width, ranks_all_layers, select_in_all_layers
+from ..measure.measured import KeptNeurons
 from ..measure.measuring import unseen_layer
 from .backward import measure_gradients
 from .calls import record_layer_calls
@@ -80,12 +83,24 @@ def compress_layers_(
         neurons[loss] = measure_gradients(
             model, decoder_layers, positions, calls, sequences, provider, processes, device, spill
         )
-    common = Pass(shared_masks, labels, processes, keep_originals(recipes), keep_statistics, neurons)
+    kept = _kept_neurons(recipes, layers[0], neurons)
+    common = Pass(shared_masks, labels, processes, keep_originals(recipes), keep_statistics, neurons, kept)
     walks = open_walks(calls, recipes, spill, device)
     del calls
     for position in progress_bar(range(len(decoder_layers)), "Compressing layers"):
         pass_layer(position, decoder_layers[position], positions.get(position), walks, provider, common)
     return [recipe.reports for recipe in recipes]
+
+
+def _kept_neurons(
+    recipes: Sequence[Recipe], layer: MoELayer, neurons: Mapping[str, Mapping[int, NeuronStatistics]]
+) -> KeptNeurons:
+    """Choose the neurons of all layers, once for the whole pass, for every recipe that ranks them together."""
+    kept = {}
+    for config in (r.config for r in recipes if ranks_all_layers(layer, r.config, r.num_experts)):
+        key = config.importance, find_width(layer, config)
+        kept[key] = kept.get(key) or select_in_all_layers(neurons[gradient_needed(config)], key[1], config)
+    return kept
 
 
 def compress_unseen_layers_(

@@ -48,8 +48,8 @@ def visit_layers(
     with provider.outside():
         device = model.get_input_embeddings().weight.device
         keep = torch.detach if spill is None else CopiesInFiles(spill).copy
-        calls = record_layer_calls(model, decoder_layers, [model_inputs(batch) for batch in batches], keep)
-        stream = HiddenStream(calls, spill, device)
+        inputs = [model_inputs(batch) for batch in batches]
+        stream = HiddenStream(record_layer_calls(model, decoder_layers, inputs, keep), spill, device)
     for position in progress_bar(range(len(decoder_layers))[:stop], description):
         with torch.no_grad(), provider.loaded(position), visit(position):
             stream.step(position, decoder_layers[position])

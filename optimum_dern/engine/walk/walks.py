@@ -26,7 +26,7 @@ from ...models.moe.structure import MoELayer
 from ..layer.compression import compress_layer_
 from ..layer.needs import why_tokens
 from ..measure.expert_run import chunked_experts, measured_experts
-from ..measure.measured import MeasuredLayer
+from ..measure.measured import KeptNeurons, MeasuredLayer
 from ..measure.measuring import measure_layer
 from ..measure.residual import record_residual
 from .calls import Call, own_containers
@@ -84,6 +84,7 @@ class Pass:
     shared: bool  # whether the original layers are restored, for other recipes or because a sink demands it
     keep_statistics: Callable[[int, ExpertStatistics], None] | None
     neurons: Mapping[str, Mapping[int, NeuronStatistics]]  # by loss and position, for importance by gradients
+    kept_neurons: KeptNeurons  # where the neurons of all layers share one budget
 
 
 def open_walks(
@@ -165,7 +166,7 @@ def _measure(walk: Walk, position: int, decoder_layer: nn.Module, layer: MoELaye
         else:
             (walk.stream.probe if stops else walk.stream.step)(position, decoder_layer)
     measured = measure_layer(layer, position, run, common.masks, common.labels, common.processes)
-    measured = replace(measured, neurons=common.neurons)
+    measured = replace(measured, neurons=common.neurons, kept_neurons=common.kept_neurons)
     if drift is not None:
         measured = replace(measured, goal=drift.goal(recipes[0].config.drift_correction))
     return measured if residual is None else replace(measured, residual=residual.without_padding(common.masks))

@@ -15,12 +15,13 @@ TOKENS = 600
 
 def test_more_work_takes_longer():
     """Every step and every token add to the prediction."""
-    layers = find_moe_layers(make_model("mixtral"))
+    model = make_model("mixtral")
+    layers = find_moe_layers(model)
     rate = measure_rate(torch.device("cpu"), seconds=0.05)
     assert rate > 1e8
 
     def seconds(tokens=TOKENS, **fields):
-        return predict_seconds(layers, tokens, DernConfig(**fields), 4, rate)
+        return predict_seconds(model, layers, tokens, DernConfig(**fields), 4, rate)
 
     assert seconds(method="prune", refit=False) < seconds(method="prune", neuron_refit=False) < seconds()
     assert seconds(tokens=2 * TOKENS, method="prune", refit=False) == pytest.approx(

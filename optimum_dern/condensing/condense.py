@@ -21,6 +21,7 @@ from ..engine.measure.expert_run import chunked_experts, measured_experts
 from ..engine.measure.measuring import measure_layer
 from ..engine.walk.visit import visit_layers
 from ..engine.walk.walks import LayerProvider, LayersInMemory
+from ..machine.processes import ALONE, Processes
 from ..machine.torch_state import evaluation_mode
 from ..models.moe.structure import find_decoder_layers, find_moe_layers
 from ..models.refusals import check_materialised, check_model
@@ -103,6 +104,7 @@ def condense_each(
     provider: LayerProvider | None = None,
     done: Collection[int] = (),
     spill: Path | None = None,
+    processes: Processes = ALONE,
 ) -> None:
     """Condense every layer of a plan on what the original model gives it, in one pass; the model stays as it is.
 
@@ -115,12 +117,13 @@ def condense_each(
         provider: loads the decoder layers; by default the model has them in memory.
         done: positions of layers that an earlier run has condensed.
         spill: folder for files of hidden states; in memory by default.
+        processes: that share the batches; each is given all of them, takes its part, and keeps the same neurons.
     """
     waiting = [position for position in plan.networks if position not in done]
     if not waiting:
         return
+    labels, batches = label_tokens(batches, processes), processes.share(batches)
     masks = [batch["attention_mask"].bool() for batch in batches]
-    labels = label_tokens(batches)
 
     @contextmanager
     def visit(position: int) -> Iterator[None]:
@@ -133,7 +136,7 @@ def condense_each(
         with measured_experts(layer, masks, keep=keep_tokens) as run:
             yield
         if keep_tokens:
-            measured = measure_layer(layer, position, run, masks, labels)
+            measured = measure_layer(layer, position, run, masks, labels, processes)
             keep(position, *condense_layer(measured, plan.num_experts, fit, started))
 
     _, decoder_layers = find_decoder_layers(model, plan.at[min(plan.at)])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import DernConfig
 from ..core.layer.mixture import Routing, routed_output
+from ..core.layer.reduction import Reduce
 from ..core.layer.segments import Segments
 from ..core.merging.condense import condense_experts, mean_weights
 from ..core.refits.down_projections import refit_down
@@ -57,26 +58,26 @@ def condense_layer(
     Raises:
         ValueError: a block that does not add its shared experts' output as it is.
     """
-    layer, statistics = measured.layer, measured.statistics
+    layer, statistics, processes = measured.layer, measured.statistics, measured.processes
     held_out = measured.labels.held_out_on(measured.target.device) & fit.guard
     observed = replace(measured.observe(held_out), beside=output_beside(measured))
     chosen, weights = condense_experts(observed, num_experts), mean_weights(observed)
     neurons, target = joined_neurons(layer, chosen, weights), observed.target + observed.beside
     routing = _to_one(measured.routing.hidden)
     if shared_experts(layer) is not None:
-        _check_shared(layer, joined_neurons(layer, [], weights), routing, observed.beside)
+        _check_shared(layer, joined_neurons(layer, [], weights), routing, observed.beside, processes.reduce)
     made = {"condensed": neurons}
     if fit.refit:
         fitted = routing.select(~held_out), target[~held_out], layer_activation(layer)
-        (made["condensed+refit"],) = refit_down(neurons, *fitted, ridges=(fit.ridge,), sweeps=1)
+        (made["condensed+refit"],) = refit_down(neurons, *fitted, (fit.ridge,), 1, processes.reduce)
     judged = made if fit.guard else {}
-    errors = {name: _error(one, routing, target, layer, held_out) for name, one in judged.items()}
+    errors = {name: _error(one, routing, target, layer, held_out, processes.reduce) for name, one in judged.items()}
     winner = min(errors, key=errors.get) if errors else [*made][-1]  # of equals the first
     return made[winner], LayerReport(
         name=layer.name,
         layer=measured.position,
         tokens=statistics.tokens,
-        held_out_tokens=int(held_out.sum()),
+        held_out_tokens=processes.total(int(held_out.sum())),
         load=(statistics.count / statistics.count.sum().clamp(min=1)).tolist(),
         saliency=weights.tolist(),
         retained=chosen,
@@ -95,17 +96,25 @@ def _to_one(hidden: Tensor) -> Routing:
     return Routing(hidden, torch.zeros_like(hidden[:, :1], dtype=torch.long), torch.ones_like(hidden[:, :1]))
 
 
-def _check_shared(layer: MoELayer, shared: Segments, routing: Routing, beside: Tensor) -> None:
+def _check_shared(layer: MoELayer, shared: Segments, routing: Routing, beside: Tensor, reduce: Reduce) -> None:
     """Refuse a block that does not add its shared experts' output as it is."""
     output = routed_output(shared, routing, layer_activation(layer))
-    if (output - beside).norm() > SAME * beside.norm():
+    if _relative_square(output, beside, reduce) > SAME**2:
         raise ValueError(
             f"{layer.name} cannot become a dense layer: it does not add the output of its shared experts as it is"
         )
 
 
-def _error(neurons: Segments, routing: Routing, target: Tensor, layer: MoELayer, tokens: Tensor) -> float:
+def _error(
+    neurons: Segments, routing: Routing, target: Tensor, layer: MoELayer, tokens: Tensor, reduce: Reduce
+) -> float:
     """Return the relative squared error of one expert's output for some tokens."""
     output = routed_output(neurons, routing.select(tokens), layer_activation(layer))
-    squares = ((output - target[tokens]).double().square().sum(), target[tokens].double().square().sum())
-    return (squares[0] / squares[1].clamp(min=1e-30)).item()
+    return _relative_square(output, target[tokens], reduce)
+
+
+def _relative_square(output: Tensor, target: Tensor, reduce: Reduce) -> float:
+    """Return |output - target|^2 / |target|^2 over the tokens of all processes."""
+    squares = torch.stack([(output - target).double().square().sum(), target.double().square().sum()])
+    error, whole = reduce(squares)
+    return (error / whole.clamp(min=1e-30)).item()

@@ -10,19 +10,21 @@ Every time is one pass through the decoder, in which each layer is loaded once: 
 same hidden states up to that, and from there on each has its own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..core.merging.condense import jensen_shannon
-from ..data.labels import model_inputs, real_tokens
+from ..data.labels import first_drawn, model_inputs, real_tokens
 from ..engine.measure.expert_run import chunked_experts
 from ..engine.walk.calls import own_containers, record_layer_calls
 from ..engine.walk.stream import HiddenStream
 from ..engine.walk.walks import LayerProvider, LayersInMemory
+from ..machine.processes import ALONE, Processes
 from ..machine.progress import progress_bar
 from ..machine.scratch import CopiesInFiles
 from ..models.moe.structure import find_decoder_layers
@@ -32,7 +34,7 @@ from .plan import CondensingPlan
 
 __all__ = ["SEARCHED", "search_layers"]
 
-SEARCHED = 4096  # on which models are compared, in whole batches
+SEARCHED = 4096  # tokens on which models are compared, in whole sequences
 
 Networks = Callable[[int], AbstractContextManager[nn.Module]]  # loads the dense network of a position
 
@@ -45,21 +47,23 @@ def search_layers(
     networks: Networks,
     provider: LayerProvider | None = None,
     spill: Path | None = None,
+    processes: Processes = ALONE,
 ) -> dict[int, float]:
     """Search layers to condense, each time the one of which the model's last hidden states change least.
 
     Args:
         model: in evaluation mode; as it was before, and is afterwards.
         plan: which layers may be chosen, and how many are.
-        batches: calibration batches, of which the first are used.
+        batches: calibration batches, of whose sequences those drawn first are used.
         networks: loads the dense network that takes the place of a layer's block while its context is open.
         provider: loads the decoder layers; by default the model has them in memory.
         spill: folder for files of hidden states; in memory by default.
+        processes: that share the layers tried in a pass; each runs the model so far on all tokens.
 
     Returns:
         By position, in the order in which they were chosen, the divergence that the model has with each one more.
     """
-    batches, provider = _first(batches), provider or LayersInMemory()
+    batches, provider = first_drawn(batches, SEARCHED), provider or LayersInMemory()
     masks = [batch["attention_mask"].bool() for batch in batches]
     _, decoder_layers = find_decoder_layers(model, plan.at[min(plan.at)])
     with provider.outside():
@@ -69,7 +73,8 @@ def search_layers(
     original: list[Tensor] | None = None
     found: dict[int, float] = {}
     for number in range(plan.num_layers):
-        trials = [position for position in possible_layers(plan.at, found) if position in plan.networks]
+        possible = [position for position in possible_layers(plan.at, found) if position in plan.networks]
+        trials = possible[processes.rank :: processes.count]  # dealt as `processes.map` deals them
         stream = HiddenStream(own_containers(calls), spill, device)
         streams: dict[int | None, HiddenStream] = {None: stream}  # by the layer tried; of none, what they branch from
         for position in progress_bar(range(len(decoder_layers)), f"Searching layer {number + 1} of {plan.num_layers}"):
@@ -78,7 +83,8 @@ def search_layers(
                 _pass(model, plan, position, decoder_layers[position], streams, block, position in found)
         if original is None:
             original = _real(streams[None], masks)
-        tried = {position: _divergence(original, _real(streams[position], masks)) for position in trials}
+        sums = processes.map(partial(_divergence, original, streams, masks), possible)
+        tried = {position: value.item() for position, (value,) in zip(possible, sums, strict=True)}
         best = min(tried, key=tried.get)  # of equals the first
         found[best] = tried[best]
     return found
@@ -127,16 +133,10 @@ def _real(stream: HiddenStream, masks: Sequence[Tensor]) -> list[Tensor]:
     return [hidden[real_tokens(mask, hidden.device)] for hidden, mask in zip(flat, masks, strict=True)]
 
 
-def _divergence(original: Sequence[Tensor], condensed: Sequence[Tensor]) -> float:
-    sums = [jensen_shannon(*pair).sum(dtype=torch.float64) for pair in zip(original, condensed, strict=True)]
-    return torch.stack(sums).sum().item() / sum(map(len, original))
-
-
-def _first(batches: Sequence[dict]) -> list[dict]:
-    """Return the first batches that have enough tokens together."""
-    chosen, tokens = [], 0
-    for batch in batches:
-        if tokens < SEARCHED:
-            chosen.append(batch)
-            tokens += int(batch["attention_mask"].sum())
-    return chosen
+def _divergence(
+    original: Sequence[Tensor], streams: Mapping[int | None, HiddenStream], masks: Sequence[Tensor], position: int
+) -> tuple[Tensor]:
+    """Return the mean divergence () of a trial from the original model."""
+    pairs = zip(original, _real(streams[position], masks), strict=True)
+    sums = [jensen_shannon(*pair).sum(dtype=torch.float64) for pair in pairs]
+    return (torch.stack(sums).sum() / sum(map(len, original)),)

@@ -19,6 +19,7 @@ __all__ = [
     "TokenLabels",
     "enough_tokens",
     "evenly_spaced",
+    "first_drawn",
     "label_tokens",
     "model_inputs",
     "real_tokens",
@@ -67,7 +68,7 @@ def label_tokens(batches: Sequence[Mapping[str, Any]], processes: Processes = AL
         its last tenth.
     """
     lengths = [int(length) for batch in batches for length in batch["attention_mask"].sum(1)]
-    positions = _of_sequences(batches, POSITION) or range(len(lengths))
+    positions = _positions(batches)
     named = _of_sequences(batches, SOURCE) or [""] * len(lengths)
     drawn = sorted(range(len(lengths)), key=positions.__getitem__)
     names = tuple(dict.fromkeys(named[sequence] for sequence in drawn))
@@ -82,6 +83,39 @@ def label_tokens(batches: Sequence[Mapping[str, Any]], processes: Processes = AL
     sizes = [len(batch["attention_mask"]) for batch in batches]
     held_out, index, order = (_share(part, sizes, processes) for part in (held_out, index, _numbers(lengths, drawn)))
     return TokenLabels(held_out, index, names, order)
+
+
+def first_drawn(batches: Sequence[Mapping[str, Any]], tokens: int) -> list[dict[str, Any]]:
+    """Select the sequences drawn first that have some number of tokens together, or all where there are fewer.
+
+    They are the same however the sequences are put into micro-batches, and stay in theirs.
+
+    Args:
+        batches: as in `label_tokens`.
+        tokens: that are wanted; whole sequences may have more.
+    """
+    masks, positions, chosen = [batch["attention_mask"] for batch in batches], _positions(batches), set()
+    lengths = dict(zip(positions, (int(length) for mask in masks for length in mask.sum(1)), strict=True))
+    for position in sorted(lengths):
+        if tokens > 0:
+            chosen.add(position)
+            tokens -= lengths[position]
+    selected, numbers = [], iter(positions)
+    for batch, mask in zip(batches, masks, strict=True):
+        rows = [row for row in range(len(mask)) if next(numbers) in chosen]
+        if rows:
+            selected.append({name: _rows(value, rows) for name, value in batch.items()})
+    return selected
+
+
+def _rows(value: Any, rows: list[int]) -> Any:
+    """Select the entries of some sequences from a tensor or a list."""
+    return value[rows] if isinstance(value, Tensor) else [value[row] for row in rows]
+
+
+def _positions(batches: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+    """Return the number of each sequence in the order drawn, by default that of the batches."""
+    return _of_sequences(batches, POSITION) or range(sum(len(batch["attention_mask"]) for batch in batches))
 
 
 def _of_sequences(batches: Sequence[Mapping[str, Any]], key: str) -> list[Any]:

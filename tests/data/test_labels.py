@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from optimum_dern.data.labels import POSITION, SOURCE, TokenLabels, label_tokens, model_inputs
+from optimum_dern.data.labels import POSITION, SOURCE, TokenLabels, first_drawn, label_tokens, model_inputs
 from optimum_dern.machine.processes import ALONE
 
 
@@ -96,3 +96,18 @@ def test_the_model_gets_no_labels():
     """They are not among its arguments."""
     assert model_inputs(batch_of(2, source=["a"], position=[0])).keys() == {"input_ids", "attention_mask"}
     assert {SOURCE, POSITION} == {"source", "position"}
+
+
+def test_the_sequences_drawn_first():
+    """As many as have enough tokens, whichever batches they are in; without numbers, in the order of the batches."""
+    plain = [batch_of(3, 5, 2), batch_of(4)]
+    drawn = [batch_of(3, 5, 2, position=[2, 0, 3], source=[*"aba"]), batch_of(4, position=[1], source=["a"])]
+
+    def lengths(batches, tokens):
+        return [batch["attention_mask"].sum(1).tolist() for batch in first_drawn(batches, tokens)]
+
+    assert lengths(plain, 3) == [[3]] and lengths(plain, 4) == [[3, 5]] and lengths(plain, 11) == [[3, 5, 2], [4]]
+    assert lengths(drawn, 5) == [[5]] and lengths(drawn, 9) == [[5], [4]] and lengths(drawn, 10) == [[3, 5], [4]]
+    assert lengths(drawn, 99) == [[3, 5, 2], [4]]
+    chosen, _ = first_drawn(drawn, 10)
+    assert chosen["source"] == ["a", "b"] and chosen["position"] == [2, 0] and chosen["input_ids"].shape == (2, 10)

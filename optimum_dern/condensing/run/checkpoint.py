@@ -6,7 +6,7 @@ the chosen networks, and everything else as it is  ->  the output
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from ...checkpoint.output.shards import OutputTensor, ShardWriter, check_room, p
 from ...checkpoint.output.tensors import CheckpointOutput, copy_rest
 from ...checkpoint.source.loader import PartLoader
 from ...core.layer.segments import Segments
-from ...engine.run.checkpoint import open_manifest, opened, publish, warn_left_out, working_folder
+from ...engine.run.checkpoint import check_shared, open_manifest, opened, publish, warn_left_out, working_folder
 from ...engine.run.checkpoint_run import CheckpointTask, fingerprint
 from ...engine.run.run_report import make_report
 from ...models.moe.structure import find_moe_layers
@@ -50,19 +50,26 @@ def condense_checkpoint(task: CheckpointTask) -> list[CompressionReport]:
         ValueError: the output folder has an unfinished run of a different task, or a block does not add its shared
             experts' output as it is.
         RuntimeError: another run is using the output folder.
+        ProcessFailed: another process of this run has ended.
     """
-    names = NameMap(task.model, list(task.reader.infos))
-    with working_folder(task.output, task.processes) as work:
-        manifest = open_manifest(work, fingerprint(task, task.configs, task.counts[0]))
+    names, processes = NameMap(task.model, list(task.reader.infos)), task.processes
+    with working_folder(task.output, processes) as work:
+        mark = fingerprint(task, task.configs, task.counts[0])
+        manifest = processes.on_main(lambda: open_manifest(work, mark))
+        manifest.writes = processes.is_main
         if manifest.report is None:
             with opened(task, work) as opened_task:
                 _condense(opened_task, names, work, manifest)
-        report = CompressionReport.from_dict(manifest.report)
+        report = CompressionReport.from_dict(processes.on_main(lambda: manifest.report))
         report.source_folder, report.own_text = task.reader.folder.resolve(), list(task.own_text)
-        result = _result(task, _plan(task), names, report.dense_layers)
-        publish(task, result.model, task.output, result.shards, manifest, report)
-        warn_left_out(task)
+        processes.on_main(lambda: _publish(task, names, manifest, report))
     return [report]
+
+
+def _publish(task: CheckpointTask, names: NameMap, manifest: Manifest, report: CompressionReport) -> None:
+    result = _result(task, _plan(task), names, report.dense_layers)
+    publish(task, result.model, task.output, result.shards, manifest, report)
+    warn_left_out(task)
 
 
 class Result(NamedTuple):
@@ -88,23 +95,19 @@ def _result(task: CheckpointTask, plan: CondensingPlan, names: NameMap, position
 @torch.no_grad()
 def _condense(task: CheckpointTask, names: NameMap, work: Path, manifest: Manifest) -> None:
     """Condense all layers of the plan, choose those of the result, write that, and record the report."""
-    started, model, config = time.perf_counter(), task.model, task.configs[0]
+    started, model, config, processes = time.perf_counter(), task.model, task.configs[0], task.processes
     before, plan = measure_model(model, task.layers), _plan(task)
-    loader = PartLoader(model, task.layers, task.reader, names, task.processes.device)
-    dense, spill = DenseFiles(work, plan, loader.device), work if task.memory.spilled else None
-
-    def keep(position: int, neurons: Segments, report: LayerReport) -> None:
-        dense.write(position, neurons)
-        manifest.finish_layer(position, asdict(report))
-
-    condense_each(model, plan, task.batches, Fit.of(config), keep, loader, manifest.layers.keys(), spill)
+    loader = PartLoader(model, task.layers, task.reader, names, processes.device)
+    check_shared(manifest)
+    _make_networks(task, plan, loader, manifest)
+    dense = processes.main_first(lambda: DenseFiles(work, plan, loader.device))  # once all networks are written
     if manifest.chosen_layers is None:
-        searched = plan.searched and search_layers(model, plan, task.batches, dense.loaded, loader, spill)
+        options = loader, work if task.memory.spilled else None, processes
+        searched = plan.searched and search_layers(model, plan, task.batches, dense.loaded, *options)
         manifest.choose_layers(searched or dict.fromkeys(plan.networks))
     chosen = manifest.chosen_layers
     result = _result(task, plan, names, [*chosen])
-    check_room(task.output, {manifest.path.parent: result.shards})
-    _write(task, loader, dense, result, {plan.at[position].name: position for position in chosen}, manifest)
+    processes.on_main(lambda: _write(task, loader, dense, result, chosen, manifest))
     report = make_report(
         config,
         model.config.model_type,
@@ -119,19 +122,35 @@ def _condense(task: CheckpointTask, names: NameMap, work: Path, manifest: Manife
     manifest.complete(report.to_dict())
 
 
+def _make_networks(task: CheckpointTask, plan: CondensingPlan, loader: PartLoader, manifest: Manifest) -> None:
+    """Condense all layers of the plan that an earlier run has not, and write their networks into working files."""
+    work, processes = manifest.path.parent, task.processes
+    dense = DenseFiles(work, plan, loader.device) if processes.is_main else None
+
+    def keep(position: int, neurons: Segments, report: LayerReport) -> None:
+        if dense is not None:
+            dense.write(position, neurons)
+        manifest.finish_layer(position, asdict(report))
+
+    fit, spill = Fit.of(task.configs[0]), work if task.memory.spilled else None
+    condense_each(task.model, plan, task.batches, fit, keep, loader, manifest.layers.keys(), spill, processes)
+
+
 def _write(
     task: CheckpointTask,
     loader: PartLoader,
     dense: DenseFiles,
     result: Result,
-    blocks: Mapping[str, int],
+    chosen: Collection[int],
     manifest: Manifest,
 ) -> None:
     """Write the networks of the dense layers, and copy everything else, into the working folder."""
+    check_room(task.output, {manifest.path.parent: result.shards})
     writer = ShardWriter(manifest.path.parent, result.shards)
     layer = task.layers[0]
     output = CheckpointOutput(loader, task.layers, result.plan, writer, manifest, layer.num_experts, layer.width)
-    for block, position in blocks.items():
+    for position in chosen:
+        block = dense.plan.at[position].name
         tensors = {f"{block}.{path}": tensor for path, tensor in dense.read(position).items()}
         output.write(loader.names.original(result.model, tensors))
     copy_rest(task.reader, [output])

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..layer.cost import Cost, LayerShape, held_by_chunk
 from ..layer.mixture import neuron_activations
 from ..layer.observation import ObservedLayer
-from ..layer.reduction import largest
+from .sampling import sampled
 
 
 __all__ = [
@@ -42,20 +42,7 @@ def sample_tokens(layer: ObservedLayer, limit: int = MAX_TOKENS) -> Tensor:
     Returns:
         (n, d) hidden states of this process's sampled tokens, in the compute dtype of the experts.
     """
-    fitted = ~layer.held_out
-    step = max(1, -(-int(layer.reduce(fitted.sum())) // limit))
-    chosen = fitted if step == 1 else fitted & (_turns(layer, fitted) % step == 0)
-    return layer.routing.hidden[chosen].to(layer.segments.compute_dtype)
-
-
-def _turns(layer: ObservedLayer, fitted: Tensor) -> Tensor:
-    """Return the rank (T,) of each token among the tokens of all processes that are not held out."""
-    order = torch.arange(len(fitted)) if layer.order is None else layer.order
-    order = order.to(fitted.device)
-    every = torch.zeros(int(largest(order + 1, layer.reduce)), dtype=torch.int64, device=fitted.device)
-    every[order[fitted]] = 1
-    every = layer.reduce(every)
-    return (every.cumsum(0) - every)[order]
+    return layer.routing.hidden[sampled(layer, limit)].to(layer.segments.compute_dtype)
 
 
 def router_logits(layer: ObservedLayer, hidden: Tensor) -> Tensor:

@@ -19,11 +19,12 @@ from torch.nn.functional import kl_div, log_softmax
 from ..layer.cost import Cost, LayerShape, held_by_chunk
 from ..layer.mixture import neuron_activations
 from ..layer.observation import ObservedLayer
+from .sampling import sampled
 
 
 __all__ = ["condense_experts", "condense_experts_cost", "jensen_shannon", "mean_weights"]
 
-TOKENS = 2048  # on which experts are compared, of each process
+TOKENS = 2048  # on which experts are compared, of all processes together
 
 
 def condense_experts(layer: ObservedLayer, count: int, protected: Sequence[int] = ()) -> list[int]:
@@ -38,7 +39,7 @@ def condense_experts(layer: ObservedLayer, count: int, protected: Sequence[int] 
     Returns:
         Their indices, in the order in which they were chosen.
     """
-    tokens = _sampled(layer)
+    tokens = sampled(layer, TOKENS)
     hidden, target = layer.routing.hidden[tokens].to(layer.segments.compute_dtype), layer.target[tokens]
     weights, total = mean_weights(layer), torch.zeros_like(target, dtype=layer.segments.compute_dtype)
     if layer.beside is not None:
@@ -69,12 +70,6 @@ def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
     mean = torch.logaddexp(p, q) - math.log(2)
     halves = [kl_div(mean, part, reduction="none", log_target=True).sum(1) for part in (p, q)]
     return (halves[0] + halves[1]) / 2
-
-
-def _sampled(layer: ObservedLayer) -> Tensor:
-    """Return evenly spaced tokens of this process that are not held out."""
-    fitted = (~layer.held_out).nonzero().flatten()
-    return fitted[:: max(1, -(-len(fitted) // TOKENS))]
 
 
 def _output(layer: ObservedLayer, expert: int, hidden: Tensor) -> Tensor:

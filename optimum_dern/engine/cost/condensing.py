@@ -75,9 +75,8 @@ def condensing_operations(model: nn.Module, layers: Sequence[MoELayer], tokens: 
 
 
 def searched_tokens(tokens: int, config: DernConfig) -> int:
-    """Return how many of some calibration tokens the search compares models on: whole batches of them."""
-    batch = max(1, pass_tokens(tokens, config))
-    return min(tokens, -(-SEARCHED // batch) * batch)
+    """Return how many of some calibration tokens the search compares models on: whole sequences of them."""
+    return min(tokens, -(-SEARCHED // config.sequence_length) * config.sequence_length)
 
 
 def search_memory(model: nn.Module, plan: CondensingPlan, tokens: int, config: DernConfig) -> SearchMemory:

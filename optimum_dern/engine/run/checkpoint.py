@@ -39,7 +39,15 @@ from .checkpoint_run import CheckpointTask, describe_recording, fingerprint, res
 from .run_report import make_report
 
 
-__all__ = ["compress_checkpoint", "open_manifest", "opened", "publish", "warn_left_out", "working_folder"]
+__all__ = [
+    "check_shared",
+    "compress_checkpoint",
+    "open_manifest",
+    "opened",
+    "publish",
+    "warn_left_out",
+    "working_folder",
+]
 
 logger = getLogger(__name__)
 
@@ -160,7 +168,7 @@ def _compress(task: CheckpointTask, names: NameMap, work: Path, results: Sequenc
 
 
 def _open_output(task: CheckpointTask, loader: PartLoader, result: Result) -> CheckpointOutput:
-    _check_shared(result.manifest)
+    check_shared(result.manifest)
     writer = task.processes.main_first(lambda: ShardWriter(result.manifest.path.parent, result.shards))
     size = result.num_experts, result.width
     return CheckpointOutput(loader, task.layers, result.plan, writer, result.manifest, *size)
@@ -213,7 +221,7 @@ def _empty(work: Path) -> None:
             entry.unlink()
 
 
-def _check_shared(manifest: Manifest) -> None:
+def check_shared(manifest: Manifest) -> None:
     """Refuse a working folder that this process cannot see: every process reads finished layers from it."""
     if not manifest.path.exists():
         raise FileNotFoundError(

@@ -73,10 +73,6 @@ def prepare_task(request: CheckpointRequest, processes: Processes) -> Checkpoint
     bound = parse_bytes(request.max_memory) if request.max_memory else None
     dtype = parse_dtype(request.dtype)
     check_names(request.configs[0])
-    if processes.count > 1 and request.configs[0].condensed_layers is not None:
-        raise ValueError(
-            f"{processes.count} processes cannot share the search and the fits of condensed_layers; start one alone"
-        )
     if request.statistics is not None:
         check_statistics(request.configs[0])
     recorded = RecordedStatistics(request.statistics) if request.statistics else None

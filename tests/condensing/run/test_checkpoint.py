@@ -16,7 +16,6 @@ from optimum_dern.checkpoint.output.manifest import Manifest
 from optimum_dern.commands.main import main
 from optimum_dern.condensing.plan import condensed_size
 from optimum_dern.core.layer.workspace import MAX_ELEMENTS
-from optimum_dern.engine.run.prepare import prepare_task
 from optimum_dern.evaluation.loss.streamed import StreamedCheckpoint
 from optimum_dern.models.moe.structure import find_moe_layers, layers_by_position
 from optimum_dern.models.skeleton import build_skeleton
@@ -160,24 +159,12 @@ def test_refused(family, fields, match, sources, tmp_path, monkeypatch):
 
 
 def test_runs_that_are_refused(sources, tmp_path):
-    """Several numbers of experts, recorded statistics, and several processes."""
+    """Several numbers of experts, and recorded statistics."""
     compressor, places = DernCompressor(**FIELDS, condensed_layers=1), (sources("qwen3_moe"), tmp_path / "out")
     with pytest.raises(ValueError, match="a run condenses layers in one way; give one number"):
         compressor.compress_checkpoint(*places, num_experts=[1, 2])
     with pytest.raises(ValueError, match="recorded statistics are not enough"):
         compressor.compress_checkpoint(*places, statistics=tmp_path / "none")
-    request = SimpleNamespace(
-        output=tmp_path / "out",
-        model=places[0],
-        statistics=None,
-        tokenizer=None,
-        max_shard_size=None,
-        max_memory=None,
-        dtype=None,
-        configs=[compressor.config],
-    )
-    with pytest.raises(ValueError, match="2 processes cannot share the search"):
-        prepare_task(request, SimpleNamespace(count=2))
 
 
 def test_as_published(sources, tmp_path):

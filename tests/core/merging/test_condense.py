@@ -1,15 +1,18 @@
 """The greedy search of condensed layers, against its definition in loops."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from observed import observe
+from observed import in_processes, observe
 from reference import reference_expert_output
 from samples import KINDS, assert_near, make_routing, make_segments, scalar_activation
 from scipy.spatial.distance import jensenshannon
 
+from optimum_dern.core.merging import condense
 from optimum_dern.core.merging.condense import condense_experts, jensen_shannon, mean_weights
+from optimum_dern.core.merging.sampling import sampled
 
 
 def softmax(values):
@@ -62,9 +65,19 @@ def test_jensen_shannon_against_scipy():
 
 
 def test_many_tokens_are_sampled(monkeypatch):
-    from optimum_dern.core.merging import condense
-
-    layer = observe(make_segments(), make_routing(tokens=50))
+    """Evenly spaced ones, those of all processes together; all processes find the same experts."""
+    layer, seen = observe(make_segments(), make_routing(tokens=50)), []
+    assert sampled(layer, 10).nonzero().flatten().tolist() == list(range(0, 50, 5))
     monkeypatch.setattr(condense, "TOKENS", 10)
-    assert condense._sampled(layer).tolist() == list(range(0, 50, 5))
-    assert len(set(condense_experts(layer, 2))) == 2
+    measure = condense.jensen_shannon
+    monkeypatch.setattr(condense, "jensen_shannon", lambda a, b: (seen.append(len(a)), measure(a, b))[1])
+    expected = condense_experts(layer, 2)
+    assert len(set(expected)) == 2 and set(seen) == {10}
+
+    def part(rank, reduce):
+        rows = torch.arange(50)[rank::2]
+        fields = {"target": layer.target[rows], "held_out": layer.held_out[rows], "order": rows, "reduce": reduce}
+        return condense_experts(replace(layer, routing=layer.routing.select(rows), **fields), 2)
+
+    assert in_processes(2, part) == [expected] * 2
+    assert seen.count(5) == len(seen) - seen.count(10) == 2 * seen.count(10)

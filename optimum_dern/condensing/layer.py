@@ -13,6 +13,7 @@ from ..core.layer.reduction import Reduce
 from ..core.layer.segments import Segments
 from ..core.merging.condense import condense_experts, mean_weights
 from ..core.refits.down_projections import refit_down
+from ..engine.layer.steps import RIDGE
 from ..engine.measure.beside import output_beside
 from ..engine.measure.measured import MeasuredLayer
 from ..models.moe.structure import MoELayer
@@ -24,7 +25,6 @@ from .dense_network import joined_neurons, shared_experts
 __all__ = ["Fit", "condense_layer"]
 
 SAME = 0.02  # relative difference that rounding in bfloat16 may make
-RIDGE = 1e-2  # of the refit, relative to the mean eigenvalue of the neurons' Gram matrix
 
 
 class Fit(NamedTuple):
@@ -32,7 +32,7 @@ class Fit(NamedTuple):
 
     refit: bool = True  # to the blocks' original outputs (ridge regression)
     guard: bool = True  # only where that lowers the error on held-out tokens
-    ridge: float = RIDGE
+    ridge: float = RIDGE  # relative to the mean eigenvalue of the neurons' Gram matrix
 
     @classmethod
     def of(cls, config: DernConfig) -> "Fit":

@@ -5,7 +5,8 @@ import torch
 from tiny import make_model, random_tokens
 
 from optimum_dern import DernCompressor
-from optimum_dern.engine.layer.objective import HeldOutError, Objective, relative_errors
+from optimum_dern.engine.layer.objective import Objective, relative_errors
+from optimum_dern.engine.layer.variant import HeldOutError
 
 
 def compressed(batches, **fields):

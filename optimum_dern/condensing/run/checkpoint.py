@@ -23,7 +23,7 @@ from ...checkpoint.source.loader import PartLoader
 from ...core.layer.segments import Segments
 from ...engine.run.checkpoint import check_shared, open_manifest, opened, publish, warn_left_out, working_folder
 from ...engine.run.checkpoint_run import CheckpointTask, fingerprint
-from ...engine.run.run_report import make_report
+from ...engine.run.run_report import make_task_report
 from ...models.moe.structure import find_moe_layers
 from ...models.size import measure_model
 from ...results.report import CompressionReport, LayerReport
@@ -95,7 +95,7 @@ def _result(task: CheckpointTask, plan: CondensingPlan, names: NameMap, position
 @torch.no_grad()
 def _condense(task: CheckpointTask, names: NameMap, work: Path, manifest: Manifest) -> None:
     """Condense all layers of the plan, choose those of the result, write that, and record the report."""
-    started, model, config, processes = time.perf_counter(), task.model, task.configs[0], task.processes
+    started, model, processes = time.perf_counter(), task.model, task.processes
     before, plan = measure_model(model, task.layers), _plan(task)
     loader = PartLoader(model, task.layers, task.reader, names, processes.device)
     check_shared(manifest)
@@ -108,17 +108,9 @@ def _condense(task: CheckpointTask, names: NameMap, work: Path, manifest: Manife
     chosen = manifest.chosen_layers
     result = _result(task, plan, names, [*chosen])
     processes.on_main(lambda: _write(task, loader, dense, result, chosen, manifest))
-    report = make_report(
-        config,
-        model.config.model_type,
-        (task.name, task.revision),
-        (before, measure_model(result.model, find_moe_layers(result.model))),
-        [replace(LayerReport(**manifest.layers[p]), divergence=divergence) for p, divergence in chosen.items()],
-        task.calibration,
-        started,
-        [loader.device],
-        task.precision,
-    )
+    after = measure_model(result.model, find_moe_layers(result.model))
+    layers = [replace(LayerReport(**manifest.layers[p]), divergence=divergence) for p, divergence in chosen.items()]
+    report = make_task_report(task, task.configs[0], (before, after), layers, started)
     manifest.complete(report.to_dict())
 
 

@@ -18,7 +18,7 @@ from .condensing import condensing_operations
 from .phases import layer_phases, result_shape
 
 
-__all__ = ["count_operations", "measure_rate", "predict_seconds"]
+__all__ = ["measure_rate", "predict_seconds"]
 
 PROBE_SIZE = 768  # as large as the products of small experts: large ones are faster, so this errs on the slow side
 OVERHEAD = 1.5  # everything that is not a product of matrices
@@ -39,10 +39,10 @@ def predict_seconds(
     """
     if config.condensed_layers is not None:
         return OVERHEAD * condensing_operations(model, layers, tokens, config) / rate
-    return OVERHEAD * sum(count_operations(layer, tokens, config, num_experts) for layer in layers) / rate
+    return OVERHEAD * sum(_count_operations(layer, tokens, config, num_experts) for layer in layers) / rate
 
 
-def count_operations(layer: MoELayer, tokens: int, config: DernConfig, num_experts: int) -> float:
+def _count_operations(layer: MoELayer, tokens: int, config: DernConfig, num_experts: int) -> float:
     """Count the operations of compressing one layer that keeps its router; a multiply-add counts as two."""
     shape = result_shape(layer, tokens, config, num_experts)
     attention = 8.0 * tokens * shape.inputs**2

@@ -104,7 +104,7 @@ def layer_phases(shape: LayerShape, config: DernConfig, shared: bool = False) ->
 
 
 class Standing:
-    """Sizes in bytes of what stays in memory between the steps.
+    """What stays in memory between the steps of a layer, in bytes, and what these sizes follow from.
 
     Args:
         shape: sizes of the layer.
@@ -119,6 +119,7 @@ class Standing:
         residual = CRITERIA[config.selection].needs == "residual"
         received = shape.itemsize * shape.tokens * (shape.inputs + shape.outputs * residual)
         self.tokens = self.choices + self.output + received if why_tokens(config) is not None else 0
+        self.error = shape.itemsize * shape.tokens * shape.outputs if config.corrects_drift else 0  # once measured
         self.passed = shape._replace(tokens=pass_tokens(shape.tokens, config))  # of a micro-batch
         self.forward = self.passed.tokens * (2 * shape.itemsize + shape.number) * shape.outputs
         self.original = shape.experts * shape.expert * shape.itemsize
@@ -157,21 +158,21 @@ def _original_phases(standing: Standing) -> Iterator[Phase]:
     if (loss := gradient_needed(config)) is not None:
         yield _backward(standing, loss)
     if config.corrects_drift:
-        error = shape.itemsize * shape.tokens * shape.outputs
-        yield Phase("drift", standing.tokens + error + 12 * standing.passed.tokens * shape.outputs, 0, 0.0)
-        standing.tokens += error
+        compared = 12 * standing.passed.tokens * shape.outputs
+        yield Phase("drift", standing.tokens + standing.error + compared, 0, 0.0)
+    tokens = standing.tokens + standing.error
     likeness = similarity_map_cost(shape)
-    yield Phase("map", standing.tokens + likeness.held, 0, likeness.operations)
+    yield Phase("map", tokens + likeness.held, 0, likeness.operations)
     criterion = CRITERIA[config.selection].cost(shape)
-    yield Phase("select", standing.tokens + criterion.held, 0, criterion.operations)
+    yield Phase("select", tokens + criterion.held, 0, criterion.operations)
     if config.importance is not None:
         neurons = measure_neurons_cost(shape)
-        yield Phase("importance", standing.tokens + neurons.held, 0, neurons.operations)
+        yield Phase("importance", tokens + neurons.held, 0, neurons.operations)
     for cost in standing.method.costs(shape, config):
-        yield Phase("propose", standing.tokens + cost.held, cost.experts, cost.operations)
+        yield Phase("propose", tokens + cost.held, cost.experts, cost.operations)
     proposed = standing.method.candidates(config)[0] * standing.candidate
     whole = shape.retained * shape.expert * shape.itemsize if config.narrows else 0  # a candidate of all neurons
-    yield Phase("proposed", standing.tokens, proposed + whole, 0.0)
+    yield Phase("proposed", tokens, proposed + whole, 0.0)
 
 
 def _backward(standing: Standing, loss: str) -> Phase:
@@ -186,13 +187,14 @@ def _backward(standing: Standing, loss: str) -> Phase:
 
 def _fitting_phases(standing: Standing, gone: int) -> Iterator[Phase]:
     """Yield the phases that run after the original experts have been freed; `gone` is the number of bytes freed."""
-    shape, config, sets, tokens = standing.shape, standing.config, standing.sets, standing.tokens
+    shape, config, sets, measured = standing.shape, standing.config, standing.sets, standing.tokens + standing.error
     kept, judged = standing.candidates * standing.candidate - gone, _judged(standing)
     operations = standing.candidates * judged.operations
-    yield Phase("judge", tokens + sets * standing.routed + judged.held, kept, operations)
+    yield Phase("judge", measured + sets * standing.routed + judged.held, kept, operations)
     if config.refit:
         sample = shape.fitted(sampled_tokens(config, shape.retained * shape.narrower.width, shape.top_k, shape.tokens))
-        tokens += sample.tokens * (shape.itemsize * shape.inputs + shape.number * shape.outputs)  # what a fit sees
+        seen = sample.tokens * (shape.itemsize * shape.inputs + shape.number * shape.outputs)  # by a fit
+        tokens = measured + seen
         for step in first_steps(config):
             for cost in step.costs(sample):
                 held = tokens + sets * standing.routed + cost.held
@@ -205,10 +207,10 @@ def _fitting_phases(standing: Standing, gone: int) -> Iterator[Phase]:
                 held = tokens + 2 * standing.routed + cost.held
                 yield Phase(type(step).__name__, held, finalist + cost.experts, cost.operations + judged.operations)
     written = 2 * standing.candidate + standing.refitted * bool(config.refit) - gone
-    yield Phase("write", standing.tokens + standing.choices, written, 0.0)
+    yield Phase("write", measured + standing.choices, written, 0.0)
     if config.calibration_order == "sequential":
         run = standing.forward + held_by_chunk(standing.passed)
-        yield Phase("run", standing.tokens + run, standing.candidate - gone, 0.0)
+        yield Phase("run", measured + run, standing.candidate - gone, 0.0)
 
 
 def pass_tokens(tokens: int, config: DernConfig) -> int:

@@ -17,7 +17,7 @@ from ..measure.measured import MeasuredLayer
 from .variant import HeldOutError, Variant
 
 
-__all__ = ["HeldOutError", "Objective", "relative_errors"]
+__all__ = ["Objective", "relative_errors"]
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from ..layer.narrowing import written_width
 from ..walk.decoder import compress_layers_, compress_unseen_layers_
 from ..walk.recipe import Recipe
 from .checkpoint_run import CheckpointTask, describe_recording, fingerprint, result_names
-from .run_report import make_report
+from .run_report import make_task_report
 
 
 __all__ = [
@@ -153,17 +153,7 @@ def _compress(task: CheckpointTask, names: NameMap, work: Path, results: Sequenc
         reports = compress_unseen_layers_(model, layers, recipes, recorded, loader, processes)
     copy_rest(task.reader, outputs)
     for result, size, layer_reports in zip(results, after, reports, strict=True):
-        report = make_report(
-            result.config,
-            model.config.model_type,
-            (task.name, task.revision),
-            (before, size),
-            layer_reports,
-            task.calibration,
-            started,
-            [processes.device],
-            task.precision,
-        )
+        report = make_task_report(task, result.config, (before, size), layer_reports, started)
         result.manifest.complete(report.to_dict())
 
 

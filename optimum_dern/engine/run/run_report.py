@@ -14,9 +14,10 @@ from ...results.licence import source_metadata
 from ...results.public_names import public_source
 from ...results.report import CompressionReport, LayerReport, ModelSize
 from ...versions import tool_versions
+from .checkpoint_run import CheckpointTask
 
 
-__all__ = ["make_report"]
+__all__ = ["make_report", "make_task_report"]
 
 
 def make_report(
@@ -61,4 +62,33 @@ def make_report(
         precision=precision,
         source_card=source_metadata(name, revision),
         source_folder=folder.resolve() if folder is not None and folder.is_dir() else None,
+    )
+
+
+def make_task_report(
+    task: CheckpointTask,
+    config: DernConfig,
+    sizes: tuple[ModelSize, ModelSize],
+    layers: Sequence[LayerReport],
+    started: float,
+) -> CompressionReport:
+    """Make the report of one result of a run from disk to disk.
+
+    Args:
+        task: of the run.
+        config: of the result.
+        sizes: of the model before and after.
+        layers: one report per compressed MoE layer.
+        started: when the run began, by `time.perf_counter`.
+    """
+    return make_report(
+        config,
+        task.model.config.model_type,
+        (task.name, task.revision),
+        sizes,
+        layers,
+        task.calibration,
+        started,
+        [task.processes.device],
+        task.precision,
     )

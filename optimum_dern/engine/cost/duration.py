@@ -18,7 +18,7 @@ from .condensing import condensing_operations
 from .phases import layer_phases, result_shape
 
 
-__all__ = ["measure_rate", "predict_seconds"]
+__all__ = ["count_operations", "measure_rate", "predict_seconds"]
 
 PROBE_SIZE = 768  # as large as the products of small experts: large ones are faster, so this errs on the slow side
 OVERHEAD = 1.5  # everything that is not a product of matrices

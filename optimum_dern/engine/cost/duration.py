@@ -39,10 +39,10 @@ def predict_seconds(
     """
     if config.condensed_layers is not None:
         return OVERHEAD * condensing_operations(model, layers, tokens, config) / rate
-    return OVERHEAD * sum(_count_operations(layer, tokens, config, num_experts) for layer in layers) / rate
+    return OVERHEAD * sum(count_operations(layer, tokens, config, num_experts) for layer in layers) / rate
 
 
-def _count_operations(layer: MoELayer, tokens: int, config: DernConfig, num_experts: int) -> float:
+def count_operations(layer: MoELayer, tokens: int, config: DernConfig, num_experts: int) -> float:
     """Count the operations of compressing one layer that keeps its router; a multiply-add counts as two."""
     shape = result_shape(layer, tokens, config, num_experts)
     attention = 8.0 * tokens * shape.inputs**2
